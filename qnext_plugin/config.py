@@ -1,0 +1,237 @@
+"""The dimensions of a Qwen3-Next model, read from any published config.json and validated once."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+LINEAR = "linear_attention"
+FULL = "full_attention"
+ROPE_TYPES = ("default", "yarn")
+
+
+@dataclass(frozen=True)
+class GatedDeltaNetDims:
+    """Head layout of a Gated DeltaNet mixer. One *group* is a key head and the value heads that share it."""
+
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    conv_kernel_size: int = 4
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_v_heads // self.num_k_heads
+
+    @property
+    def key_dim(self) -> int:
+        return self.num_k_heads * self.head_k_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_v_heads * self.head_v_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: ``[q | k | v]``."""
+        return 2 * self.key_dim + self.value_dim
+
+    def shard(self, tp_size: int) -> "GatedDeltaNetDims":
+        """The dimensions one of ``tp_size`` tensor-parallel ranks holds: whole groups."""
+        if self.num_k_heads % tp_size:
+            divisors = [n for n in range(1, self.num_k_heads + 1) if self.num_k_heads % n == 0]
+            raise ValueError(
+                f"tensor parallel size {tp_size} does not divide linear_num_key_heads {self.num_k_heads}; "
+                f"choose one of {divisors}"
+            )
+        return GatedDeltaNetDims(
+            self.num_k_heads // tp_size,
+            self.num_v_heads // tp_size,
+            self.head_k_dim,
+            self.head_v_dim,
+            self.conv_kernel_size,
+        )
+
+
+@dataclass(frozen=True)
+class QNextConfig:
+    """A validated Qwen3-Next configuration. Fields carry the names of ``config.json``.
+
+    Both dialects are accepted: the published one (``rope_theta``, ``rope_scaling``, ``partial_rotary_factor``,
+    ``full_attention_interval``) and the one ``transformers`` 5 writes (``rope_parameters``, ``layer_types``).
+    ``rope_parameters`` is always complete here: ``rope_type``, ``rope_theta``, ``partial_rotary_factor`` and,
+    for YaRN, its own keys.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    layer_types: tuple[str, ...]
+    rope_parameters: Mapping[str, Any]
+    head_dim: int = 256
+    linear_conv_kernel_dim: int = 4
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    intermediate_size: int = 5632
+    num_experts: int = 512
+    num_experts_per_tok: int = 10
+    moe_intermediate_size: int = 512
+    shared_expert_intermediate_size: int = 512
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    num_nextn_predict_layers: int = 1
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Build from a parsed ``config.json``; ``ValueError`` names every missing or inconsistent key."""
+        model_type = raw.get("model_type", "qwen3_next")
+        if model_type not in ("qwen3_next", "qwen3_next_mtp"):
+            raise ValueError(f"config.json: model_type is {model_type!r}, expected 'qwen3_next'")
+        values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        values["rope_parameters"] = _rope_parameters(raw)
+        missing = [name for name in _REQUIRED if name not in values]
+        if missing:
+            raise ValueError(f"config.json: missing {', '.join(missing)}")
+        if "layer_types" not in values:
+            interval = raw.get("full_attention_interval", 4)
+            if not isinstance(interval, int) or interval < 1:
+                raise ValueError(f"config.json: full_attention_interval is {interval!r}, expected an integer >= 1")
+            values["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(values["num_hidden_layers"])]
+        values["layer_types"] = tuple(values["layer_types"])
+        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers", ()))
+        return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Read ``config.json`` in a local checkpoint directory."""
+        file = Path(path) / "config.json"
+        try:
+            raw = json.loads(file.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise ValueError(f"{file}: not a readable config.json ({e})") from e
+        if not isinstance(raw, dict):
+            raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
+        return cls.from_dict(raw)
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("config.json: " + "; ".join(problems))
+
+    @property
+    def gdn(self) -> GatedDeltaNetDims:
+        return GatedDeltaNetDims(
+            self.linear_num_key_heads,
+            self.linear_num_value_heads,
+            self.linear_key_head_dim,
+            self.linear_value_head_dim,
+            self.linear_conv_kernel_dim,
+        )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of each attention head that RoPE rotates."""
+        return int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Whether the layer's feed-forward is a mixture of experts (else a dense MLP)."""
+        return (
+            layer_idx not in self.mlp_only_layers
+            and self.num_experts > 0
+            and (layer_idx + 1) % self.decoder_sparse_step == 0
+        )
+
+    def _problems(self) -> Any:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                yield f"{name} is {value!r}, expected an integer >= 1"
+                return
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            yield (
+                f"linear_num_value_heads {self.linear_num_value_heads} is not a multiple of "
+                f"linear_num_key_heads {self.linear_num_key_heads}"
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            yield f"layer_types has {len(self.layer_types)} entries for num_hidden_layers {self.num_hidden_layers}"
+        unknown = sorted({repr(t) for t in self.layer_types if t not in (LINEAR, FULL)})
+        if unknown:
+            yield f"layer_types holds {', '.join(unknown)}, expected {LINEAR!r} or {FULL!r}"
+        if not all(isinstance(i, int) and 0 <= i < self.num_hidden_layers for i in self.mlp_only_layers):
+            yield f"mlp_only_layers {list(self.mlp_only_layers)} is outside 0..{self.num_hidden_layers - 1}"
+        if not isinstance(self.num_experts, int) or self.num_experts < 0:
+            yield f"num_experts is {self.num_experts!r}, expected an integer >= 0"
+        elif self.num_experts and self.num_experts_per_tok > self.num_experts:
+            yield f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
+        if self.hidden_act != "silu":
+            yield f"hidden_act is {self.hidden_act!r}, expected 'silu'"
+        if not 2 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            yield (
+                f"partial_rotary_factor {self.rope_parameters['partial_rotary_factor']} rotates {self.rotary_dim} "
+                f"of head_dim {self.head_dim}, expected an even number up to head_dim"
+            )
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+)
+_POSITIVE = (
+    *_REQUIRED,
+    "head_dim",
+    "linear_conv_kernel_dim",
+    "max_position_embeddings",
+    "intermediate_size",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "decoder_sparse_step",
+    "num_nextn_predict_layers",
+)
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    rope = dict(raw.get("rope_parameters") or {})
+    rope.update(raw.get("rope_scaling") or {})
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    rope.setdefault("rope_type", "default")
+    for name, default in (("rope_theta", None), ("partial_rotary_factor", 0.25)):
+        top = raw.get(name)
+        if top is not None and rope.setdefault(name, top) != top:
+            raise ValueError(
+                f"config.json: {name} is {rope[name]!r} in rope_parameters but {top!r} at the top level; keep one"
+            )
+        if rope.setdefault(name, default) is None:
+            raise ValueError(f"config.json: {name} is missing (top level or in rope_parameters)")
+        if not isinstance(rope[name], int | float) or rope[name] <= 0:
+            raise ValueError(f"config.json: {name} is {rope[name]!r}, expected a positive number")
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(f"config.json: rope_type is {rope['rope_type']!r}, expected one of {list(ROPE_TYPES)}")
+    if rope["rope_type"] == "yarn" and not isinstance(rope.get("factor"), int | float):
+        raise ValueError(f"config.json: YaRN needs a numeric factor, found {rope.get('factor')!r}")
+    return rope

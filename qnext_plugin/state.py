@@ -1,0 +1,37 @@
+"""Shapes, dtypes and bytes of the per-sequence state of one Gated DeltaNet layer."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from qnext_plugin.config import GatedDeltaNetDims
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Canonical state of one sequence in one layer.
+
+    ``conv_state`` is ``[conv_dim, conv_kernel_size - 1 + num_draft_tokens]``, oldest column first.
+    ``recurrent_state`` is ``[num_v_heads, head_k_dim, head_v_dim]``; while speculating an engine keeps one for each
+    draft position besides the accepted one, so ``num_draft_tokens + 1`` of them.
+    """
+
+    dims: GatedDeltaNetDims
+    conv_dtype: torch.dtype
+    recurrent_dtype: torch.dtype = torch.float32
+    num_draft_tokens: int = 0
+
+    @property
+    def conv_shape(self) -> tuple[int, int]:
+        return self.dims.conv_dim, self.dims.conv_kernel_size - 1 + self.num_draft_tokens
+
+    @property
+    def recurrent_shape(self) -> tuple[int, int, int]:
+        return self.dims.num_v_heads, self.dims.head_k_dim, self.dims.head_v_dim
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one cache slot: one ``conv_state`` and one ``recurrent_state``."""
+        conv = math.prod(self.conv_shape) * self.conv_dtype.itemsize
+        return conv + math.prod(self.recurrent_shape) * self.recurrent_dtype.itemsize
