@@ -1,6 +1,7 @@
 """The dimensions of a Qwen3-Next model, read from any published config.json and validated once."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Self
 LINEAR = "linear_attention"
 FULL = "full_attention"
 ROPE_TYPES = ("default", "yarn")
+LARGEST = 2**24  # above any real size, so that a corrupt file cannot make us build an endless layer list
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class GatedDeltaNetDims:
 
     def shard(self, tp_size: int) -> "GatedDeltaNetDims":
         """The dimensions one of ``tp_size`` tensor-parallel ranks holds: whole groups."""
-        if self.num_k_heads % tp_size:
+        if tp_size < 1 or self.num_k_heads % tp_size:
             divisors = [n for n in range(1, self.num_k_heads + 1) if self.num_k_heads % n == 0]
             raise ValueError(
                 f"tensor parallel size {tp_size} does not divide linear_num_key_heads {self.num_k_heads}; "
@@ -62,7 +64,7 @@ class QNextConfig:
     Both dialects are accepted: the published one (``rope_theta``, ``rope_scaling``, ``partial_rotary_factor``,
     ``full_attention_interval``) and the one ``transformers`` 5 writes (``rope_parameters``, ``layer_types``).
     ``rope_parameters`` is always complete here: ``rope_type``, ``rope_theta``, ``partial_rotary_factor`` and,
-    for YaRN, its own keys.
+    for YaRN, its own keys with ``original_max_position_embeddings``.
     """
 
     vocab_size: int
@@ -100,14 +102,23 @@ class QNextConfig:
         if model_type not in ("qwen3_next", "qwen3_next_mtp"):
             raise ValueError(f"config.json: model_type is {model_type!r}, expected 'qwen3_next'")
         values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        values["rope_parameters"] = _rope_parameters(raw)
+        for name in ("layer_types", "mlp_only_layers"):
+            if not isinstance(values.get(name, ()), list | tuple):
+                raise ValueError(f"config.json: {name} is {values[name]!r}, expected a list")
+        values["rope_parameters"] = _rope_parameters(
+            raw, values.get("max_position_embeddings", cls.max_position_embeddings)
+        )
         missing = [name for name in _REQUIRED if name not in values]
         if missing:
             raise ValueError(f"config.json: missing {', '.join(missing)}")
         if "layer_types" not in values:
             interval = raw.get("full_attention_interval", 4)
-            if not isinstance(interval, int) or interval < 1:
-                raise ValueError(f"config.json: full_attention_interval is {interval!r}, expected an integer >= 1")
+            for name, value in (
+                ("full_attention_interval", interval),
+                ("num_hidden_layers", values["num_hidden_layers"]),
+            ):
+                if not _is_size(value):
+                    raise ValueError(f"config.json: {_not_a_size(name, value)}")
             values["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(values["num_hidden_layers"])]
         values["layer_types"] = tuple(values["layer_types"])
         values["mlp_only_layers"] = tuple(values.get("mlp_only_layers", ()))
@@ -156,9 +167,14 @@ class QNextConfig:
     def _problems(self) -> Any:
         for name in _POSITIVE:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                yield f"{name} is {value!r}, expected an integer >= 1"
+            if not _is_size(value):
+                yield _not_a_size(name, value)
                 return
+        for name in ("attention_bias", "tie_word_embeddings", "norm_topk_prob"):
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name} is {getattr(self, name)!r}, expected true or false"
+        if not _is_positive(self.rms_norm_eps):
+            yield f"rms_norm_eps is {self.rms_norm_eps!r}, expected a positive number"
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -174,10 +190,10 @@ class QNextConfig:
         unknown = sorted({repr(t) for t in self.layer_types if t not in (LINEAR, FULL)})
         if unknown:
             yield f"layer_types holds {', '.join(unknown)}, expected {LINEAR!r} or {FULL!r}"
-        if not all(isinstance(i, int) and 0 <= i < self.num_hidden_layers for i in self.mlp_only_layers):
+        if not all(type(i) is int and 0 <= i < self.num_hidden_layers for i in self.mlp_only_layers):
             yield f"mlp_only_layers {list(self.mlp_only_layers)} is outside 0..{self.num_hidden_layers - 1}"
-        if not isinstance(self.num_experts, int) or self.num_experts < 0:
-            yield f"num_experts is {self.num_experts!r}, expected an integer >= 0"
+        if type(self.num_experts) is not int or not 0 <= self.num_experts <= LARGEST:
+            yield f"num_experts is {self.num_experts!r}, expected an integer from 0 to {LARGEST}"
         elif self.num_experts and self.num_experts_per_tok > self.num_experts:
             yield f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
         if self.hidden_act != "silu":
@@ -214,13 +230,29 @@ _POSITIVE = (
 )
 
 
-def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    rope = dict(raw.get("rope_parameters") or {})
-    rope.update(raw.get("rope_scaling") or {})
-    if "type" in rope:
-        rope.setdefault("rope_type", rope.pop("type"))
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
+
+
+def _not_a_size(name: str, value: Any) -> str:
+    return f"{name} is {value!r}, expected an integer from 1 to {LARGEST}"
+
+
+def _is_positive(value: Any, largest: float = sys.float_info.max) -> bool:
+    return type(value) in (int, float) and 0 < value <= largest
+
+
+def _rope_parameters(raw: Mapping[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        part = {} if raw.get(key) is None else raw[key]
+        if not isinstance(part, Mapping):
+            raise ValueError(f"config.json: {key} is {part!r}, expected an object")
+        # `type` is the older name of `rope_type`; where both objects are given, `transformers` too prefers the second.
+        part = {"rope_type": part.get("type"), **part}
+        rope |= {name: value for name, value in part.items() if value is not None and name != "type"}
     rope.setdefault("rope_type", "default")
-    for name, default in (("rope_theta", None), ("partial_rotary_factor", 0.25)):
+    for name, default, largest in (("rope_theta", None, sys.float_info.max), ("partial_rotary_factor", 0.25, 1)):
         top = raw.get(name)
         if top is not None and rope.setdefault(name, top) != top:
             raise ValueError(
@@ -228,10 +260,13 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
             )
         if rope.setdefault(name, default) is None:
             raise ValueError(f"config.json: {name} is missing (top level or in rope_parameters)")
-        if not isinstance(rope[name], int | float) or rope[name] <= 0:
-            raise ValueError(f"config.json: {name} is {rope[name]!r}, expected a positive number")
+        if not _is_positive(rope[name], largest):
+            raise ValueError(f"config.json: {name} is {rope[name]!r}, expected a number above 0 and up to {largest:g}")
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(f"config.json: rope_type is {rope['rope_type']!r}, expected one of {list(ROPE_TYPES)}")
-    if rope["rope_type"] == "yarn" and not isinstance(rope.get("factor"), int | float):
-        raise ValueError(f"config.json: YaRN needs a numeric factor, found {rope.get('factor')!r}")
+    if rope["rope_type"] == "yarn":
+        rope.setdefault("original_max_position_embeddings", max_position_embeddings)
+        for name in ("factor", "original_max_position_embeddings"):
+            if not _is_positive(rope.get(name)):
+                raise ValueError(f"config.json: YaRN's {name} is {rope.get(name)!r}, expected a positive number")
     return rope

@@ -1,0 +1,304 @@
+"""The weight names and shapes of a Qwen3-Next checkpoint, and a check of its safetensors headers against them."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qnext_plugin.config import FULL, QNextConfig
+
+Shape = tuple[int, ...]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# The last name segment of the tensors that quantisers store instead of a module's `weight`, or beside it.
+PACKED_WEIGHTS = ("qweight", "weight_packed")
+QUANT_COMPANIONS = (
+    *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
+    *("weight_shape", "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point"),
+    *("scales", "qzeros", "g_idx", "q_scale", "k_scale", "v_scale"),
+)
+CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor. ``dtype`` is the format's own name, such as ``BF16``."""
+
+    shape: Shape
+    dtype: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class _Layer:
+    prefix: str
+    full_attention: bool
+    sparse: bool
+
+
+def expected_tensors(
+    config: QNextConfig, *, mtp: bool = True, split_in_proj: bool = False, fused_experts: bool = False
+) -> dict[str, Shape]:
+    """Name and shape of every tensor of an unquantised checkpoint; no ``lm_head`` when it is tied.
+
+    ``split_in_proj``: ``in_proj_{qkv,z,b,a}`` with flat rows instead of ``in_proj_{qkvz,ba}`` grouped by key head.
+    ``fused_experts``: ``experts.gate_up_proj`` ``[experts, 2 * intermediate, hidden]`` and ``experts.down_proj``
+    ``[experts, hidden, intermediate]``, as ``transformers`` 5 writes with ``save_original_format=False``.
+    """
+    tensors = _outer_tensors(config, mtp, lm_head=not config.tie_word_embeddings)
+    for layer in _layers(config, mtp):
+        tensors |= _layer_tensors(config, layer, split_in_proj, fused_experts)
+    return tensors
+
+
+def check_coverage(
+    config: QNextConfig, headers: Mapping[str, TensorInfo], *, mtp: Literal["required", "optional"] = "optional"
+) -> None:
+    """Raise one ``ValueError`` that lists every missing, unexpected or wrongly shaped tensor.
+
+    Each layer may hold its input projections merged or split and its experts one by one or fused. ``mtp.*`` may be
+    absent as a whole unless required, and so may a tied ``lm_head``. A module may be quantised: its packed weight and
+    scales are accepted, and only floating-point weights are checked for their shape.
+    """
+    names = {name for name in headers if not _is_ignored(name)}
+    expected = _expected_for(config, names, mtp == "required" or any(n.split(".")[0] == "mtp" for n in names))
+    # Only matrices are quantised: not norms, the convolution or A_log.
+    linear = {n.removesuffix(".weight") for n, shape in expected.items() if n.endswith(".weight") and len(shape) == 2}
+    attention = {m.removesuffix(".q_proj") for m in linear if m.endswith(".self_attn.q_proj")}
+
+    missing = [f"{n} {list(shape)}" for n, shape in expected.items() if not _is_present(n, shape, names)]
+    unexpected = []
+    for name in sorted(names - expected.keys()):
+        module, _, leaf = name.rpartition(".")
+        if not (
+            (module in linear and leaf in (*PACKED_WEIGHTS, *QUANT_COMPANIONS))
+            or (module in attention and leaf in CACHE_SCALES)
+        ):
+            unexpected.append(name)
+    wrong = [
+        f"{n} {list(headers[n].shape)}, expected {list(shape)}"
+        for n, shape in expected.items()
+        if n in names and headers[n].dtype in FLOAT_DTYPES and headers[n].shape != shape
+    ]
+    problems = [
+        _listing("missing", missing),
+        _listing("unexpected", unexpected),
+        _listing("wrongly shaped", wrong),
+    ]
+    if any(problems):
+        advice = "compare config.json with the checkpoint, then download or convert the weights again"
+        raise ValueError("\n".join(["checkpoint does not match config.json:", *filter(None, problems), advice]))
+
+
+def read_headers(path: str | Path) -> dict[str, TensorInfo]:
+    """Read the safetensors headers of a local checkpoint directory; no weight is read.
+
+    ``ValueError`` when there are no safetensors files, one is missing, truncated or unreadable, a tensor is in two
+    shards, or the index and the shards disagree.
+    """
+    directory = Path(path)
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.exists() and index.exists():
+        raise ValueError(f"{directory}: holds both {SINGLE_FILE} and {INDEX_FILE}; delete the one that is stale")
+    if single.exists():
+        return _read_header(single)
+    if not index.exists():
+        raise ValueError(f"{directory}: expected a local directory with {SINGLE_FILE} or {INDEX_FILE}, found neither")
+    weight_map = _read_weight_map(index)
+    files = sorted(set(weight_map.values()))
+    absent = [f for f in files if not (directory / f).is_file()]
+    if absent:
+        raise ValueError(f"{_listing(f'{index}: missing shards:', absent)}; download them again")
+    headers: dict[str, TensorInfo] = {}
+    for file in files:
+        shard = _read_header(directory / file)
+        duplicates = sorted(headers.keys() & shard.keys())
+        if duplicates:
+            found = f"{file} repeats tensors of {headers[duplicates[0]].file.name}"
+            raise ValueError(_listing(f"{directory}: {found}:", duplicates) + "; write the checkpoint again")
+        headers |= shard
+    disagree = sorted(
+        n for n in weight_map.keys() | headers.keys() if n not in headers or weight_map.get(n) != headers[n].file.name
+    )
+    if disagree:
+        raise ValueError(_listing(f"{index}: disagrees with the shards on", disagree) + "; download both again")
+    return headers
+
+
+def _outer_tensors(config: QNextConfig, mtp: bool, lm_head: bool) -> dict[str, Shape]:
+    hidden, vocab = config.hidden_size, config.vocab_size
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if lm_head:
+        tensors["lm_head.weight"] = (vocab, hidden)
+    if mtp:
+        tensors["mtp.fc.weight"] = (hidden, 2 * hidden)
+        for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+            tensors[f"mtp.{norm}.weight"] = (hidden,)
+    return tensors
+
+
+def _layers(config: QNextConfig, mtp: bool) -> Iterator[_Layer]:
+    for i, kind in enumerate(config.layer_types):
+        yield _Layer(f"model.layers.{i}.", kind == FULL, config.is_sparse(i))
+    for i in range(config.num_nextn_predict_layers if mtp else 0):
+        yield _Layer(f"mtp.layers.{i}.", True, config.num_experts > 0)
+
+
+def _layer_tensors(config: QNextConfig, layer: _Layer, split_in_proj: bool, fused_experts: bool) -> dict[str, Shape]:
+    hidden = config.hidden_size
+    mixer = _self_attn(config) if layer.full_attention else _linear_attn(config, split_in_proj)
+    mlp = _sparse_moe(config, fused_experts) if layer.sparse else _mlp("mlp.", hidden, config.intermediate_size)
+    norms: dict[str, Shape] = {f"{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
+    return {layer.prefix + name: shape for name, shape in (norms | mixer | mlp).items()}
+
+
+def _linear_attn(config: QNextConfig, split_in_proj: bool) -> dict[str, Shape]:
+    dims, hidden = config.gdn, config.hidden_size
+    v_heads = dims.num_v_heads
+    if split_in_proj:
+        rows = {"qkv": dims.conv_dim, "z": dims.value_dim, "b": v_heads, "a": v_heads}
+    else:
+        rows = {"qkvz": dims.conv_dim + dims.value_dim, "ba": 2 * v_heads}
+    tensors: dict[str, Shape] = {f"in_proj_{name}.weight": (n, hidden) for name, n in rows.items()}
+    tensors |= {
+        "conv1d.weight": (dims.conv_dim, 1, dims.conv_kernel_size),
+        "A_log": (v_heads,),
+        "dt_bias": (v_heads,),
+        "norm.weight": (dims.head_v_dim,),
+        "out_proj.weight": (hidden, dims.value_dim),
+    }
+    return {f"linear_attn.{name}": shape for name, shape in tensors.items()}
+
+
+def _self_attn(config: QNextConfig) -> dict[str, Shape]:
+    hidden, head = config.hidden_size, config.head_dim
+    q_dim, kv_dim = config.num_attention_heads * head, config.num_key_value_heads * head
+    projections = {  # q_proj also holds the output gate
+        "q_proj": (2 * q_dim, hidden),
+        "k_proj": (kv_dim, hidden),
+        "v_proj": (kv_dim, hidden),
+        "o_proj": (hidden, q_dim),
+    }
+    tensors: dict[str, Shape] = {f"{name}.weight": shape for name, shape in projections.items()}
+    if config.attention_bias:
+        tensors |= {f"{name}.bias": shape[:1] for name, shape in projections.items()}
+    tensors |= {"q_norm.weight": (head,), "k_norm.weight": (head,)}
+    return {f"self_attn.{name}": shape for name, shape in tensors.items()}
+
+
+def _mlp(prefix: str, hidden: int, intermediate: int) -> dict[str, Shape]:
+    return {
+        f"{prefix}gate_proj.weight": (intermediate, hidden),
+        f"{prefix}up_proj.weight": (intermediate, hidden),
+        f"{prefix}down_proj.weight": (hidden, intermediate),
+    }
+
+
+def _sparse_moe(config: QNextConfig, fused_experts: bool) -> dict[str, Shape]:
+    hidden, experts, intermediate = config.hidden_size, config.num_experts, config.moe_intermediate_size
+    tensors: dict[str, Shape] = {"mlp.gate.weight": (experts, hidden), "mlp.shared_expert_gate.weight": (1, hidden)}
+    tensors |= _mlp("mlp.shared_expert.", hidden, config.shared_expert_intermediate_size)
+    if fused_experts:
+        tensors["mlp.experts.gate_up_proj"] = (experts, 2 * intermediate, hidden)
+        tensors["mlp.experts.down_proj"] = (experts, hidden, intermediate)
+    else:
+        for i in range(experts):
+            tensors |= _mlp(f"mlp.experts.{i}.", hidden, intermediate)
+    return tensors
+
+
+def _expected_for(config: QNextConfig, names: set[str], mtp: bool) -> dict[str, Shape]:
+    """The expected tensors, each layer in the form that ``names`` shows it to be stored in."""
+    modules = {name.rpartition(".")[0] for name in names}
+    tensors = _outer_tensors(config, mtp, lm_head=not config.tie_word_embeddings or "lm_head.weight" in names)
+    for layer in _layers(config, mtp):
+        in_proj = f"{layer.prefix}linear_attn.in_proj_"
+        merged = {in_proj + "qkvz", in_proj + "ba"} & modules
+        split = {in_proj + part for part in ("qkv", "z", "b", "a")} & modules
+        fused = {f"{layer.prefix}mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")} & names
+        tensors |= _layer_tensors(config, layer, bool(split and not merged), bool(fused))
+    return tensors
+
+
+def _is_present(name: str, shape: Shape, names: set[str]) -> bool:
+    if name in names:
+        return True
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and len(shape) == 2 and any(f"{module}.{packed}" in names for packed in PACKED_WEIGHTS)
+
+
+def _is_ignored(name: str) -> bool:
+    """Rotary frequencies, which old checkpoints store although they follow from the configuration."""
+    return name.split(".")[-2:] == ["rotary_emb", "inv_freq"]
+
+
+def _listing(label: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    patterns = collapse(lines)
+    more = [f"and {len(patterns) - _MAX_LISTED} more patterns"] if len(patterns) > _MAX_LISTED else []
+    return f"{label} {len(lines)}: " + "; ".join(patterns[:_MAX_LISTED] + more)
+
+
+def collapse(names: Iterable[str]) -> list[str]:
+    """Merge names that differ in an index only: ``layers.{0..2}.mlp.experts.{1,3..7}.up_proj.weight``."""
+    patterns = list(names)
+    for _ in range(2):  # experts, then layers
+        groups: dict[tuple[str, str], list[int]] = {}
+        for name in patterns:
+            match = re.match(r"(.*\.)(\d+)(\..*)", name)
+            indices = groups.setdefault((match[1], match[3]) if match else (name, ""), [])
+            if match:
+                indices.append(int(match[2]))
+        patterns = [before + _ranges(indices) + after for (before, after), indices in groups.items()]
+    return patterns
+
+
+def _ranges(indices: list[int]) -> str:
+    if len(indices) < 2:
+        return "".join(map(str, indices))
+    runs: list[list[int]] = []
+    for i in sorted(indices):
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("weight_map holds something other than file names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{index}: not a safetensors index ({type(e).__name__}: {e}); download it again") from e
+    return dict(weight_map)
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """Parse one file: 8 bytes of little-endian header length, the JSON header, then the data."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{file}: {size} bytes do not hold a safetensors header; download it again")
+        raw = f.read(length)
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        header.pop("__metadata__", None)
+        infos = {name: TensorInfo(tuple(t["shape"]), t["dtype"], file) for name, t in header.items()}
+        end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"{file}: unreadable safetensors header ({type(e).__name__}: {e}); download it again") from e
+    if end > size:
+        raise ValueError(f"{file}: truncated, {size} bytes found, {end} expected; download it again")
+    return infos

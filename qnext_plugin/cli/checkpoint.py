@@ -1,0 +1,60 @@
+"""``qnext checkpoint``: make checkpoints."""
+
+import argparse
+import json
+import re
+from typing import Any
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
+    group = commands.add_parser("checkpoint", help="make checkpoints").add_subparsers(required=True, metavar="ACTION")
+    random = group.add_parser("random", help="write a complete checkpoint with random weights")
+    random.set_defaults(run=_random)
+    random.add_argument("directory", metavar="DIR", help="an empty or new directory")
+    random.add_argument("--preset", default="tiny", choices=("tiny", "80b"), help="model dimensions (default: tiny)")
+    random.add_argument("--layers", type=int, metavar="N", help="num_hidden_layers")
+    random.add_argument("--experts", type=int, metavar="N", help="num_experts")
+    random.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    random.add_argument("--seed", type=int, default=0, metavar="N")
+    random.add_argument("--dialect", default="published", choices=("published", "transformers5"), help="of config.json")
+    random.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="BYTES", help="such as 500MB")
+    random.add_argument(
+        "--set",
+        action="append",
+        type=_override,
+        default=[],
+        metavar="KEY=JSON",
+        help="another value for a key of config.json, such as tie_word_embeddings=true; may be repeated",
+    )
+
+
+def _random(args: argparse.Namespace) -> None:
+    from qnext_plugin.random_checkpoint import write_random_checkpoint  # imports torch
+
+    counts = {"num_hidden_layers": args.layers, "num_experts": args.experts}
+    write_random_checkpoint(
+        args.directory,
+        preset=args.preset,
+        dtype=args.dtype,
+        seed=args.seed,
+        dialect=args.dialect,
+        overrides={k: v for k, v in counts.items() if v is not None} | dict(args.set),
+        max_shard_size=args.max_shard_size,
+    )
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes or a decimal unit, such as 500MB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=JSON; quote strings, as in KEY='\"text\"'") from None

@@ -1,0 +1,81 @@
+"""Depthwise causal convolution with SiLU over the ``[q | k | v]`` channels of Gated DeltaNet.
+
+``out[t] = silu(sum_w weight[:, w] * x[t - W + 1 + w])``, where tokens before the sequence come from ``conv_state``:
+its last W - 1 inputs, oldest column first, zero for a fresh sequence. Sums are in float32 (float64 for float64
+inputs), outputs in ``x``'s dtype, states in ``conv_state``'s; no argument is written to.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, *, conv_state: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """N sequences packed one after another, of any lengths (shorter than W - 1, or empty, included).
+
+    ``x`` [T, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1], ``cu_seqlens`` [N + 1] (starts at 0, ends at T).
+    Returns ``out`` [T, C] and ``new_state`` [N, C, W - 1].
+    """
+    cu_seqlens = cu_seqlens.long()
+    history = weight.shape[1] - 1
+    compute = torch.promote_types(x.dtype, torch.float32)
+    num_sequences, num_tokens = conv_state.shape[0], x.shape[0]
+    tokens = torch.arange(num_tokens, device=x.device)
+    sequences = torch.arange(num_sequences, device=x.device)
+    columns = torch.arange(history, device=x.device)
+    # One stream in which every sequence's tokens follow its own history.
+    stream = x.new_empty(num_tokens + num_sequences * history, x.shape[1], dtype=compute)
+    position = tokens + (torch.bucketize(tokens, cu_seqlens[1:], right=True) + 1) * history
+    stream[position] = x.to(compute)
+    begin = cu_seqlens[:-1] + sequences * history
+    stream[begin[:, None] + columns] = conv_state.mT.to(compute)
+
+    out = _convolve(stream, weight)[position - history]
+    end = cu_seqlens[1:] + sequences * history
+    return out.to(x.dtype), stream[end[:, None] + columns].mT.to(conv_state.dtype).contiguous()
+
+
+def causal_conv1d_update(x: Tensor, weight: Tensor, *, conv_state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each of N sequences.
+
+    ``x`` [N, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1]. Returns ``out`` [N, C] and ``new_state``
+    [N, C, W - 1].
+    """
+    window = torch.cat([conv_state, x[..., None].to(conv_state.dtype)], dim=-1)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    out = F.silu((window.to(compute) * weight.to(compute)).sum(-1))
+    return out.to(x.dtype), window[..., 1:]
+
+
+def causal_conv1d_verify(
+    x: Tensor, weight: Tensor, *, conv_state: Tensor, num_accepted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """D tokens (one accepted, D - 1 drafts) for each of N sequences, in a state that can roll back.
+
+    ``x`` [N, D, C], ``weight`` [C, W], ``conv_state`` [N, C, >= W - 1] as the last call left it, and ``num_accepted``
+    [N] the tokens of that call that were accepted (>= 1; 1 after ``causal_conv1d`` or ``causal_conv1d_update``).
+    Returns ``out`` [N, D, C] and ``new_state`` [N, C, W - 1 + D - 1]: W - 2 columns of history, then the D tokens.
+    Pad shorter sequences at the end with anything: no token reads a later one.
+    """
+    window = accepted_window(conv_state, num_accepted, weight.shape[1])
+    stream = torch.cat([window, x.mT.to(window.dtype)], dim=-1)
+    out = _convolve(stream.permute(2, 0, 1), weight).transpose(0, 1)
+    return out.to(x.dtype), stream[..., 1:]
+
+
+def accepted_window(conv_state: Tensor, num_accepted: Tensor, width: int) -> Tensor:
+    """The W - 1 columns before the next token, [N, C, W - 1], once ``num_accepted`` [N] tokens of the last
+    ``causal_conv1d_verify`` were accepted: columns ``num_accepted - 1`` and on of ``conv_state``."""
+    columns = (num_accepted - 1)[:, None] + torch.arange(width - 1, device=conv_state.device)
+    return conv_state.gather(2, columns[:, None].expand(-1, conv_state.shape[1], -1))
+
+
+def _convolve(stream: Tensor, weight: Tensor) -> Tensor:
+    """``stream`` [L, ..., C] to [L - W + 1, ..., C]."""
+    compute = torch.promote_types(stream.dtype, torch.float32)
+    stream, taps = stream.to(compute), weight.to(compute).mT.contiguous()
+    length = stream.shape[0] - len(taps) + 1
+    out = stream[:length] * taps[0]
+    for w in range(1, len(taps)):
+        out.addcmul_(stream[w : w + length], taps[w])
+    return F.silu(out, inplace=True)

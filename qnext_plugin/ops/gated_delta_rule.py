@@ -1,0 +1,163 @@
+"""The gated delta rule: single-token decode, multi-token verify, chunked prefill.
+
+Per value head, with state ``S`` [K, V], log decay ``g`` and write strength ``beta`` (Yang et al., "Gated Delta
+Networks", arXiv 2412.06464, eq. 10)::
+
+    S <- exp(g) S;   S <- S + k (beta (v - S^T k))^T;   out = S^T q
+
+``q`` and ``k`` are L2-normalised here and ``q`` is scaled by ``K**-0.5``. Value head ``j`` reads key head
+``j // (Hv // Hk)``. Sums are in float32 (float64 for float64 inputs), outputs in ``v``'s dtype, states in
+``initial_state``'s; no argument is written to.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gating(a: Tensor, b: Tensor, *, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Log decay ``g = -exp(A_log) * softplus(a + dt_bias)`` (<= 0) and write strength ``beta = sigmoid(b)``.
+
+    ``a``, ``b`` [..., Hv] are logits, ``A_log``, ``dt_bias`` [Hv]; both results are [..., Hv], at least float32.
+    """
+    compute = torch.promote_types(a.dtype, torch.float32)
+    g = -A_log.to(compute).exp() * F.softplus(a.to(compute) + dt_bias.to(compute))
+    return g, b.to(compute).sigmoid()
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """``x * rsqrt(sum(x^2) + eps)`` over the last dimension, as in ``fla`` and ``transformers``; at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def recurrent_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token for each of N sequences.
+
+    ``q``, ``k`` [N, Hk, K], ``v`` [N, Hv, V], ``g``, ``beta`` [N, Hv], ``initial_state`` [N, Hv, K, V].
+    Returns ``out`` [N, Hv, V] and ``final_state`` [N, Hv, K, V].
+    """
+    out, states = verify_gated_delta_rule(
+        q[:, None], k[:, None], v[:, None], g=g[:, None], beta=beta[:, None], initial_state=initial_state
+    )
+    return out[:, 0], states[:, 0]
+
+
+def verify_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """D draft positions for each of N sequences, keeping the state after every one of them.
+
+    ``q``, ``k`` [N, D, Hk, K], ``v`` [N, D, Hv, V], ``g``, ``beta`` [N, D, Hv], ``initial_state`` [N, Hv, K, V].
+    Returns ``out`` [N, D, Hv, V] and ``states`` [N, D, Hv, K, V]; having accepted ``n`` positions, go on from
+    ``states[:, n - 1]``. Pad shorter sequences at the end with anything: a position never reads a later one.
+    """
+    heads_per_group = v.shape[2] // q.shape[2]
+    compute = torch.promote_types(v.dtype, torch.float32)
+    qk = torch.stack([l2norm(q).to(compute) * q.shape[-1] ** -0.5, l2norm(k).to(compute)], dim=3)
+    qk = qk.repeat_interleave(heads_per_group, dim=2)
+    q_dot_k = (qk[..., 0, :] * qk[..., 1, :]).sum(-1, keepdim=True)
+    beta, decay = beta.to(compute)[..., None], g.to(compute).exp()[..., None, None]
+
+    out = torch.empty_like(v)
+    state = initial_state.to(compute)
+    states = state.new_empty(v.shape[0], v.shape[1], *state.shape[1:])
+    for i in range(v.shape[1]):
+        # S^T q after the write is S^T q before it plus (q . k) times what is written: one pass over S for both reads.
+        read_q, read_k = ((qk[:, i] @ state) * decay[:, i]).unbind(-2)
+        delta = beta[:, i] * (v[:, i] - read_k)
+        out[:, i] = read_q + q_dot_k[:, i] * delta
+        state = torch.mul(state, decay[:, i], out=states[:, i])
+        state.addcmul_(qk[:, i, :, 1, :, None], delta[..., None, :])
+    return out, states.to(initial_state.dtype)
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Prefill of N sequences packed one after another.
+
+    ``q``, ``k`` [T, Hk, K], ``v`` [T, Hv, V], ``g``, ``beta`` [T, Hv], ``initial_state`` [N, Hv, K, V],
+    ``cu_seqlens`` [N + 1] (starts at 0, ends at T; empty sequences are allowed).
+    Returns ``out`` [T, Hv, V] and ``final_state`` [N, Hv, K, V].
+
+    Within a chunk with cumulative log decay ``c`` the writes ``u`` (rows) of all tokens solve one unit lower
+    triangular system, the UT transform of arXiv 2412.06464, section 3.3::
+
+        (I + strictly_lower(beta_i e^(c_i - c_j) k_i.k_j)) u = beta (v - e^c k S)
+    """
+    num_k_heads, head_k_dim = q.shape[1:]
+    num_v_heads, head_v_dim = v.shape[1:]
+    heads_per_group = num_v_heads // num_k_heads
+    dtype, compute = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    cu_seqlens = cu_seqlens.long()
+    chunk_size = max(1, min(chunk_size, int(cu_seqlens.diff().max())))
+    slots, order, active = _chunk_layout(cu_seqlens, q.shape[0], chunk_size)
+    num_chunks = sum(active)
+
+    def to_chunks(x: Tensor) -> Tensor:
+        padded = x.new_zeros(num_chunks * chunk_size, *x.shape[1:], dtype=compute)
+        padded[slots] = x.to(compute)
+        return padded.unflatten(0, (num_chunks, chunk_size)).transpose(1, 2)
+
+    def by_group(x: Tensor) -> Tensor:
+        return to_chunks(x).unflatten(1, (num_k_heads, heads_per_group))
+
+    # [chunks, Hk, 1, C, K] and [chunks, Hk, Hv // Hk, C, ...]
+    q = to_chunks(l2norm(q) * head_k_dim**-0.5).unsqueeze(2)
+    k = to_chunks(l2norm(k)).unsqueeze(2)
+    v, beta, log_decay = by_group(v), by_group(beta), by_group(g).cumsum(-1)
+
+    future = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
+    decay = log_decay[..., :, None] - log_decay[..., None, :]
+    decay = decay.masked_fill_(future, float("-inf")).exp_()
+    attention = q @ k.mT * decay
+    system = decay.mul_(k @ k.mT).mul_(beta[..., None])
+    solve = torch.linalg.solve_triangular(system, torch.diag_embed(beta), upper=False, unitriangular=True)
+
+    from_start = log_decay.exp()[..., None]
+    to_end = (log_decay[..., -1:] - log_decay).exp()[..., None]
+    whole = log_decay[..., -1, None, None].exp()
+    qk = torch.cat([q, k], dim=-2)
+    out = v.new_empty(num_chunks, chunk_size, num_k_heads, heads_per_group, head_v_dim)
+    state = initial_state[order].to(compute).unflatten(1, (num_k_heads, heads_per_group))
+    start = 0
+    for n in active:
+        chunk = slice(start, start + n)
+        read_q, read_k = (qk[chunk] @ state[:n]).chunk(2, dim=-2)
+        written = solve[chunk] @ (v[chunk] - from_start[chunk] * read_k)
+        out[chunk] = (from_start[chunk] * read_q + attention[chunk] @ written).permute(0, 3, 1, 2, 4)
+        state[:n] = whole[chunk] * state[:n] + k[chunk].mT @ (to_end[chunk] * written)
+        start += n
+
+    final_state = torch.empty_like(initial_state)
+    final_state[order] = state.flatten(1, 2).to(final_state.dtype)
+    return out.view(-1, num_v_heads, head_v_dim)[slots].to(dtype), final_state
+
+
+def _chunk_layout(cu_seqlens: Tensor, num_tokens: int, chunk_size: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Where each token goes when chunks are laid out by chunk index, then by sequence, longest first.
+
+    Returns ``slots`` [T], the sequences' ``order`` [N], and how many sequences have an i-th chunk: those are the
+    first ones in ``order``, so that each step of the scan over chunks is a slice.
+    """
+    num_chunks = (cu_seqlens.diff() + chunk_size - 1) // chunk_size
+    order = num_chunks.argsort(descending=True, stable=True)
+    index = torch.arange(int(num_chunks.max()), device=cu_seqlens.device)
+    active = (num_chunks > index[:, None]).sum(1)
+    first = active.cumsum(0) - active
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device)
+    sequence = torch.bucketize(tokens, cu_seqlens[1:], right=True)
+    position = tokens - cu_seqlens[sequence]
+    slots = (first[position // chunk_size] + order.argsort()[sequence]) * chunk_size + position % chunk_size
+    return slots, order, active.tolist()

@@ -1,0 +1,145 @@
+"""Serve a checkpoint with vLLM, stream one chat completion from it, say which class served it, and stop.
+
+Usage: demo.py MODEL PORT (scripts/demo prepares both)
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from openai import OpenAI, OpenAIError
+
+START_TIMEOUT = 300
+PROMPT = "Explain in one sentence what a linear attention layer keeps in its state."
+
+
+def main(model: str, port: str) -> None:
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: sys.exit("demo: stopped"))
+    os.environ["no_proxy"] = "127.0.0.1"
+    log = Path(model).with_name("demo.log")
+    command = serve_command(model, port)
+    print(f"starting: {' '.join(command)}\nits log: {log}", flush=True)
+    server = start(command, log)
+    try:
+        wait_until_healthy(server, port, log)
+        stream_answer(port)
+        report_serving_class(log)
+    except OpenAIError as error:
+        fail(f"the request failed: {error}", log)
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted")
+    finally:
+        stop(server)
+        print("server stopped", flush=True)
+
+
+def serve_command(model: str, port: str) -> list[str]:
+    flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "demo"]
+    small = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30)]
+    return ["vllm", "serve", model, *flags, *small]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    # vLLM's CPU worker leaves a core idle by default.
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    defaults = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            env={**defaults, **os.environ},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def wait_until_healthy(server: subprocess.Popen[bytes], port: str, log: Path) -> None:
+    started, shown = time.monotonic(), 0.0
+    while not healthy(port):
+        elapsed = time.monotonic() - started
+        if server.poll() is not None:
+            fail(f"the server exited with status {server.returncode} after {elapsed:.0f} s", log)
+        if elapsed > START_TIMEOUT:
+            fail(f"the server is not healthy after {START_TIMEOUT} s", log)
+        if elapsed >= shown + 5:
+            shown = elapsed
+            print(f"waiting for the server: {elapsed:.0f} s", flush=True)
+        time.sleep(0.5)
+    print(f"the server is up after {time.monotonic() - started:.0f} s", flush=True)
+    if server.poll() is not None:
+        fail(f"another server answers on port {port}; ours exited with status {server.returncode}", log)
+
+
+def healthy(port: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def stream_answer(port: str) -> None:
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    print(f"\nuser: {PROMPT}\nassistant: ", end="", flush=True)
+    started, tokens = time.monotonic(), 0
+    for chunk in client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=64,
+        temperature=0.7,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
+        if chunk.usage:
+            tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            print(choice.delta.content or "", end="", flush=True)
+    if not tokens:
+        sys.exit("demo: the server answered with no tokens")
+    print(f"\n[{tokens} tokens in {time.monotonic() - started:.1f} s; the weights are random, so is the text]\n")
+
+
+def report_serving_class(log: Path) -> None:
+    # Without this check a plugin that failed to load would pass: the engine then serves its native model.
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "is served by vllm_ext" in line]
+    if not lines:
+        fail("the server did not say that qnext-plugin serves the model; the engine's native model answered", log)
+    print(lines[0], flush=True)
+
+
+def fail(message: str, log: Path) -> None:
+    print(f"demo: {message}; the end of {log}:")
+    print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
+    sys.exit(1)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server and every process it started: politely, then not."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    for signum, patience in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            if signum == signal.SIGINT and server.poll() is None:
+                server.send_signal(signum)
+            else:
+                os.killpg(server.pid, signum)
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            server.poll()
+            try:
+                os.killpg(server.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

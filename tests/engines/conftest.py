@@ -1,0 +1,77 @@
+"""One engine start per configuration and session, shared by every test that asks for it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines import process
+from tests.engines.checkpoints import write_checkpoint
+from tests.engines.mutants import MUTANTS
+from tests.engines.scenarios import CONFIGS, Result, pairs, to_result
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a named checkpoint, written on first use."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return cache(lambda name: write_checkpoint(root, name))
+
+
+@pytest.fixture(scope="session")
+def vllm(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], "Served"]:
+    """What one vLLM engine answered to every scenario of a configuration (and, under "prefix", to the mutants)."""
+    pytest.importorskip("vllm")
+    root = tmp_path_factory.mktemp("vllm")
+
+    @cache
+    def outcome(config: str) -> Served | AssertionError:
+        spec, out, log = (root / f"{config}.{suffix}" for suffix in ("spec.json", "out.json", "log"))
+        spec.write_text(
+            json.dumps(
+                {
+                    "model": str(checkpoint(CONFIGS[config].checkpoint)),
+                    "config": asdict(CONFIGS[config]),
+                    "scenarios": [scenario for name, scenario in pairs() if name == config],
+                    "mutants": [name for name, mutant in MUTANTS.items() if mutant.config == config],
+                    "expect_module": "vllm_ext",
+                }
+            )
+        )
+        try:
+            status = process.run(["-m", "tests.engines.vllm_worker", str(spec), str(out)], log)
+            assert status == 0, f"engine {config!r} ended with status {status}\n{process.tail(log)}"
+        except AssertionError as e:
+            return e
+        return Served(json.loads(out.read_text()))
+
+    def served(config: str) -> Served:
+        result = outcome(config)
+        if isinstance(result, AssertionError):
+            raise result
+        return result
+
+    return served
+
+
+class Served:
+    """A worker's output: ``module`` (of the serving class), ``kernels``, ``seconds`` and results by scenario."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        self.module: str = raw["module"]
+        self.kernels: list[str] = raw["kernels"]
+        self.seconds: dict[str, float] = raw["seconds"]
+        self._results = raw["results"]
+
+    def __getitem__(self, scenario: str) -> Result:
+        return to_result(self._results[scenario])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,142 @@
+"""One-line breakages of a served model, each of which a named scenario must notice.
+
+They are applied inside a live engine, so that all of them cost one start. A breakage that no scenario notices means
+that the scenario's bound proves nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``applied(model)`` is a context manager inside which the served model is broken."""
+
+    applied: Callable[[Any], AbstractContextManager[Any]]
+    scenario: str
+    config: str = "prefix"
+
+
+def _mixers(model: Any) -> list[Any]:
+    return [m for m in model.modules() if type(m).__name__ == "GatedDeltaNet"]
+
+
+@contextmanager
+def _parameter(parameter: torch.Tensor, broken: torch.Tensor) -> Iterator[None]:
+    original = parameter.data.clone()
+    assert not torch.equal(original, broken), "the mutant changes nothing"
+    parameter.data.copy_(broken)
+    try:
+        yield
+    finally:
+        parameter.data.copy_(original)
+
+
+def _swap_rows(parameter: torch.Tensor, first: slice, second: slice) -> AbstractContextManager[None]:
+    broken = parameter.data.clone()
+    broken[first], broken[second] = parameter.data[second], parameter.data[first]
+    return _parameter(parameter, broken)
+
+
+def value_heads_swapped(model: Any) -> AbstractContextManager[None]:
+    """The last two value heads' rows of one ``in_proj_qkvz``, as a permutation that counts a group wrongly leaves."""
+    mixer = _mixers(model)[0]
+    size, end = mixer.dims.head_v_dim, mixer.dims.conv_dim
+    return _swap_rows(mixer.in_proj_qkvz.weight, slice(end - 2 * size, end - size), slice(end - size, end))
+
+
+def b_and_a_swapped(model: Any) -> AbstractContextManager[None]:
+    """``in_proj_ba`` of one layer as ``[a | b]``."""
+    mixer = _mixers(model)[-1]
+    half = mixer.dims.num_v_heads
+    return _swap_rows(mixer.in_proj_ba.weight, slice(0, half), slice(half, 2 * half))
+
+
+def query_and_gate_swapped(model: Any) -> AbstractContextManager[None]:
+    """The first attention head's query rows as its gate and the other way round."""
+    attention = next(m for m in model.modules() if type(m).__name__ == "GatedAttention")
+    size = attention.head_dim
+    return _swap_rows(attention.qkv_proj.weight, slice(0, size), slice(size, 2 * size))
+
+
+def _ops(name: str, broken: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """Replace ``qnext_plugin.ops.name`` by ``broken(original, *args, **kwargs)``."""
+    from qnext_plugin import ops
+
+    original = getattr(ops, name)
+    return patch.object(ops, name, lambda *args, **kwargs: broken(original, *args, **kwargs))
+
+
+def decay_sign(model: Any) -> AbstractContextManager[Any]:
+    def broken(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        g, beta = original(*args, **kwargs)
+        return -g, beta
+
+    return _ops("gating", broken)
+
+
+def _shifted_window(original: Callable[..., Any], *args: Any, conv_state: torch.Tensor, **kwargs: Any) -> Any:
+    return original(*args, conv_state=conv_state.roll(1, dims=-1), **kwargs)
+
+
+def conv_window_off_by_one_in_decode(model: Any) -> AbstractContextManager[Any]:
+    return _ops("causal_conv1d_update", _shifted_window)
+
+
+def conv_window_off_by_one_in_prefill(model: Any) -> AbstractContextManager[Any]:
+    return _ops("causal_conv1d", _shifted_window)
+
+
+def slot_not_zeroed(model: Any) -> AbstractContextManager[Any]:
+    """A new sequence reads what its recurrent slot held before."""
+    from vllm_ext.kernels import TorchDelta
+
+    prefill = TorchDelta.prefill
+
+    def broken(self: Any, *args: Any, has_state: torch.Tensor, **kwargs: Any) -> Any:
+        return prefill(self, *args, has_state=torch.ones_like(has_state), **kwargs)
+
+    return patch.object(TorchDelta, "prefill", broken)
+
+
+def state_dropped_at_prefix_restore(model: Any) -> AbstractContextManager[Any]:
+    """A prefix-cache hit finds zeros where the restored recurrent state should be."""
+    from vllm.v1.worker import mamba_utils
+
+    preprocess = mamba_utils.preprocess_mamba
+
+    def broken(
+        scheduler_output: Any, kv_cache_config: Any, cache_config: Any, state_idx: Any, input_batch: Any,
+        requests: Any, forward_context: Any, *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        known = set(state_idx)
+        preprocess(
+            scheduler_output, kv_cache_config, cache_config, state_idx, input_batch, requests, forward_context,
+            *args, **kwargs,
+        )  # fmt: skip
+        restored = [r for r in input_batch.req_ids if r not in known and requests[r].num_computed_tokens > 0]
+        for group, spec in enumerate(kv_cache_config.kv_cache_groups):
+            for name in spec.layer_names:
+                if type(forward_context[name]).__name__ == "GatedDeltaNet":
+                    for request in restored:
+                        block = requests[request].block_ids[group][state_idx[request]]
+                        forward_context[name].kv_cache[1][block] = 0
+
+    return patch.object(mamba_utils, "preprocess_mamba", broken)
+
+
+MUTANTS = {
+    "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
+    "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
+    "conv_window_off_by_one_in_decode": Mutant(conv_window_off_by_one_in_decode, "short"),
+    "conv_window_off_by_one_in_prefill": Mutant(conv_window_off_by_one_in_prefill, "prefix_aba"),
+    "value_heads_swapped": Mutant(value_heads_swapped, "short"),
+    "b_and_a_swapped": Mutant(b_and_a_swapped, "short"),
+    "query_and_gate_swapped": Mutant(query_and_gate_swapped, "short"),
+    "decay_sign": Mutant(decay_sign, "short"),
+}

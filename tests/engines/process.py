@@ -1,0 +1,79 @@
+"""Child processes that end when they should, and leave a readable trace when they do not."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+@contextmanager
+def started(command: Sequence[str], log: Path, env: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ``python *command`` in its own process group, output to ``log``; the whole group is gone on leaving."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | env,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        for sig, grace in ((signal.SIGINT, 15), (signal.SIGKILL, 15)):
+            if process.poll() is None or sig == signal.SIGKILL:
+                try:
+                    os.killpg(process.pid, sig)
+                except ProcessLookupError:
+                    break
+                try:
+                    process.wait(grace)
+                except subprocess.TimeoutExpired:
+                    continue
+
+
+def run(command: Sequence[str], log: Path, env: Mapping[str, str] = {}, timeout: float = 240) -> int:
+    """Exit status of ``python *command``; a timeout is an assertion error with the log's tail."""
+    with started(command, log, env) as process:
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{' '.join(command)}: still running after {timeout} s\n{tail(log)}") from None
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def wait_until(condition, process: subprocess.Popen[bytes], log: Path, timeout: float = 180) -> None:
+    """Poll until ``condition()`` holds; a dead process or a timeout is an assertion error with the log's tail."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"process ended with status {process.returncode}\n{tail(log)}"
+        assert time.monotonic() < deadline, f"not ready after {timeout} s\n{tail(log)}"
+        time.sleep(0.3)

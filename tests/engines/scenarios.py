@@ -1,0 +1,192 @@
+"""What an engine is asked to do and how its answers are judged; knows no engine.
+
+An ``EngineConfig`` is one engine start, a ``Scenario`` is a sequence of batches sent to it. The engine side turns each
+request into a ``Completion`` with its full log-probability distributions; ``compare`` holds them against a reference.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+VOCAB_SIZE = 256  # every test vocabulary holds at least these ids
+MAX_MODEL_LEN = 1024
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine start. ``token_budget`` is the most tokens one step computes, ``num_blocks`` the whole cache."""
+
+    checkpoint: str
+    dtype: str = "float32"
+    compiled: bool = False
+    prefix_caching: bool = False
+    token_budget: int | None = None
+    num_blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Batches sent one after the other, each as concurrent greedy requests of ``max_tokens``.
+
+    ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks;
+    ``preempts`` says that the cache must run out on the way. Without them such a scenario would prove nothing.
+    """
+
+    batches: tuple[tuple[tuple[int, ...], ...], ...]
+    configs: tuple[str, ...]
+    max_tokens: int = 24
+    prompt_logprobs: bool = False
+    hits: tuple[tuple[int, int], ...] = ()
+    preempts: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answered request. ``logprobs`` is ``[len(token_ids), vocab_size]`` in float32, row t for ``token_ids[t]``.
+
+    ``prompt_logprobs``, where asked for, is ``[len(prompt) - 1, vocab_size]``, row p for ``prompt[p + 1]``.
+    """
+
+    prompt: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: torch.Tensor
+    prompt_logprobs: torch.Tensor | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A scenario's completions by batch, and what the engine counted meanwhile."""
+
+    batches: list[list[Completion]]
+    num_preemptions: int
+    block_size: int
+
+
+@dataclass
+class Difference:
+    """Largest absolute log-probability difference, where it is, and tokens the reference would not have chosen."""
+
+    value: float = 0.0
+    where: str = "nowhere"
+    wrong_tokens: list[str] = field(default_factory=list)
+
+    def add(self, difference: torch.Tensor, where: str) -> None:
+        """Fold in ``[positions, vocab_size]``; NaN counts as infinite."""
+        if difference.numel() == 0:
+            return
+        by_position = difference.abs().nan_to_num(nan=math.inf).amax(-1)
+        position = int(by_position.argmax())
+        if by_position[position] > self.value:
+            self.value, self.where = float(by_position[position]), f"{where} row {position} of {len(by_position)}"
+
+
+def tokens(length: int, seed: int) -> tuple[int, ...]:
+    """A prompt of ``length`` random ids, the same for the same ``seed``."""
+    rng = random.Random(seed)
+    return tuple(rng.randrange(VOCAB_SIZE) for _ in range(length))
+
+
+CONFIGS = {
+    "eager": EngineConfig("tiny", num_blocks=48),
+    "compiled": EngineConfig("tiny", compiled=True, num_blocks=48),
+    "chunked": EngineConfig("tiny", token_budget=64, num_blocks=48),
+    "prefix": EngineConfig("tiny", prefix_caching=True, num_blocks=160),
+    "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=64),
+    "odd-a": EngineConfig("odd-a"),
+    "odd-b": EngineConfig("odd-b"),
+    "odd-c": EngineConfig("odd-c"),
+    "odd-d": EngineConfig("odd-d"),
+    "bfloat16": EngineConfig("bfloat16", dtype="bfloat16"),
+    "bfloat16-compiled": EngineConfig("bfloat16", dtype="bfloat16", compiled=True, prefix_caching=True),
+}
+
+_A, _B = tokens(500, seed=1), tokens(410, seed=2)
+_LENGTHS = tuple(tokens(length, seed=length) for length in (1, 7, 40, 130, 300, 700))
+
+SCENARIOS = {
+    "mixed_lengths": Scenario((_LENGTHS,), configs=tuple(name for name in CONFIGS if name != "starved")),
+    "short": Scenario((_LENGTHS[1:4],), configs=("prefix",), max_tokens=8),
+    "slot_reuse": Scenario(
+        # Long sequences leave their state behind; the next ones start in the same slots.
+        tuple(tuple(tokens(length, seed=10 * i + length) for length in (90, 65, 3)) for i in range(6)),
+        configs=("eager", "compiled", "chunked", "prefix"),
+        max_tokens=4,
+    ),
+    "prompt_logprobs": Scenario((_LENGTHS[2:5],), ("eager", "chunked", "compiled"), max_tokens=2, prompt_logprobs=True),
+    "prefix_aba": Scenario(
+        ((_A,), (_B,), (_A,), (_A[:300] + _B[:77], _B), (_A + _B[:100], _A[:499])),
+        configs=("prefix", "bfloat16-compiled"),
+        hits=((2, 0), (3, 1), (4, 0), (4, 1)),
+    ),
+    "preemption": Scenario(
+        (tuple(tokens(260 + 17 * i, seed=100 + i) for i in range(4)),),
+        configs=("starved",),
+        max_tokens=60,
+        preempts=True,
+    ),
+    "prefix_chunked": Scenario(((_A,), (_A[:330] + _B[:40],)), configs=("starved",), hits=((1, 0),)),
+}
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every (config name, scenario name) to run, grouped by config."""
+    return [(c, s) for c in CONFIGS for s, scenario in SCENARIOS.items() if c in scenario.configs]
+
+
+def to_result(raw: Mapping[str, Any]) -> Result:
+    """Parse what an engine's worker wrote as JSON."""
+
+    def completion(c: Mapping[str, Any]) -> Completion:
+        prompt_logprobs = c["prompt_logprobs"]
+        return Completion(
+            prompt=tuple(c["prompt"]),
+            token_ids=tuple(c["token_ids"]),
+            logprobs=torch.tensor(c["logprobs"]),
+            prompt_logprobs=None if prompt_logprobs is None else torch.tensor(prompt_logprobs),
+            num_cached_tokens=c["num_cached_tokens"],
+        )
+
+    batches = [[completion(c) for c in batch] for batch in raw["batches"]]
+    return Result(batches, raw["num_preemptions"], raw["block_size"])
+
+
+def requests(result: Result) -> Iterable[tuple[str, Completion]]:
+    for i, batch in enumerate(result.batches):
+        for j, completion in enumerate(batch):
+            yield f"batch {i} request {j} ({len(completion.prompt)} prompt tokens)", completion
+
+
+def compare(
+    result: Result, reference: Callable[[tuple[int, ...]], torch.Tensor], tolerance: float = math.inf
+) -> Difference:
+    """Hold a result against ``reference``, which maps ids ``[n]`` to next-token log-probabilities ``[n, vocab_size]``.
+
+    The reference reads the prompt and the tokens the engine itself chose, so one early difference does not hide the
+    rest. A chosen token is wrong where the reference prefers another by more than twice ``tolerance``: two engines
+    each within it can disagree on smaller gaps.
+    """
+    difference = Difference()
+    for where, completion in requests(result):
+        expected = reference(completion.prompt + completion.token_ids)
+        generated = expected[len(completion.prompt) - 1 : -1]
+        assert completion.logprobs.shape == generated.shape, f"{where}: {tuple(completion.logprobs.shape)}"
+        difference.add(completion.logprobs - generated, f"{where}, generated")
+        if completion.prompt_logprobs is not None:
+            difference.add(completion.prompt_logprobs - expected[: len(completion.prompt) - 1], f"{where}, prompt")
+        gap = generated.amax(-1) - generated.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        difference.wrong_tokens += [f"{where}, generated {t}" for t in (gap > 2 * tolerance).nonzero()[:, 0].tolist()]
+    return difference
+
+
+def check_conditions(scenario: Scenario, result: Result) -> None:
+    """Assert that the scenario did what it exists for: real prefix hits over several blocks, real preemptions."""
+    for i, j in scenario.hits:
+        hit = result.batches[i][j].num_cached_tokens
+        assert hit >= 2 * result.block_size, f"batch {i} request {j}: {hit} cached tokens, blocks of {result.block_size}"
+    if scenario.preempts:
+        assert result.num_preemptions > 0, "no request was preempted"

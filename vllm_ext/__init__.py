@@ -1,0 +1,13 @@
+"""Qwen3-Next for vLLM. The engine resolves ``vllm_ext:<class>``; nothing is imported before it does."""
+
+from typing import Any
+
+__all__ = ["Qwen3NextForCausalLM"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from vllm_ext import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,209 @@
+"""Qwen3-Next for vLLM: decoder layer, trunk and causal LM."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import (
+    EagleModelMixin,
+    HasInnerState,
+    IsHybrid,
+    MixtureOfExperts,
+    SupportsEagle3,
+    SupportsPP,
+)
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from qnext_plugin import __version__
+from qnext_plugin.config import FULL, QNextConfig
+from vllm_ext.compat import check_engine_version
+from vllm_ext.config import qnext_config
+from vllm_ext.gated_attention import GatedAttention
+from vllm_ext.gated_delta_net import GatedDeltaNet
+from vllm_ext.sparse_moe import MLP, SparseMoeBlock
+from vllm_ext.state import state_dtypes, state_shapes
+from vllm_ext.weights import check_checkpoint, load_weights
+
+# Under vLLM's own logger tree, whose handlers and level are the user's.
+logger = init_logger("vllm.qnext_plugin")
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: QNextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        layer_idx = extract_layer_index(prefix)
+        self.full_attention = config.layer_types[layer_idx] == FULL
+        if self.full_attention:
+            self.self_attn = GatedAttention(config, vllm_config, prefix=f"{prefix}.self_attn")
+        else:
+            self.linear_attn = GatedDeltaNet(config, vllm_config, prefix=f"{prefix}.linear_attn")
+        self.mlp = (
+            SparseMoeBlock(config, vllm_config, prefix=f"{prefix}.mlp")
+            if config.is_sparse(layer_idx)
+            else MLP(config.hidden_size, config.intermediate_size, vllm_config, prefix=f"{prefix}.mlp")
+        )
+        self.input_layernorm = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            hidden_states, residual = self.input_layernorm(hidden_states), hidden_states
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        if self.full_attention:
+            hidden_states = self.self_attn(positions, hidden_states)
+        else:
+            hidden_states = self.linear_attn(hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+@support_torch_compile
+class Qwen3NextModel(nn.Module, EagleModelMixin):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = qnext_config(vllm_config)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda prefix: DecoderLayer(config, vllm_config, prefix),
+            prefix=f"{prefix}.layers",
+        )
+        self.norm = (
+            ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            if get_pp_group().is_last_rank
+            else PPMissingLayer()
+        )
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        if get_pp_group().is_first_rank:
+            hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            residual = None
+        else:
+            assert intermediate_tensors is not None
+            hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        aux_hidden_states = self._maybe_add_hidden_state([], self.start_layer, hidden_states, residual)
+        for idx, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer):
+            hidden_states, residual = layer(positions, hidden_states, residual)
+            self._maybe_add_hidden_state(aux_hidden_states, idx + 1, hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return (hidden_states, aux_hidden_states) if aux_hidden_states else hidden_states
+
+
+class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, MixtureOfExperts, SupportsEagle3, SupportsPP):
+    packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+        "in_proj_qkvz": ["in_proj_qkvz"],
+        "in_proj_ba": ["in_proj_ba"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        check_engine_version()
+        self.config = qnext_config(vllm_config)
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                f"speculative method {vllm_config.speculative_config.method!r} found; qnext-plugin serves "
+                "without speculation: drop --speculative-config, or set QNEXT_DISABLE=1 for vLLM's own model"
+            )
+        check_checkpoint(self.config, vllm_config)
+        self.quant_config = vllm_config.quant_config
+        self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            )
+            if self.config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self._describe_experts()
+        logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
+
+    def _describe_experts(self) -> None:
+        """The bookkeeping of vLLM's expert-parallel load balancer."""
+        blocks = [layer.mlp for layer in self.model.layers if isinstance(getattr(layer, "mlp", None), SparseMoeBlock)]
+        self.moe_layers = [block.experts for block in blocks]
+        self.num_moe_layers = len(blocks)
+        self.num_expert_groups, self.num_shared_experts = 1, 0
+        for name in ("logical_experts", "physical_experts", "local_physical_experts", "routed_experts"):
+            setattr(self, f"num_{name}", getattr(blocks[0], f"n_{name}") if blocks else 0)
+        self.num_redundant_experts = self.num_physical_experts - self.num_logical_experts
+
+    def update_physical_experts_metadata(self, num_physical_experts: int, num_local_physical_experts: int) -> None:
+        assert self.num_local_physical_experts == num_local_physical_experts
+        self.num_physical_experts = num_physical_experts
+        self.num_redundant_experts = num_physical_experts - self.num_logical_experts
+        for experts in self.moe_layers:
+            experts.update_expert_map()
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        quant_method = None if self.quant_config is None else self.quant_config.get_name()
+        return load_weights(self, self.config, weights, quant_method)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
+        return state_dtypes(vllm_config)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return state_shapes(
+            qnext_config(vllm_config).gdn,
+            vllm_config.parallel_config.tensor_parallel_size,
+            vllm_config.num_speculative_tokens,
+        )
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, MambaStateCopyFunc]:
+        return MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func()

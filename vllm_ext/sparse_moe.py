@@ -1,0 +1,109 @@
+"""The feed-forward halves of a layer: mixture of experts with a gated shared expert, and the dense MLP."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_ep_group, get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.models.utils import sequence_parallel_chunk
+
+from qnext_plugin.config import QNextConfig
+
+
+class MLP(nn.Module):
+    """SwiGLU, its output scaled by ``sigmoid(gate(x))`` where a gate is given."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        vllm_config: VllmConfig,
+        prefix: str,
+        gate: nn.Module | None = None,
+        reduce_results: bool = True,
+        disable_tp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size,
+            [intermediate_size] * 2,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            disable_tp=disable_tp,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            hidden_size,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            reduce_results=reduce_results,
+            disable_tp=disable_tp,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act_fn = SiluAndMul()
+        # In a tuple, so that the gate stays a parameter of the block that owns it.
+        self._gate = (gate,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, _ = self.down_proj(self.act_fn(self.gate_up_proj(x)[0]))
+        (gate,) = self._gate
+        return out if gate is None else torch.sigmoid(gate(x)[0]) * out
+
+
+class SparseMoeBlock(nn.Module):
+    """Softmax over all experts, top-k, plus one shared expert; ``[num_tokens, hidden_size]`` to the same."""
+
+    def __init__(self, config: QNextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        parallel = vllm_config.parallel_config
+        self.is_sequence_parallel = parallel.use_sequence_parallel_moe
+        if get_tensor_model_parallel_world_size() > config.num_experts:
+            raise ValueError(
+                f"tensor parallel size {get_tensor_model_parallel_world_size()} exceeds num_experts "
+                f"{config.num_experts}; use a smaller one"
+            )
+        self.n_routed_experts = self.n_logical_experts = config.num_experts
+        self.n_redundant_experts = parallel.eplb_config.num_redundant_experts
+        self.n_physical_experts = self.n_logical_experts + self.n_redundant_experts
+        self.n_local_physical_experts = self.n_physical_experts // get_ep_group().device_group.size()
+
+        self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
+        self.shared_expert_gate = ReplicatedLinear(
+            config.hidden_size, 1, bias=False, quant_config=None, prefix=f"{prefix}.shared_expert_gate"
+        )
+        self.shared_expert = MLP(
+            config.hidden_size,
+            config.shared_expert_intermediate_size,
+            vllm_config,
+            prefix=f"{prefix}.shared_expert",
+            gate=self.shared_expert_gate,
+            reduce_results=False,
+            disable_tp=self.is_sequence_parallel,
+        )
+        self.experts = FusedMoEFactory(
+            shared_experts=self.shared_expert,
+            gate=self.gate,
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=config.norm_topk_prob,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.experts",
+            enable_eplb=parallel.enable_eplb,
+            num_redundant_experts=self.n_redundant_experts,
+            is_sequence_parallel=self.is_sequence_parallel,
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        num_tokens = hidden_states.shape[0]
+        if self.is_sequence_parallel:
+            hidden_states = sequence_parallel_chunk(hidden_states)
+        # The runner applies the gate itself, so what it takes for logits is the hidden states.
+        out = self.experts(hidden_states=hidden_states, router_logits=hidden_states)
+        if self.is_sequence_parallel:
+            out = tensor_model_parallel_all_gather(out, 0)[:num_tokens]
+        return out

@@ -1,0 +1,45 @@
+"""The Gated DeltaNet cache as vLLM stores it, and the canonical view our own kernels take."""
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+    is_conv_state_dim_first,
+)
+from vllm.platforms import current_platform
+
+from qnext_plugin.config import GatedDeltaNetDims
+
+
+def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
+    """(conv_state, recurrent_state), from ``--mamba-cache-dtype`` and ``--mamba-ssm-cache-dtype``."""
+    cache_config = vllm_config.cache_config
+    return MambaStateDtypeCalculator.gated_delta_net_state_dtype(
+        vllm_config.model_config.dtype, cache_config.mamba_cache_dtype, cache_config.mamba_ssm_cache_dtype
+    )
+
+
+def state_shapes(
+    dims: GatedDeltaNetDims, tp_size: int, num_draft_tokens: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one cache slot of one rank.
+
+    vLLM's GPU kernels keep the recurrent state as ``[num_v_heads, head_v_dim, head_k_dim]``; its CPU kernels and
+    ours keep it canonical, ``[num_v_heads, head_k_dim, head_v_dim]``. The bytes are the same.
+    """
+    conv, (heads, v, k) = MambaStateShapeCalculator.gated_delta_net_state_shape(
+        tp_size,
+        dims.num_k_heads,
+        dims.num_v_heads,
+        dims.head_k_dim,
+        dims.head_v_dim,
+        dims.conv_kernel_size,
+        num_draft_tokens,
+    )
+    return conv, ((heads, k, v) if current_platform.is_cpu() else (heads, v, k))
+
+
+def conv_view(conv_state: torch.Tensor) -> torch.Tensor:
+    """The convolution cache as ``[slots, conv_dim, columns]``, whichever axis vLLM puts first."""
+    return conv_state if is_conv_state_dim_first() else conv_state.transpose(1, 2)

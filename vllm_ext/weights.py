@@ -1,0 +1,58 @@
+"""From checkpoint names and rows to our parameters."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from qnext_plugin.checkpoint import check_coverage, read_headers
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.layouts import ungroup
+
+# Whole segments: each pattern starts at a dot and ends at one.
+STACKED = WeightsMapper(
+    orig_to_new_stacked={
+        ".self_attn.q_proj.": (".self_attn.qkv_proj.", "q"),
+        ".self_attn.k_proj.": (".self_attn.qkv_proj.", "k"),
+        ".self_attn.v_proj.": (".self_attn.qkv_proj.", "v"),
+        ".mlp.gate_proj.": (".mlp.gate_up_proj.", 0),
+        ".mlp.up_proj.": (".mlp.gate_up_proj.", 1),
+        ".shared_expert.gate_proj.": (".shared_expert.gate_up_proj.", 0),
+        ".shared_expert.up_proj.": (".shared_expert.gate_up_proj.", 1),
+        ".linear_attn.in_proj_qkv.": (".linear_attn.in_proj_qkvz.", (0, 1, 2)),
+        ".linear_attn.in_proj_z.": (".linear_attn.in_proj_qkvz.", 3),
+        ".linear_attn.in_proj_b.": (".linear_attn.in_proj_ba.", 0),
+        ".linear_attn.in_proj_a.": (".linear_attn.in_proj_ba.", 1),
+    }
+)
+
+
+def check_checkpoint(config: QNextConfig, vllm_config: VllmConfig) -> None:
+    """Compare a local safetensors checkpoint's headers with what the config promises, before a weight is read."""
+    directory = Path(vllm_config.model_config.model)
+    if vllm_config.load_config.load_format in ("auto", "safetensors") and any(directory.glob("*.safetensors")):
+        check_coverage(config, read_headers(directory))
+
+
+def load_weights(
+    model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]], quant_method: str | None
+) -> set[str]:
+    """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded."""
+    trunk = ((name, tensor) for name, tensor in weights if name.split(".")[0] != "mtp")
+    # A tied head may be stored all the same; it is the embedding.
+    ignored = ["lm_head."] if config.tie_word_embeddings else []
+    loader = AutoWeightsLoader(model, ignore_unexpected_prefixes=ignored)
+    return loader.load_weights(flatten(trunk, config, quant_method), mapper=STACKED)
+
+
+def flatten(
+    weights: Iterable[tuple[str, torch.Tensor]], config: QNextConfig, quant_method: str | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Reorder the rows of the input projections from grouped by key head to flat; pass everything else on."""
+    for name, tensor in weights:
+        module, _, suffix = name.rpartition(".")
+        kind = {"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}.get(module.rpartition(".")[2])
+        yield name, tensor if kind is None else ungroup(tensor, config.gdn, kind, suffix, quant_method)
