@@ -102,8 +102,9 @@ def write_random_checkpoint(
 ) -> None:
     """Write a checkpoint with a byte-level tokenizer and a chat template to an empty or new directory.
 
-    ``overrides`` replaces keys of ``config.json`` (None removes one); ``max_shard_size`` is in bytes, and a larger tensor gets a shard of
-    its own. The weights depend on ``seed`` and the tensor's name only; one tensor at a time is in memory.
+    ``overrides`` replaces keys of ``config.json`` (None removes one); ``max_shard_size`` is in bytes, and a larger
+    tensor gets a shard of its own. The weights depend on ``seed`` and the tensor's name only; one tensor at a time is
+    in memory.
     ``ValueError`` before anything is written when an argument is unknown, the configuration is invalid, the directory
     is not empty or the disk is too small.
     """
@@ -128,9 +129,10 @@ def write_random_checkpoint(
 
 
 def random_tensor(name: str, shape: Shape, seed: int) -> torch.Tensor:
-    """The float32 weight of one tensor, scaled so that a signal of variance 1 stays near it through the model.
+    """The float32 weight of one tensor, scaled to keep projections near variance 1 and logits near a deviation of 3.
 
-    Logits get a standard deviation near 3. The DeltaNet decay is ``exp(-A * softplus(a + dt_bias))`` with A uniform in
+    A layer adds half of an embedding's scale to the residual stream: enough to matter, while rounding to bfloat16 does
+    not grow into another answer. The DeltaNet decay is ``exp(-A * softplus(a + dt_bias))`` with A uniform in
     [0.1, 16] and the step log-uniform in [0.001, 0.03], the scheme of Mamba 2 (arXiv:2405.21060) with smaller steps.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -144,7 +146,10 @@ def random_tensor(name: str, shape: Shape, seed: int) -> torch.Tensor:
     noise = torch.randn(shape, generator=generator)
     if len(shape) == 1:  # zero-centred norms and biases, but the gated norm multiplies by its weight as it is
         return noise.mul_(0.1).add_(1.0 if name.endswith(".linear_attn.norm.weight") else 0.0)
-    gain = {"embed_tokens": 3.0, "lm_head": 3.0, "gate": 2.0}.get(module, 1.0)  # `gate` routes to the experts
+    if module in ("o_proj", "out_proj", "down_proj"):
+        gain = 1.5 * shape[0] ** -0.5  # half the scale of an embedding
+    else:
+        gain = {"embed_tokens": 3.0, "lm_head": 3.0, "gate": 2.0}.get(module, 1.0)  # `gate` routes to the experts
     return noise.mul_(gain * shape[-1] ** -0.5)
 
 
@@ -187,7 +192,7 @@ def _check_target(directory: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if nbytes > free:
         raise ValueError(
-            f"{directory}: the weights need {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"{directory}: the weights need {nbytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
             "lower num_hidden_layers or num_experts, or choose another disk"
         )
 
@@ -226,7 +231,7 @@ def _write_tokenizer(directory: Path, model_max_length: int) -> None:
     """A byte-level BPE without merges: every byte is a token, ids 0..255 in the order of the bytes' characters."""
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in _MARKUP_TOKENS])

@@ -4,6 +4,7 @@ Usage: demo.py MODEL PORT (scripts/demo prepares both)
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,10 +108,12 @@ def stream_answer(port: str) -> None:
 
 def report_serving_class(log: Path) -> None:
     # Without this check a plugin that failed to load would pass: the engine then serves its native model.
-    lines = [line for line in log.read_text(errors="replace").splitlines() if "is served by vllm_ext" in line]
-    if not lines:
-        fail("the server did not say that qnext-plugin serves the model; the engine's native model answered", log)
-    print(lines[0], flush=True)
+    lines = re.findall(r".*(?:qnext-plugin[ :]|load plugin).*", log.read_text(errors="replace"))
+    served = [line for line in lines if "is served by vllm_ext" in line]
+    if not served:
+        print(*lines, sep="\n")
+        sys.exit("demo: no line of the server's log says that qnext-plugin serves the model: vLLM's own model answered")
+    print(served[0], flush=True)
 
 
 def fail(message: str, log: Path) -> None:

@@ -12,6 +12,14 @@ TOLERANCE = OPS[torch.float32]
 ONE = torch.ones(1, dtype=torch.int32)
 
 
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def inputs(num_tokens, num_sequences=1, dtype=torch.float32, width=W):
     torch.manual_seed(0)
     shapes = (num_tokens, C), (C, width), (num_sequences, C, width - 1)

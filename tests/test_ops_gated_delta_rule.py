@@ -12,6 +12,14 @@ LENGTHS = (1, 2, 3, 12, 13, 63, 64, 65, 130)
 TOLERANCE = OPS[torch.float32]
 
 
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def inputs(num_tokens, num_sequences=1, dtype=torch.float32, seed=0):
     """Random q, k, v, gates and states; half the tokens barely decay, so that old ones matter."""
     torch.manual_seed(seed)

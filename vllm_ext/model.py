@@ -38,24 +38,25 @@ from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.sparse_moe import MLP, SparseMoeBlock
 from vllm_ext.state import state_dtypes, state_shapes
-from vllm_ext.weights import check_checkpoint, load_weights
+from vllm_ext.weights import check_checkpoint, check_stream, load_weights
 
 # Under vLLM's own logger tree, whose handlers and level are the user's.
 logger = init_logger("vllm.qnext_plugin")
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: QNextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self, config: QNextConfig, vllm_config: VllmConfig, prefix: str, *, full_attention: bool, sparse: bool
+    ) -> None:
         super().__init__()
-        layer_idx = extract_layer_index(prefix)
-        self.full_attention = config.layer_types[layer_idx] == FULL
+        self.full_attention = full_attention
         if self.full_attention:
             self.self_attn = GatedAttention(config, vllm_config, prefix=f"{prefix}.self_attn")
         else:
             self.linear_attn = GatedDeltaNet(config, vllm_config, prefix=f"{prefix}.linear_attn")
         self.mlp = (
             SparseMoeBlock(config, vllm_config, prefix=f"{prefix}.mlp")
-            if config.is_sparse(layer_idx)
+            if sparse
             else MLP(config.hidden_size, config.intermediate_size, vllm_config, prefix=f"{prefix}.mlp")
         )
         self.input_layernorm = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -82,9 +83,15 @@ class Qwen3NextModel(nn.Module, EagleModelMixin):
         super().__init__()
         config = qnext_config(vllm_config)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+
+        def make_layer(prefix: str) -> DecoderLayer:
+            idx = extract_layer_index(prefix)
+            full_attention, sparse = config.layer_types[idx] == FULL, config.is_sparse(idx)
+            return DecoderLayer(config, vllm_config, prefix, full_attention=full_attention, sparse=sparse)
+
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
-            lambda prefix: DecoderLayer(config, vllm_config, prefix),
+            make_layer,
             prefix=f"{prefix}.layers",
         )
         self.norm = (
@@ -122,42 +129,11 @@ class Qwen3NextModel(nn.Module, EagleModelMixin):
         return (hidden_states, aux_hidden_states) if aux_hidden_states else hidden_states
 
 
-class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, MixtureOfExperts, SupportsEagle3, SupportsPP):
-    packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-        "in_proj_qkvz": ["in_proj_qkvz"],
-        "in_proj_ba": ["in_proj_ba"],
-    }
+class ExpertBookkeeping(MixtureOfExperts):
+    """What vLLM's expert-parallel load balancer reads and updates."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
-        check_engine_version()
-        self.config = qnext_config(vllm_config)
-        if vllm_config.speculative_config is not None:
-            raise ValueError(
-                f"speculative method {vllm_config.speculative_config.method!r} found; qnext-plugin serves "
-                "without speculation: drop --speculative-config, or set QNEXT_DISABLE=1 for vLLM's own model"
-            )
-        check_checkpoint(self.config, vllm_config)
-        self.quant_config = vllm_config.quant_config
-        self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
-            )
-            if self.config.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        else:
-            self.lm_head = PPMissingLayer()
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
-        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        self._describe_experts()
-        logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
-
-    def _describe_experts(self) -> None:
-        """The bookkeeping of vLLM's expert-parallel load balancer."""
-        blocks = [layer.mlp for layer in self.model.layers if isinstance(getattr(layer, "mlp", None), SparseMoeBlock)]
+    def describe_experts(self, layers: Iterable[nn.Module]) -> None:
+        blocks = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), SparseMoeBlock)]
         self.moe_layers = [block.experts for block in blocks]
         self.num_moe_layers = len(blocks)
         self.num_expert_groups, self.num_shared_experts = 1, 0
@@ -171,6 +147,44 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, MixtureOfExperts,
         self.num_redundant_experts = num_physical_experts - self.num_logical_experts
         for experts in self.moe_layers:
             experts.update_expert_map()
+
+
+class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping, SupportsEagle3, SupportsPP):
+    packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+        "in_proj_qkvz": ["in_proj_qkvz"],
+        "in_proj_ba": ["in_proj_ba"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        check_engine_version()
+        self.config = qnext_config(vllm_config)
+        speculative = vllm_config.speculative_config
+        if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):
+            raise ValueError(
+                f"speculative method {speculative.method!r} found, expected 'qwen3_next_mtp': the state of a Gated "
+                "DeltaNet layer is kept right with the model's own MTP draft only; change or drop --speculative-config"
+            )
+        # A reload may bring a few tensors only, and expert parallelism may leave out other ranks' experts.
+        self._check_stream = not (
+            check_checkpoint(self.config, vllm_config) or vllm_config.parallel_config.enable_ep_weight_filter
+        )
+        self.quant_config = vllm_config.quant_config
+        self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            )
+            if self.config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self.describe_experts(self.model.layers)
+        logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -189,6 +203,8 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, MixtureOfExperts,
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        if self._check_stream:
+            weights, self._check_stream = check_stream(weights, self.config), False
         quant_method = None if self.quant_config is None else self.quant_config.get_name()
         return load_weights(self, self.config, weights, quant_method)
 

@@ -3,7 +3,7 @@
 import logging
 import os
 
-ARCHITECTURES = {"Qwen3NextForCausalLM": "vllm_ext:Qwen3NextForCausalLM"}
+ARCHITECTURES = {name: f"vllm_ext:{name}" for name in ("Qwen3NextForCausalLM", "Qwen3NextMTP")}
 
 
 def register() -> None:

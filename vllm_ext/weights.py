@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from qnext_plugin.checkpoint import check_coverage, read_headers
+from qnext_plugin.checkpoint import TensorInfo, check_coverage, read_headers
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.layouts import ungroup
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # Whole segments: each pattern starts at a dot and ends at one.
 STACKED = WeightsMapper(
@@ -30,11 +33,33 @@ STACKED = WeightsMapper(
 )
 
 
-def check_checkpoint(config: QNextConfig, vllm_config: VllmConfig) -> None:
-    """Compare a local safetensors checkpoint's headers with what the config promises, before a weight is read."""
+def check_checkpoint(
+    config: QNextConfig, vllm_config: VllmConfig, mtp: Literal["required", "optional"] = "optional"
+) -> bool:
+    """Compare a local safetensors checkpoint's headers with what the config promises, before a weight is read.
+
+    Returns whether there was such a checkpoint; one that the loader is yet to fetch is left to ``check_stream``.
+    """
     directory = Path(vllm_config.model_config.model)
-    if vllm_config.load_config.load_format in ("auto", "safetensors") and any(directory.glob("*.safetensors")):
-        check_coverage(config, read_headers(directory))
+    local = vllm_config.load_config.load_format in ("auto", "safetensors") and any(directory.glob("*.safetensors"))
+    if local:
+        check_coverage(config, read_headers(directory), mtp=mtp)
+    return local
+
+
+def check_stream(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    config: QNextConfig,
+    mtp: Literal["required", "optional"] = "optional",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass a whole checkpoint on; ``ValueError`` at a repeated tensor, and at the end for missing or unknown ones."""
+    seen: dict[str, TensorInfo] = {}
+    for name, tensor in weights:
+        if name in seen:
+            raise ValueError(f"tensor {name} comes twice in this checkpoint; write the checkpoint again")
+        seen[name] = TensorInfo(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
+        yield name, tensor
+    check_coverage(config, seen, mtp=mtp)
 
 
 def load_weights(
@@ -42,10 +67,27 @@ def load_weights(
 ) -> set[str]:
     """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded."""
     trunk = ((name, tensor) for name, tensor in weights if name.split(".")[0] != "mtp")
+    return _load(model, config, flatten(trunk, config, quant_method))
+
+
+def load_draft_weights(model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load ``mtp.*``, and the embedding and head that the draft shares with the trunk or holds a copy of."""
+
+    def draft() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            first, _, rest = name.partition(".")
+            if first == "mtp":
+                yield f"model.{rest}", tensor
+            elif name.startswith(("model.embed_tokens.", "lm_head.")):
+                yield name, tensor
+
+    return _load(model, config, draft())
+
+
+def _load(model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     # A tied head may be stored all the same; it is the embedding.
     ignored = ["lm_head."] if config.tie_word_embeddings else []
-    loader = AutoWeightsLoader(model, ignore_unexpected_prefixes=ignored)
-    return loader.load_weights(flatten(trunk, config, quant_method), mapper=STACKED)
+    return AutoWeightsLoader(model, ignore_unexpected_prefixes=ignored).load_weights(weights, mapper=STACKED)
 
 
 def flatten(

@@ -118,9 +118,8 @@ def chunk_gated_delta_rule(
     k = to_chunks(l2norm(k)).unsqueeze(2)
     v, beta, log_decay = by_group(v), by_group(beta), by_group(g).cumsum(-1)
 
-    future = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
-    decay = log_decay[..., :, None] - log_decay[..., None, :]
-    decay = decay.masked_fill_(future, float("-inf")).exp_()
+    # Above the diagonal exp may overflow; tril_ drops it, where a product with a mask would make NaN.
+    decay = (log_decay[..., :, None] - log_decay[..., None, :]).exp_().tril_()
     attention = q @ k.mT * decay
     system = decay.mul_(k @ k.mT).mul_(beta[..., None])
     solve = torch.linalg.solve_triangular(system, torch.diag_embed(beta), upper=False, unitriangular=True)

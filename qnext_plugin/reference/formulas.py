@@ -72,9 +72,7 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
 
 
-def rope_frequencies(
-    rope: Mapping[str, Any], rotary_dim: int, max_position_embeddings: int, dtype: torch.dtype
-) -> tuple[Tensor, float]:
+def rope_frequencies(rope: Mapping[str, Any], rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, float]:
     """Radians per position [rotary_dim / 2] and the factor on cos and sin.
 
     YaRN (arXiv 2309.00071, as ``transformers`` computes it) blends each frequency with itself divided by ``factor``.
@@ -86,7 +84,7 @@ def rope_frequencies(
         return frequencies, 1.0
 
     factor = float(rope["factor"])
-    original_length = rope.get("original_max_position_embeddings") or max_position_embeddings
+    original_length = rope["original_max_position_embeddings"]
 
     def dimension_turning(rotations: float) -> float:
         return rotary_dim * math.log(original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))

@@ -83,16 +83,13 @@ class ReferenceModel:
         return self._linear(f"{name}.out_proj", out.flatten(1))
 
     def _gated_attention(self, name: str, x: Tensor) -> Tensor:
-        head_dim = self.config.head_dim
+        config, head_dim = self.config, self.config.head_dim
         # Rows are per head: [query | gate].
         q, gate = self._linear(f"{name}.q_proj", x).unflatten(-1, (-1, 2 * head_dim)).chunk(2, dim=-1)
         k = self._linear(f"{name}.k_proj", x).unflatten(-1, (-1, head_dim))
         v = self._linear(f"{name}.v_proj", x).unflatten(-1, (-1, head_dim))
 
-        config = self.config
-        frequencies, factor = formulas.rope_frequencies(
-            config.rope_parameters, config.rotary_dim, config.max_position_embeddings, self.dtype
-        )
+        frequencies, factor = formulas.rope_frequencies(config.rope_parameters, config.rotary_dim, self.dtype)
         angles = torch.arange(len(x), dtype=self.dtype)[:, None] * frequencies
         cos, sin = factor * angles.cos(), factor * angles.sin()
         q = formulas.rotate(self._norm(f"{name}.q_norm", q), cos, sin)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 
 L, F = "linear_attention", "full_attention"
@@ -27,7 +29,13 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "odd-b": _SMALL | _IRREGULAR | _TIED | _BIAS | _RATIO_1 | _YARN,
     "odd-c": _SMALL | _MLP_ONLY | _TIED | _UNNORMALISED | _RATIO_4 | _YARN,
     "odd-d": _SMALL | _EVERY_SECOND | _BIAS | _UNNORMALISED,
-    "bfloat16": {"max_position_embeddings": 1024},
+    # The dimensions that vLLM's C++ kernels take; the wide attention keeps blocks at 96 tokens.
+    "bfloat16": {
+        "max_position_embeddings": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    },
 }
 DIALECTS = {"odd-d": "transformers5", "odd-c": "transformers5"}
 
@@ -42,4 +50,18 @@ def write_checkpoint(directory: Path, name: str) -> Path:
         dialect=DIALECTS.get(name, "published"),
         overrides=CHECKPOINTS[name],
     )
+    _scale_embedding(target / "model.safetensors", 8.0, tied="tie_word_embeddings" in CHECKPOINTS[name])
     return target
+
+
+def _scale_embedding(file: Path, factor: float, tied: bool) -> None:
+    """Start the residual stream well above what one layer adds, leaving the logits at theirs.
+
+    A small embedding makes the first layers amplify rounding: two correct float32 implementations would then differ
+    by more than the bound.
+    """
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"] *= factor
+    if tied:
+        tensors["model.norm.weight"] = (tensors["model.norm.weight"] + 1) / factor - 1
+    save_file(tensors, file, metadata={"format": "pt"})

@@ -27,41 +27,39 @@ def _mixers(model: Any) -> list[Any]:
 
 
 @contextmanager
-def _parameter(parameter: torch.Tensor, broken: torch.Tensor) -> Iterator[None]:
-    original = parameter.data.clone()
-    assert not torch.equal(original, broken), "the mutant changes nothing"
-    parameter.data.copy_(broken)
+def _columns_swapped(linear: Any, first: int, second: int, size: int) -> Iterator[None]:
+    """Swap ``size`` output rows of a linear's weight, in what it returns: the weight itself may be packed."""
+
+    def swap(module: Any, args: Any, output: Any) -> Any:
+        wrong = output[0].clone()
+        wrong[:, first : first + size] = output[0][:, second : second + size]
+        wrong[:, second : second + size] = output[0][:, first : first + size]
+        return wrong, *output[1:]
+
+    handle = linear.register_forward_hook(swap)
     try:
         yield
     finally:
-        parameter.data.copy_(original)
-
-
-def _swap_rows(parameter: torch.Tensor, first: slice, second: slice) -> AbstractContextManager[None]:
-    broken = parameter.data.clone()
-    broken[first], broken[second] = parameter.data[second], parameter.data[first]
-    return _parameter(parameter, broken)
+        handle.remove()
 
 
 def value_heads_swapped(model: Any) -> AbstractContextManager[None]:
     """The last two value heads' rows of one ``in_proj_qkvz``, as a permutation that counts a group wrongly leaves."""
     mixer = _mixers(model)[0]
     size, end = mixer.dims.head_v_dim, mixer.dims.conv_dim
-    return _swap_rows(mixer.in_proj_qkvz.weight, slice(end - 2 * size, end - size), slice(end - size, end))
+    return _columns_swapped(mixer.in_proj_qkvz, end - 2 * size, end - size, size)
 
 
 def b_and_a_swapped(model: Any) -> AbstractContextManager[None]:
     """``in_proj_ba`` of one layer as ``[a | b]``."""
     mixer = _mixers(model)[-1]
-    half = mixer.dims.num_v_heads
-    return _swap_rows(mixer.in_proj_ba.weight, slice(0, half), slice(half, 2 * half))
+    return _columns_swapped(mixer.in_proj_ba, 0, mixer.dims.num_v_heads, mixer.dims.num_v_heads)
 
 
 def query_and_gate_swapped(model: Any) -> AbstractContextManager[None]:
     """The first attention head's query rows as its gate and the other way round."""
     attention = next(m for m in model.modules() if type(m).__name__ == "GatedAttention")
-    size = attention.head_dim
-    return _swap_rows(attention.qkv_proj.weight, slice(0, size), slice(size, 2 * size))
+    return _columns_swapped(attention.qkv_proj, 0, attention.head_dim, attention.head_dim)
 
 
 def _ops(name: str, broken: Callable[..., Any]) -> AbstractContextManager[Any]:

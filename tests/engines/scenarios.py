@@ -96,7 +96,7 @@ CONFIGS = {
     "compiled": EngineConfig("tiny", compiled=True, num_blocks=48),
     "chunked": EngineConfig("tiny", token_budget=64, num_blocks=48),
     "prefix": EngineConfig("tiny", prefix_caching=True, num_blocks=160),
-    "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=64),
+    "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=44),
     "odd-a": EngineConfig("odd-a"),
     "odd-b": EngineConfig("odd-b"),
     "odd-c": EngineConfig("odd-c"),
@@ -129,7 +129,7 @@ SCENARIOS = {
         max_tokens=60,
         preempts=True,
     ),
-    "prefix_chunked": Scenario(((_A,), (_A[:330] + _B[:40],)), configs=("starved",), hits=((1, 0),)),
+    "prefix_chunked": Scenario(((_A,), (_A[:490] + _B[:40],)), configs=("starved",), hits=((1, 0),)),
 }
 
 

@@ -1,0 +1,149 @@
+"""What a user can get wrong: one clear error that names what was found and what to do, before anything is served."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qnext_plugin.random_checkpoint import write_random_checkpoint
+from tests.engines import process
+
+pytestmark = pytest.mark.engine
+
+SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
+MIXER = "model.layers.0.linear_attn"
+
+
+def _tensors(change):
+    def edit(directory):
+        file = directory / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return edit
+
+
+def _config(**changes):
+    def edit(directory):
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+def _remove_expert(tensors):
+    for name in [n for n in tensors if ".layers.2.mlp.experts.3." in n]:
+        del tensors[name]
+
+
+def _truncate(directory):
+    file = directory / "model.safetensors"
+    with file.open("r+b") as f:
+        f.truncate(file.stat().st_size // 2)
+
+
+def _duplicate(directory):
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[19:]}
+    for file, held in files.items():
+        save_file({n: tensors[n] for n in held}, directory / file, metadata={"format": "pt"})
+    weight_map = {n: file for file, held in files.items() for n in held}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# name: (edit of a good checkpoint, engine arguments, pretended version, words the error must hold)
+CASES = {
+    "missing tensor": (_tensors(lambda t: t.pop(f"{MIXER}.A_log")), {}, None, ["missing", f"{MIXER}.A_log"]),
+    "extra tensor": (
+        _tensors(lambda t: t.update({f"{MIXER}.surprise": t[f"{MIXER}.A_log"].clone()})),
+        {},
+        None,
+        ["unexpected", f"{MIXER}.surprise"],
+    ),
+    "misshaped tensor": (
+        _tensors(lambda t: t.update({f"{MIXER}.in_proj_ba.weight": t[f"{MIXER}.in_proj_ba.weight"][:-1].clone()})),
+        {},
+        None,
+        ["wrongly shaped", f"{MIXER}.in_proj_ba.weight", "[7, 96]", "[8, 96]"],
+    ),
+    "duplicate tensor": (_duplicate, {}, None, ["in two", "write the checkpoint again"]),
+    "truncated file": (_truncate, {}, None, ["model.safetensors: truncated", "download it again"]),
+    "missing expert": (_tensors(_remove_expert), {}, None, ["missing", "layers.2.mlp.experts.3."]),
+    "too many experts promised": (_config(num_experts=5), {}, None, ["missing", "mlp.experts.4."]),
+    "inconsistent heads": (
+        _config(linear_num_value_heads=3),
+        {},
+        None,
+        ["linear_num_value_heads 3 is not a multiple of linear_num_key_heads 2"],
+    ),
+    "inconsistent layers": (_config(layer_types=["full_attention"] * 3), {}, None, ["layer_types", "num_hidden_layers"]),
+    "unsupported engine": (lambda directory: None, {}, "0.31.2", ["vLLM 0.31.2 found", "QNEXT_DISABLE=1"]),
+    "speculation": (
+        lambda directory: None,
+        {"speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": 1}},
+        None,
+        ["qwen3_next_mtp", "--speculative-config"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("good") / "checkpoint"
+    write_random_checkpoint(directory, dtype="float32", overrides=SMALL)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory, good):
+    pytest.importorskip("vllm")
+    root = tmp_path_factory.mktemp("bad")
+    spec = {}
+    for name, (edit, args, version, _) in CASES.items():
+        directory = root / name.replace(" ", "_")
+        shutil.copytree(good, directory)
+        edit(directory)
+        spec[name] = {"model": str(directory), "args": args, "version": version}
+    (root / "spec.json").write_text(json.dumps(spec))
+    command = ["-m", "tests.engines.vllm_bad_input", str(root / "spec.json"), str(root / "out.json")]
+    assert process.run(command, root / "log") == 0, process.tail(root / "log")
+    return json.loads((root / "out.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_engine_does_not_start(errors, case):
+    error = errors[case]
+    assert error is not None, "the engine started"
+    print(error)
+    for word in CASES[case][3]:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("edit", "options", "words"),
+    [
+        pytest.param(_truncate, [], "model.safetensors: truncated", id="truncated"),
+        pytest.param(
+            lambda directory: None,
+            ["--tensor-parallel-size", "3"],
+            "tensor parallel size 3 does not divide linear_num_key_heads 2; choose one of",
+            id="tensor-parallel",
+        ),
+    ],
+)
+def test_server_exits_with_the_reason(tmp_path, edit, options, words):
+    directory, log = tmp_path / "checkpoint", tmp_path / "log"
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    write_random_checkpoint(directory, dtype="float32", overrides=SMALL | heads)
+    edit(directory)
+    options = [*options, "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    command = ["-m", "vllm.entrypoints.cli.main", "serve", str(directory), "--port", str(process.free_port()), *options]
+    assert process.run(command, log) != 0
+    text = log.read_text()
+    assert words in text, process.tail(log)
+    assert "Application startup complete" not in text

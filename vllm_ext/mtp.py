@@ -1,0 +1,115 @@
+"""The multi-token-prediction draft: one full-attention layer fed with the next token and the trunk's hidden state."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import maybe_prefix
+
+from qnext_plugin import __version__
+from vllm_ext.config import qnext_config
+from vllm_ext.model import DecoderLayer, ExpertBookkeeping
+from vllm_ext.weights import check_checkpoint, check_stream, load_draft_weights
+
+logger = init_logger("vllm.qnext_plugin")
+
+
+@support_torch_compile
+class MultiTokenPredictor(nn.Module):
+    """``fc([norm(embedding of the next token) | norm(hidden)])``, a decoder layer, ``norm``.
+
+    ``hidden_states`` ``[num_tokens, hidden_size]`` come from the trunk's final norm, or from this module for further
+    steps. It runs on the last pipeline stage alone, so it always starts from embeddings.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = qnext_config(vllm_config)
+        hidden_size, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, hidden_size)
+        self.pre_fc_norm_embedding = ZeroCenteredRMSNorm(hidden_size, eps=eps)
+        self.pre_fc_norm_hidden = ZeroCenteredRMSNorm(hidden_size, eps=eps)
+        self.fc = ColumnParallelLinear(
+            2 * hidden_size,
+            hidden_size,
+            gather_output=True,
+            bias=False,
+            return_bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.fc",
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config, vllm_config, f"{prefix}.layers.{i}", full_attention=True, sparse=config.num_experts > 0
+            )
+            for i in range(config.num_nextn_predict_layers)
+        )
+        self.norm = ZeroCenteredRMSNorm(hidden_size, eps=eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> torch.Tensor:
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = torch.cat([self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden_states)], dim=-1)
+        x, residual = self.layers[spec_step_idx % len(self.layers)](positions, self.fc(x), None)
+        return self.norm(x, residual)[0]
+
+
+class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
+    packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = qnext_config(vllm_config)
+        self._check_stream = not (
+            check_checkpoint(self.config, vllm_config, mtp="required")
+            or vllm_config.parallel_config.enable_ep_weight_filter
+        )
+        self.quant_config = vllm_config.quant_config
+        self.model = MultiTokenPredictor(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp"))
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.describe_experts(self.model.layers)
+        logger.info("qnext-plugin %s: Qwen3NextMTP is served by %s", __version__, type(self).__module__)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: object = None,
+        inputs_embeds: torch.Tensor | None = None,
+        spec_step_idx: int = 0,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
+
+    def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        if self._check_stream:
+            weights, self._check_stream = check_stream(weights, self.config, mtp="required"), False
+        return load_draft_weights(self, self.config, weights)
