@@ -1,0 +1,129 @@
+"""Prefix caching with MTP on CPU: vLLM's two Triton kernels that carry states across cache blocks, for CPU.
+
+Given to vLLM through ``register_kernels``; they can go when vLLM ships its own (0.32 and 0.33 do not).
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+KERNELS = "vllm.v1.worker.mamba_utils."
+
+
+@cache
+def register() -> None:
+    """Idempotent. Replaces kernels that no CPU can run, so nothing else can depend on them."""
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels(
+        {
+            KERNELS + "precopy_mamba_align_fused_kernel": precopy_mamba_align,
+            KERNELS + "postprocess_mamba_fused_kernel": postprocess_mamba,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class States:
+    """Where every layer's states are, as vLLM describes them: addresses and sizes, one entry per state tensor."""
+
+    block_tables: Tensor
+    block_table_stride: int
+    base_addresses: Tensor
+    block_strides: Tensor
+    elem_sizes: Tensor
+    inner_sizes: Tensor
+    conv_widths: Tensor
+    groups: Tensor
+    row_counts: Tensor
+    row_strides: Tensor
+
+    def copy(self, request: int, src_col: int, dst_col: int, bias: int, conv_dim_first: bool) -> None:
+        """Copy one request's states between block-table columns, past ``bias`` accepted drafts.
+
+        A convolution window moves left by ``bias`` columns; a recurrent state is read from the ``bias``-th column on.
+        """
+        tables = self.block_tables.tolist()
+        for base, stride, elem, inner, width, group, rows, row_stride in zip(
+            *(
+                x.tolist()
+                for x in (
+                    self.base_addresses,
+                    self.block_strides,
+                    self.elem_sizes,
+                    self.inner_sizes,
+                    self.conv_widths,
+                    self.groups,
+                    self.row_counts,
+                    self.row_strides,
+                )
+            ),
+            strict=True,
+        ):
+            row = tables[group] + request * self.block_table_stride * 4
+
+            def address(col: int, row: int = row, base: int = base, stride: int = stride) -> int:
+                return base + ctypes.c_int32.from_address(row + 4 * col).value * stride
+
+            if width == 0:
+                ctypes.memmove(address(dst_col), address(src_col + bias), inner * elem)
+                continue
+            count, step, column = (rows, row_stride, elem) if conv_dim_first else (1, 0, inner * elem)
+            for i in range(count):
+                ctypes.memmove(
+                    address(dst_col) + i * step, address(src_col) + i * step + bias * column, (width - bias) * column
+                )
+
+
+def precopy_mamba_align(
+    state_idx: Tensor, src_col: Tensor, token_bias: Tensor, *args: Any, CONV_STATE_DIM_FIRST: bool, **_: Any
+) -> None:
+    """Before a step: bring each request's state along when it enters another block."""
+    *states, idx_mapping, num_reqs = args
+    where = States(*states)
+    for i in range(num_reqs):
+        request = i if idx_mapping is None else int(idx_mapping[i])
+        if request < 0:
+            continue
+        src, dst = int(src_col[request]), int(state_idx[request])
+        if src >= 0 and src != dst:
+            where.copy(request, src, dst, int(token_bias[request]), CONV_STATE_DIM_FIRST)
+
+
+def postprocess_mamba(
+    num_accepted: Tensor,
+    state_idx: Tensor,
+    num_scheduled: Tensor | None,
+    num_computed: Tensor,
+    num_draft: Tensor | None,
+    *args: Any,
+    block_size: int,
+    CONV_STATE_DIM_FIRST: bool,
+    PRECOMPUTED_NEW_COMPUTED: bool = False,
+    **_: Any,
+) -> None:
+    """After a step: keep the state at a block's end when the accepted drafts went past it."""
+    *states, num_accepted_out, idx_mapping, num_reqs = args
+    where = States(*states)
+    for i in range(num_reqs):
+        request = i if idx_mapping is None else int(idx_mapping[i])
+        if request < 0:
+            continue
+        accepted, src = int(num_accepted[request]), int(state_idx[request])
+        if PRECOMPUTED_NEW_COMPUTED:
+            computed = int(num_computed[request])
+            running = computed - accepted + 1
+        else:
+            running = int(num_computed[request]) + int(num_scheduled[request]) - int(num_draft[request])  # type: ignore[index]
+            computed = running + accepted - 1
+        aligned = computed // block_size * block_size
+        if aligned < running:
+            continue
+        bias, dst = aligned - running, aligned // block_size - 1
+        if src == dst:
+            num_accepted_out[request] = 1
+        if src != dst or bias:
+            where.copy(request, src, dst, bias, CONV_STATE_DIM_FIRST)
