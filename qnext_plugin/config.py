@@ -253,12 +253,9 @@ def _rope_parameters(raw: Mapping[str, Any], max_position_embeddings: Any) -> di
         rope |= {name: value for name, value in part.items() if value is not None and name != "type"}
     rope.setdefault("rope_type", "default")
     for name, default, largest in (("rope_theta", None, sys.float_info.max), ("partial_rotary_factor", 0.25, 1)):
+        # `transformers` 5 writes a stale default at the top level beside the value in rope_parameters.
         top = raw.get(name)
-        if top is not None and rope.setdefault(name, top) != top:
-            raise ValueError(
-                f"config.json: {name} is {rope[name]!r} in rope_parameters but {top!r} at the top level; keep one"
-            )
-        if rope.setdefault(name, default) is None:
+        if rope.setdefault(name, default if top is None else top) is None:
             raise ValueError(f"config.json: {name} is missing (top level or in rope_parameters)")
         if not _is_positive(rope[name], largest):
             raise ValueError(f"config.json: {name} is {rope[name]!r}, expected a number above 0 and up to {largest:g}")

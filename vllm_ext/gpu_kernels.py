@@ -1,156 +1,222 @@
-"""vLLM's GPU kernels for the flat layout: Triton convolution and decode, and the prefill backend vLLM selects."""
+"""vLLM's GPU kernels for the flat layout: convolution, packed decode, fused MTP decode, and its prefill backends."""
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from vllm import _custom_ops as engine_ops
+from vllm import envs
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.platforms import current_platform
 from vllm.third_party.flash_linear_attention.ops import (
     fused_post_conv_prep,
     fused_recurrent_gated_delta_rule_packed_decode,
+    fused_sigmoid_gating_delta_rule_update,
 )
 from vllm.third_party.flash_linear_attention.ops.layernorm_guard import layer_norm_fwd
 from vllm.third_party.flash_linear_attention.ops.utils import FLA_CHUNK_SIZE
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 
-from vllm_ext.kernels import record
-from vllm_ext.state import conv_view
+from qnext_plugin.config import GatedDeltaNetDims
+from vllm_ext.kernels import record, split_heads
+from vllm_ext.state import conv_view, state_dtypes
 
 if TYPE_CHECKING:
     from vllm_ext.gated_delta_net import GatedDeltaNet
 
 
-class GpuKernels:
-    name = "triton"
+def fused_mtp_decode_serves(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> bool:
+    """The conditions of vLLM's fused kernel from the convolution's output to the gated norm's."""
+    conv_dtype, recurrent_dtype = state_dtypes(vllm_config)
+    return (
+        envs.VLLM_GDN_DECODE_KERNEL == "cuda"
+        and current_platform.is_cuda()
+        and current_platform.has_device_capability(80)
+        and hasattr(torch.ops._C, "fused_gdn_decode_post_conv_mtp")
+        and vllm_config.model_config.dtype == conv_dtype == torch.bfloat16
+        and recurrent_dtype in (torch.bfloat16, torch.float32)
+        and dims.head_k_dim == dims.head_v_dim == 128
+        and dims.heads_per_group in (1, 2, 3, 4, 8)
+        and 0 < vllm_config.num_speculative_tokens < 8
+    )
 
-    def __init__(self) -> None:
+
+class GpuKernels:
+    """In a full CUDA graph a batch is padded: rows past the real ones carry the null slot, which kernels skip."""
+
+    def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
         self.chunk_gated_delta_rule = ChunkGatedDeltaRule()
+        self.fused_mtp_decode = fused_mtp_decode_serves(dims, vllm_config)
         self.warm = False
 
     def prepare_weights(self, layer: "GatedDeltaNet") -> None:
         pass
 
-    def warm_up(self, layer: "GatedDeltaNet", mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> None:
+    def warm_up(self, layer: "GatedDeltaNet", mixed_qkvz: Tensor, ba: Tensor) -> None:
         """Autotune and compile the prefill kernels while memory is still free: later the cache holds it all."""
         if self.warm:
             return
         self.warm = True
-        dims, n = layer.dims, FLA_CHUNK_SIZE
-        state = torch.zeros(
-            (1, *layer.get_state_shape()[1]), dtype=layer.get_state_dtype()[1], device=mixed_qkvz.device
-        )
-        chunk = torch.tensor([0, n], dtype=torch.int32)
-        self._prefill(
+        dims, n, device = layer.dims, FLA_CHUNK_SIZE, mixed_qkvz.device
+        cu_seqlens = torch.tensor([0, n], dtype=torch.int32, device=device)
+        indices = offsets = None
+        if self.chunk_gated_delta_rule.gdn_prefill_backend == "cutedsl":
+            from vllm.model_executor.layers.mamba.ops.gdn_chunk_cutedsl import prepare_metadata_cutedsl
+
+            indices, offsets = prepare_metadata_cutedsl(cu_seqlens, n)
+        shape, dtype = layer.get_state_shape()[1], layer.get_state_dtype()[1]
+        self._chunk(
             layer,
-            torch.randn(n, dims.conv_dim, dtype=mixed_qkvz.dtype, device=mixed_qkvz.device),
-            torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=ba.device),
-            torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=ba.device),
-            state,
-            chunk.to(mixed_qkvz.device),
-            *self._chunk_metadata(chunk, mixed_qkvz.device),
+            torch.randn(n, dims.conv_dim, dtype=mixed_qkvz.dtype, device=device),
+            torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=device),
+            torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=device),
+            torch.zeros(1, *shape, dtype=dtype, device=device),
+            cu_seqlens,
+            indices,
+            offsets,
         )
 
     def run(
         self,
         layer: "GatedDeltaNet",
         metadata: GDNAttentionMetadata,
-        qkv: torch.Tensor,
-        z: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        out: torch.Tensor,
+        qkv: Tensor,
+        z: Tensor,
+        b: Tensor,
+        a: Tensor,
+        out: Tensor,
     ) -> None:
-        conv_state, state = conv_view(layer.kv_cache[0]), layer.kv_cache[1]
-        weight = layer.conv1d.weight.squeeze(1)
-        slots = metadata.non_spec_state_indices_tensor
-        if metadata.num_prefills == 0:
-            # In a full CUDA graph the batch is padded: rows past the real ones carry the null slot.
-            d = len(out)
-            mixed = causal_conv1d_update(
-                qkv, conv_state, weight, None, "silu", conv_state_indices=slots[:d], validate_data=False
-            )
+        if metadata.spec_sequence_masks is None:
+            if metadata.num_prefills == 0:
+                self._decode(layer, metadata, self._conv_update(layer, metadata, qkv), b, a, out)
+            else:
+                self._prefill(layer, metadata, qkv, b, a, out)
+        elif metadata.num_prefills == 0:
+            mixed = self._conv_verify(layer, metadata, qkv)
+            if self.fused_mtp_decode:
+                self._fused_verify(layer, metadata, mixed, z, b, a, out)
+                return
+            out.copy_(self._verify(layer, metadata, mixed, b, a))
         else:
-            d = metadata.num_decode_tokens
-            mixed = causal_conv1d_fn(
-                qkv.transpose(0, 1),
-                weight,
-                None,
-                activation="silu",
-                conv_states=conv_state,
-                has_initial_state=metadata.has_initial_state,
-                cache_indices=slots,
-                query_start_loc=metadata.non_spec_query_start_loc,
-                metadata=metadata,
-            ).transpose(0, 1)
-            prefill = metadata.prefill_state_indices
-            initial = state[prefill]
-            initial[~metadata.prefill_has_initial_state] = 0
-            core, final = self._prefill(
-                layer,
-                mixed[d:],
-                b[d:],
-                a[d:],
-                initial,
-                metadata.prefill_query_start_loc,
-                metadata.chunk_indices,
-                metadata.chunk_offsets,
-            )
-            out[d:] = core
-            state[prefill] = final.to(state.dtype)
-            record(f"prefill: triton, {self.chunk_gated_delta_rule.gdn_prefill_backend}")
-        if d:
-            fused_recurrent_gated_delta_rule_packed_decode(
-                mixed_qkv=mixed[:d],
-                a=a[:d],
-                b=b[:d],
-                A_log=layer.A_log,
-                dt_bias=layer.dt_bias,
-                scale=layer.head_k_dim**-0.5,
-                initial_state=state,
-                out=out[:d].unsqueeze(1),
-                ssm_state_indices=slots[:d],
-                use_qk_l2norm_in_kernel=True,
-            )
-            record("decode: triton, packed")
-        rows = out.view(-1, layer.head_v_dim)
+            rows, rest = metadata.spec_token_indx, metadata.non_spec_token_indx
+            mixed = self._conv_verify(layer, metadata, qkv[rows])
+            out[rows] = self._verify(layer, metadata, mixed, b[rows], a[rows])
+            prefilled = out.new_empty(len(rest), *out.shape[1:])
+            self._prefill(layer, metadata, qkv[rest], b[rest], a[rest], prefilled)
+            out[rest] = prefilled
+        flat = out.view(-1, layer.head_v_dim)
         layer_norm_fwd(
-            rows,
+            flat,
             layer.norm.weight,
             None,
             layer.norm.eps,
             z=z.reshape(-1, layer.head_v_dim),
-            out=rows,
+            out=flat,
             norm_before_gate=True,
             is_rms_norm=True,
             activation=layer.norm.activation,
         )
 
+    def _conv_update(self, layer: "GatedDeltaNet", metadata: GDNAttentionMetadata, qkv: Tensor) -> Tensor:
+        return causal_conv1d_update(
+            qkv,
+            conv_view(layer.kv_cache[0]),
+            layer.conv1d.weight.squeeze(1),
+            None,
+            "silu",
+            conv_state_indices=metadata.non_spec_state_indices_tensor[: len(qkv)],
+        )
+
+    def _decode(
+        self,
+        layer: "GatedDeltaNet",
+        metadata: GDNAttentionMetadata,
+        mixed: Tensor,
+        b: Tensor,
+        a: Tensor,
+        out: Tensor,
+    ) -> None:
+        fused_recurrent_gated_delta_rule_packed_decode(
+            mixed_qkv=mixed,
+            a=a,
+            b=b,
+            A_log=layer.A_log,
+            dt_bias=layer.dt_bias,
+            scale=layer.head_k_dim**-0.5,
+            initial_state=layer.kv_cache[1],
+            out=out.unsqueeze(1),
+            ssm_state_indices=metadata.non_spec_state_indices_tensor[: len(mixed)],
+            use_qk_l2norm_in_kernel=True,
+        )
+        record("decode: triton, triton")
+
     def _prefill(
         self,
         layer: "GatedDeltaNet",
-        mixed: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        initial_state: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        chunk_indices: torch.Tensor | None,
-        chunk_offsets: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v, g, beta = (
-            x.unsqueeze(0)
-            for x in fused_post_conv_prep(
-                conv_output=mixed,
-                a=a.contiguous(),
-                b=b.contiguous(),
-                A_log=layer.A_log,
-                dt_bias=layer.dt_bias,
-                num_k_heads=layer.dims.num_k_heads,
-                head_k_dim=layer.head_k_dim,
-                head_v_dim=layer.head_v_dim,
-                apply_l2norm=True,
-                output_g_exp=False,
-            )
+        metadata: GDNAttentionMetadata,
+        qkv: Tensor,
+        b: Tensor,
+        a: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Prefills, and before them the decodes of a mixed batch, which share the convolution's one launch."""
+        mixed = causal_conv1d_fn(
+            qkv.transpose(0, 1),
+            layer.conv1d.weight.squeeze(1),
+            None,
+            activation="silu",
+            conv_states=conv_view(layer.kv_cache[0]),
+            has_initial_state=metadata.has_initial_state,
+            cache_indices=metadata.non_spec_state_indices_tensor,
+            query_start_loc=metadata.non_spec_query_start_loc,
+            metadata=metadata,
+        ).transpose(0, 1)
+        d = metadata.num_decode_tokens
+        if d:
+            self._decode(layer, metadata, mixed[:d], b[:d], a[:d], out[:d])
+        cache, slots = layer.kv_cache[1], metadata.prefill_state_indices
+        state = cache[slots]
+        state[~metadata.prefill_has_initial_state] = 0
+        core, state = self._chunk(
+            layer,
+            mixed[d:],
+            b[d:],
+            a[d:],
+            state,
+            metadata.prefill_query_start_loc,
+            metadata.chunk_indices,
+            metadata.chunk_offsets,
         )
+        out[d:] = core
+        cache[slots] = state.to(cache.dtype)
+        record(f"prefill: triton, {self.chunk_gated_delta_rule.gdn_prefill_backend}")
+
+    def _chunk(
+        self,
+        layer: "GatedDeltaNet",
+        mixed: Tensor,
+        b: Tensor,
+        a: Tensor,
+        initial_state: Tensor,
+        cu_seqlens: Tensor,
+        chunk_indices: Tensor | None,
+        chunk_offsets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        prepared = fused_post_conv_prep(
+            conv_output=mixed,
+            a=a.contiguous(),
+            b=b.contiguous(),
+            A_log=layer.A_log,
+            dt_bias=layer.dt_bias,
+            num_k_heads=layer.dims.num_k_heads,
+            head_k_dim=layer.head_k_dim,
+            head_v_dim=layer.head_v_dim,
+            apply_l2norm=True,
+            output_g_exp=False,
+        )
+        q, k, v, g, beta = (x.unsqueeze(0) for x in prepared)
         out, final_state = self.chunk_gated_delta_rule(
             q=q,
             k=k,
@@ -166,12 +232,69 @@ class GpuKernels:
         )
         return out.squeeze(0), final_state
 
-    def _chunk_metadata(
-        self, cu_seqlens: torch.Tensor, device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the metadata builder precomputes for a batch; only CuteDSL cannot do without."""
-        if self.chunk_gated_delta_rule.gdn_prefill_backend != "cutedsl":
-            return None, None
-        from vllm.model_executor.layers.mamba.ops.gdn_chunk_cutedsl import prepare_metadata_cutedsl
+    def _conv_verify(self, layer: "GatedDeltaNet", metadata: GDNAttentionMetadata, qkv: Tensor) -> Tensor:
+        n, slots = metadata.num_spec_decodes, metadata.spec_state_indices_tensor
+        return causal_conv1d_update(
+            qkv,
+            conv_view(layer.kv_cache[0]),
+            layer.conv1d.weight.squeeze(1),
+            None,
+            "silu",
+            conv_state_indices=slots[:n, 0],
+            num_accepted_tokens=metadata.num_accepted_tokens[:n],
+            query_start_loc=metadata.spec_query_start_loc[: n + 1],
+            max_query_len=slots.shape[1],
+        )
 
-        return prepare_metadata_cutedsl(cu_seqlens.to(device), FLA_CHUNK_SIZE)
+    def _verify(
+        self, layer: "GatedDeltaNet", metadata: GDNAttentionMetadata, mixed: Tensor, b: Tensor, a: Tensor
+    ) -> Tensor:
+        n = metadata.num_spec_decodes
+        q, k, v = (x.unsqueeze(0) for x in split_heads(layer.dims, mixed))
+        out, _ = fused_sigmoid_gating_delta_rule_update(
+            A_log=layer.A_log,
+            a=a,
+            b=b,
+            dt_bias=layer.dt_bias,
+            q=q,
+            k=k,
+            v=v,
+            initial_state=layer.kv_cache[1],
+            inplace_final_state=True,
+            cu_seqlens=metadata.spec_query_start_loc[: n + 1],
+            ssm_state_indices=metadata.spec_state_indices_tensor,
+            num_accepted_tokens=metadata.num_accepted_tokens,
+            use_qk_l2norm_in_kernel=True,
+        )
+        record("verify: triton, triton")
+        return out.squeeze(0)
+
+    def _fused_verify(
+        self,
+        layer: "GatedDeltaNet",
+        metadata: GDNAttentionMetadata,
+        mixed: Tensor,
+        z: Tensor,
+        b: Tensor,
+        a: Tensor,
+        out: Tensor,
+    ) -> None:
+        n = metadata.num_spec_decodes
+        engine_ops.fused_gdn_decode_post_conv_mtp(
+            mixed_qkv=mixed,
+            a=a,
+            b=b,
+            A_log=layer.A_log,
+            dt_bias=layer.dt_bias,
+            state_indices=metadata.spec_state_indices_tensor[:n],
+            cu_seqlens=metadata.spec_query_start_loc[: n + 1],
+            num_accepted_tokens=metadata.num_accepted_tokens[:n],
+            state=layer.kv_cache[1],
+            output_gate=z,
+            norm_weight=layer.norm.weight,
+            out=out,
+            scale=layer.head_k_dim**-0.5,
+            norm_eps=layer.norm.eps,
+            output_gate_activation=layer.norm.activation,
+        )
+        record("verify: triton, cuda fused with the norm")

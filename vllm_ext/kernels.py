@@ -61,7 +61,7 @@ def select_kernels(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> Kernels:
     if not current_platform.is_cpu():
         from vllm_ext.gpu_kernels import GpuKernels
 
-        return GpuKernels()
+        return GpuKernels(dims, vllm_config)
     bfloat16 = vllm_config.model_config.dtype == torch.bfloat16
     arm = current_platform.get_cpu_architecture() == CpuArchEnum.ARM
     conv = (

@@ -6,7 +6,7 @@ that the scenario's bound proves nothing.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -96,8 +96,8 @@ def slot_not_zeroed(model: Any) -> AbstractContextManager[Any]:
 
     prefill = TorchDelta.prefill
 
-    def broken(self: Any, *args: Any, has_state: torch.Tensor, **kwargs: Any) -> Any:
-        return prefill(self, *args, has_state=torch.ones_like(has_state), **kwargs)
+    def broken(self: Any, layer: Any, mixed: Any, b: Any, a: Any, batch: Any) -> Any:
+        return prefill(self, layer, mixed, b, a, replace(batch, has_state=torch.ones_like(batch.has_state)))
 
     return patch.object(TorchDelta, "prefill", broken)
 

@@ -6,9 +6,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,9 @@ def tail(log: Path, lines: int = 40) -> str:
 
 
 @contextmanager
-def started(command: Sequence[str], log: Path, env: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    command: Sequence[str], log: Path, env: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``python *command`` in its own process group, output to ``log``; the whole group is gone on leaving."""
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -37,25 +40,22 @@ def started(command: Sequence[str], log: Path, env: Mapping[str, str] = {}) -> I
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT | env,
+            env=os.environ | ENVIRONMENT | dict(env),
             start_new_session=True,
         )
     try:
         yield process
     finally:
-        for sig, grace in ((signal.SIGINT, 15), (signal.SIGKILL, 15)):
-            if process.poll() is None or sig == signal.SIGKILL:
-                try:
-                    os.killpg(process.pid, sig)
-                except ProcessLookupError:
-                    break
-                try:
-                    process.wait(grace)
-                except subprocess.TimeoutExpired:
-                    continue
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def run(command: Sequence[str], log: Path, env: Mapping[str, str] = {}, timeout: float = 240) -> int:
+def run(command: Sequence[str], log: Path, env: Mapping[str, str] = MappingProxyType({}), timeout: float = 240) -> int:
     """Exit status of ``python *command``; a timeout is an assertion error with the log's tail."""
     with started(command, log, env) as process:
         try:
@@ -70,7 +70,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def wait_until(condition, process: subprocess.Popen[bytes], log: Path, timeout: float = 180) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout: float = 180
+) -> None:
     """Poll until ``condition()`` holds; a dead process or a timeout is an assertion error with the log's tail."""
     deadline = time.monotonic() + timeout
     while not condition():

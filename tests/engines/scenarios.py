@@ -187,6 +187,8 @@ def check_conditions(scenario: Scenario, result: Result) -> None:
     """Assert that the scenario did what it exists for: real prefix hits over several blocks, real preemptions."""
     for i, j in scenario.hits:
         hit = result.batches[i][j].num_cached_tokens
-        assert hit >= 2 * result.block_size, f"batch {i} request {j}: {hit} cached tokens, blocks of {result.block_size}"
+        assert hit >= 2 * result.block_size, (
+            f"batch {i} request {j}: {hit} cached tokens, blocks of {result.block_size}"
+        )
     if scenario.preempts:
         assert result.num_preemptions > 0, "no request was preempted"

@@ -29,7 +29,9 @@ def test_equal_distributions_have_no_difference():
 
 
 @pytest.mark.parametrize("wrong", [0.25, math.nan])
-@pytest.mark.parametrize(("field", "row", "where"), [("logprobs", 1, "generated row 1"), ("prompt_logprobs", 0, "row 0")])
+@pytest.mark.parametrize(
+    ("field", "row", "where"), [("logprobs", 1, "generated row 1"), ("prompt_logprobs", 0, "row 0")]
+)
 def test_one_wrong_number_is_found(field, row, where, wrong):
     broken = getattr(served().batches[0][0], field).clone()
     broken[row, 2] += wrong

@@ -71,7 +71,12 @@ CASES = {
         None,
         ["wrongly shaped", f"{MIXER}.in_proj_ba.weight", "[7, 96]", "[8, 96]"],
     ),
-    "duplicate tensor": (_duplicate, {}, None, ["model-00002-of-00002.safetensors repeats tensors of", "write the checkpoint again"]),
+    "duplicate tensor": (
+        _duplicate,
+        {},
+        None,
+        ["model-00002-of-00002.safetensors repeats tensors of", "write the checkpoint again"],
+    ),
     "truncated file": (_truncate, {}, None, ["model.safetensors: truncated", "download it again"]),
     "missing expert": (_tensors(_remove_expert), {}, None, ["missing", "layers.2.mlp.experts.3."]),
     "too many experts promised": (_config(num_experts=5), {}, None, ["missing", "mlp.experts.4."]),
@@ -81,7 +86,12 @@ CASES = {
         None,
         ["linear_num_value_heads 3 is not a multiple of linear_num_key_heads 2"],
     ),
-    "inconsistent layers": (_config(layer_types=["full_attention"] * 3), {}, None, ["layer_types", "num_hidden_layers"]),
+    "inconsistent layers": (
+        _config(layer_types=["full_attention"] * 3),
+        {},
+        None,
+        ["layer_types", "num_hidden_layers"],
+    ),
     "unsupported engine": (lambda directory: None, {}, "0.31.2", ["vLLM 0.31.2 found", "QNEXT_DISABLE=1"]),
 }
 
