@@ -120,7 +120,7 @@ def write_random_checkpoint(
     _check_target(directory, sum(map(math.prod, shapes.values())) * DTYPES[dtype][0].itemsize)
 
     directory.mkdir(parents=True, exist_ok=True)
-    _write_weights(directory, shards, dtype, seed)
+    _write_weights(directory, shards, dtype, seed, tied=raw["tie_word_embeddings"])
     _write_tokenizer(directory, raw["max_position_embeddings"])
     _write_json(
         directory / "generation_config.json", {"eos_token_id": [_IM_END, _ENDOFTEXT], "pad_token_id": _ENDOFTEXT}
@@ -128,12 +128,13 @@ def write_random_checkpoint(
     _write_json(directory / "config.json", raw)  # last: an interrupted directory does not look like a model
 
 
-def random_tensor(name: str, shape: Shape, seed: int) -> torch.Tensor:
+def random_tensor(name: str, shape: Shape, seed: int, tied: bool = False) -> torch.Tensor:
     """The float32 weight of one tensor, scaled to keep projections near variance 1 and logits near a deviation of 3.
 
-    A layer adds half of an embedding's scale to the residual stream: enough to matter, while rounding to bfloat16 does
-    not grow into another answer. The DeltaNet decay is ``exp(-A * softplus(a + dt_bias))`` with A uniform in
-    [0.1, 16] and the step log-uniform in [0.001, 0.03], the scheme of Mamba 2 (arXiv:2405.21060) with smaller steps.
+    Embeddings start the residual stream at variance 1, and each layer adds a fraction of that: enough to matter, while
+    rounding does not grow into another answer. ``tied``: the embedding is also the head, so the last norm scales. The
+    DeltaNet decay is ``exp(-A * softplus(a + dt_bias))`` with A uniform in [0.1, 16] and the step log-uniform in
+    [0.001, 0.03], the scheme of Mamba 2 (arXiv:2405.21060) with smaller steps.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -145,11 +146,15 @@ def random_tensor(name: str, shape: Shape, seed: int) -> torch.Tensor:
         return step.expm1().log()  # inverse of softplus
     noise = torch.randn(shape, generator=generator)
     if len(shape) == 1:  # zero-centred norms and biases, but the gated norm multiplies by its weight as it is
+        if tied and name in ("model.norm.weight", "mtp.norm.weight"):
+            return noise.mul_(0.1).add_(1.0).mul_(3.0 * shape[0] ** -0.5).sub_(1.0)
         return noise.mul_(0.1).add_(1.0 if name.endswith(".linear_attn.norm.weight") else 0.0)
+    if module == "embed_tokens":
+        return noise
     if module in ("o_proj", "out_proj", "down_proj"):
-        gain = 1.5 * shape[0] ** -0.5  # half the scale of an embedding
+        gain = 1.5 * shape[0] ** -0.5
     else:
-        gain = {"embed_tokens": 3.0, "lm_head": 3.0, "gate": 2.0}.get(module, 1.0)  # `gate` routes to the experts
+        gain = {"lm_head": 3.0, "gate": 2.0}.get(module, 1.0)  # `gate` routes to the experts
     return noise.mul_(gain * shape[-1] ** -0.5)
 
 
@@ -197,7 +202,7 @@ def _check_target(directory: Path, nbytes: int) -> None:
         )
 
 
-def _write_weights(directory: Path, shards: list[dict[str, Shape]], dtype: str, seed: int) -> None:
+def _write_weights(directory: Path, shards: list[dict[str, Shape]], dtype: str, seed: int, tied: bool) -> None:
     torch_dtype, format_dtype = DTYPES[dtype]
     weight_map: dict[str, str] = {}
     total = sum(math.prod(shape) for shard in shards for shape in shard.values()) * torch_dtype.itemsize
@@ -208,7 +213,7 @@ def _write_weights(directory: Path, shards: list[dict[str, Shape]], dtype: str, 
             with (directory / file).open("wb") as f:
                 f.write(_safetensors_header(shard, format_dtype, torch_dtype.itemsize))
                 for name, shape in shard.items():
-                    data = random_tensor(name, shape, seed).to(torch_dtype).view(torch.uint8).numpy()
+                    data = random_tensor(name, shape, seed, tied).to(torch_dtype).view(torch.uint8).numpy()
                     f.write(data.data)
                     progress.update(data.nbytes)
     if len(shards) > 1:

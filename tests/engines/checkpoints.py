@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 
 L, F = "linear_attention", "full_attention"
@@ -50,18 +48,4 @@ def write_checkpoint(directory: Path, name: str) -> Path:
         dialect=DIALECTS.get(name, "published"),
         overrides=CHECKPOINTS[name],
     )
-    _scale_embedding(target / "model.safetensors", 8.0, tied="tie_word_embeddings" in CHECKPOINTS[name])
     return target
-
-
-def _scale_embedding(file: Path, factor: float, tied: bool) -> None:
-    """Start the residual stream well above what one layer adds, leaving the logits at theirs.
-
-    A small embedding makes the first layers amplify rounding: two correct float32 implementations would then differ
-    by more than the bound.
-    """
-    tensors = load_file(file)
-    tensors["model.embed_tokens.weight"] *= factor
-    if tied:
-        tensors["model.norm.weight"] = (tensors["model.norm.weight"] + 1) / factor - 1
-    save_file(tensors, file, metadata={"format": "pt"})

@@ -26,7 +26,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def vllm(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], "Served"]:
     """What one vLLM engine answered to every scenario of a configuration (and, under "prefix", to the mutants)."""
-    pytest.importorskip("vllm")
     root = tmp_path_factory.mktemp("vllm")
 
     @cache

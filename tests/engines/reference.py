@@ -1,6 +1,6 @@
 """Next-token log-probabilities from `transformers`, the reference every engine is held against."""
 
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,6 +25,6 @@ class Reference:
         return logits.float().log_softmax(-1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Reference:
     return Reference(checkpoint, dtype)

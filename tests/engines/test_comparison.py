@@ -41,7 +41,7 @@ def test_one_wrong_number_is_found(field, row, where, wrong):
 
 
 def test_missing_positions_are_an_error():
-    with pytest.raises(AssertionError, match="generated|batch 0 request 0"):
+    with pytest.raises(AssertionError, match="batch 0 request 0"):
         compare(served(logprobs=torch.zeros(1, 7)), reference)
 
 
@@ -52,5 +52,5 @@ def test_token_the_reference_would_not_choose_is_named():
 
 @pytest.mark.parametrize("conditions", [{"hits": ((0, 0),)}, {"preempts": True}])
 def test_scenario_that_did_nothing_fails(conditions):
-    with pytest.raises(AssertionError, match="cached tokens|preempted"):
+    with pytest.raises(AssertionError, match=r"cached tokens|preempted"):
         check_conditions(Scenario(((PROMPT,),), (), **conditions), served(num_cached_tokens=63))

@@ -25,7 +25,6 @@ json.dump({"models": models, "splitting_ops": CompilationConfig._attention_ops},
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
-    pytest.importorskip("vllm")
     directory = tmp_path_factory.mktemp("registry")
 
     def read(name, **env):
