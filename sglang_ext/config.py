@@ -10,6 +10,9 @@ from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext.state import cache_params
 
 
+ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+
+
 class Qwen3NextConfig(EngineConfig):  # type: ignore[misc]
     """What SGLang reads of the model; tokenizers and processors are looked up by this class's name.
 
@@ -18,7 +21,8 @@ class Qwen3NextConfig(EngineConfig):  # type: ignore[misc]
     """
 
     def __init__(self, **values: Any) -> None:
-        super().__init__(**values)
+        # It also checks RoPE before it has set what that depends on.
+        super().__init__(**{name: value for name, value in values.items() if name not in ROPE})
         if not values:
             return
         config = QNextConfig.from_dict(values)

@@ -8,6 +8,11 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 ATTENTION_BACKEND = "qnext_cpu"
 
+# SGLang would fill most of the machine's memory with caches, and spend minutes of the start on writing zeros there.
+MAX_RUNNING_REQUESTS = 32
+STATES_PER_REQUEST = 6  # one that runs takes up to five, those it can be resumed from included
+MAX_TOTAL_TOKENS = 262144
+
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     """Out of tree because SGLang's own CPU platform imports kernels that are not on PyPI."""
@@ -20,6 +25,17 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Caches for a few users, unless the command line says how much memory to use."""
+        if server_args.mem_fraction_static is not None:
+            return
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.max_mamba_cache_size is None:
+            server_args.max_mamba_cache_size = STATES_PER_REQUEST * server_args.max_running_requests
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = MAX_TOTAL_TOKENS
 
     def get_dispatch_key_name(self) -> str:
         return "native"

@@ -6,7 +6,8 @@ that the scenario's bound proves nothing.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -90,47 +91,7 @@ def conv_window_off_by_one_in_prefill(model: Any) -> AbstractContextManager[Any]
     return _ops("causal_conv1d", _shifted_window)
 
 
-def slot_not_zeroed(model: Any) -> AbstractContextManager[Any]:
-    """A new sequence reads what its recurrent slot held before."""
-    from vllm_ext.kernels import TorchDelta
-
-    prefill = TorchDelta.prefill
-
-    def broken(self: Any, layer: Any, mixed: Any, b: Any, a: Any, batch: Any) -> Any:
-        return prefill(self, layer, mixed, b, a, replace(batch, has_state=torch.ones_like(batch.has_state)))
-
-    return patch.object(TorchDelta, "prefill", broken)
-
-
-def state_dropped_at_prefix_restore(model: Any) -> AbstractContextManager[Any]:
-    """A prefix-cache hit finds zeros where the restored recurrent state should be."""
-    from vllm.v1.worker import mamba_utils
-
-    preprocess = mamba_utils.preprocess_mamba
-
-    def broken(
-        scheduler_output: Any, kv_cache_config: Any, cache_config: Any, state_idx: Any, input_batch: Any,
-        requests: Any, forward_context: Any, *args: Any, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        known = set(state_idx)
-        preprocess(
-            scheduler_output, kv_cache_config, cache_config, state_idx, input_batch, requests, forward_context,
-            *args, **kwargs,
-        )  # fmt: skip
-        restored = [r for r in input_batch.req_ids if r not in known and requests[r].num_computed_tokens > 0]
-        for group, spec in enumerate(kv_cache_config.kv_cache_groups):
-            for name in spec.layer_names:
-                if type(forward_context[name]).__name__ == "GatedDeltaNet":
-                    for request in restored:
-                        block = requests[request].block_ids[group][state_idx[request]]
-                        forward_context[name].kv_cache[1][block] = 0
-
-    return patch.object(mamba_utils, "preprocess_mamba", broken)
-
-
-MUTANTS = {
-    "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
-    "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
+COMMON = {
     "conv_window_off_by_one_in_decode": Mutant(conv_window_off_by_one_in_decode, "short"),
     "conv_window_off_by_one_in_prefill": Mutant(conv_window_off_by_one_in_prefill, "prefix_aba"),
     "value_heads_swapped": Mutant(value_heads_swapped, "short"),
@@ -138,3 +99,9 @@ MUTANTS = {
     "query_and_gate_swapped": Mutant(query_and_gate_swapped, "short"),
     "decay_sign": Mutant(decay_sign, "short"),
 }
+
+
+def mutants(engine: str) -> dict[str, Mutant]:
+    """Those that break our own layers, and those that break what the engine does with their states."""
+    own: dict[str, Mutant] = import_module(f"tests.engines.{engine}_mutants").MUTANTS
+    return COMMON | own

@@ -6,7 +6,7 @@ request into a ``Completion`` with its full log-probability distributions; ``com
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,25 +14,34 @@ import torch
 
 VOCAB_SIZE = 256  # every test vocabulary holds at least these ids
 MAX_MODEL_LEN = 1024
+ENGINES = ("vllm", "sglang")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One engine start. ``token_budget`` is the most tokens one step computes, ``num_blocks`` the whole cache."""
+    """One start of each of ``engines``. ``token_budget`` is the most tokens one step computes of prompts.
+
+    The whole cache is ``num_blocks`` on vLLM and ``num_tokens`` on SGLang; ``snapshots`` is SGLang's strategy of keeping
+    recurrent states for prefix caching.
+    """
 
     checkpoint: str
+    engines: tuple[str, ...] = ENGINES
     dtype: str = "float32"
     compiled: bool = False
     prefix_caching: bool = False
     token_budget: int | None = None
     num_blocks: int | None = None
+    num_tokens: int | None = None
+    snapshots: str = "extra_buffer"
 
 
 @dataclass(frozen=True)
 class Scenario:
     """Batches sent one after the other, each as concurrent greedy requests of ``max_tokens``.
 
-    ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks;
+    In a ``conversation`` a request's prompt goes on from what the request of that index in the batch before was given
+    and answered. ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks;
     ``preempts`` says that the cache must run out on the way. Without them such a scenario would prove nothing.
     """
 
@@ -40,6 +49,7 @@ class Scenario:
     configs: tuple[str, ...]
     max_tokens: int = 24
     prompt_logprobs: bool = False
+    conversation: bool = False
     hits: tuple[tuple[int, int], ...] = ()
     preempts: bool = False
 
@@ -93,16 +103,19 @@ def tokens(length: int, seed: int) -> tuple[int, ...]:
 
 CONFIGS = {
     "eager": EngineConfig("tiny", num_blocks=48),
-    "compiled": EngineConfig("tiny", compiled=True, num_blocks=48),
+    "compiled": EngineConfig("tiny", ("vllm",), compiled=True, num_blocks=48),
     "chunked": EngineConfig("tiny", token_budget=64, num_blocks=48),
     "prefix": EngineConfig("tiny", prefix_caching=True, num_blocks=160),
-    "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=44),
+    "prefix-no-buffer": EngineConfig("tiny", ("sglang",), prefix_caching=True, snapshots="no_buffer"),
+    "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=44, num_tokens=1300),
     "odd-a": EngineConfig("odd-a"),
     "odd-b": EngineConfig("odd-b"),
     "odd-c": EngineConfig("odd-c"),
     "odd-d": EngineConfig("odd-d"),
     "bfloat16": EngineConfig("bfloat16", dtype="bfloat16"),
-    "bfloat16-compiled": EngineConfig("bfloat16", dtype="bfloat16", compiled=True, prefix_caching=True),
+    "bfloat16-compiled": EngineConfig(
+        "bfloat16", ("vllm",), dtype="bfloat16", compiled=True, prefix_caching=True
+    ),
 }
 
 _A, _B = tokens(500, seed=1), tokens(410, seed=2)
@@ -114,7 +127,7 @@ SCENARIOS = {
     "slot_reuse": Scenario(
         # Long sequences leave their state behind; the next ones start in the same slots.
         tuple(tuple(tokens(length, seed=10 * i + length) for length in (90, 65, 3)) for i in range(6)),
-        configs=("eager", "compiled", "chunked", "prefix"),
+        configs=("eager", "compiled", "chunked", "prefix", "prefix-no-buffer"),
         max_tokens=4,
     ),
     "prompt_logprobs": Scenario((_LENGTHS[2:5],), ("eager", "chunked", "compiled"), max_tokens=2, prompt_logprobs=True),
@@ -129,13 +142,28 @@ SCENARIOS = {
         max_tokens=60,
         preempts=True,
     ),
+    "conversation": Scenario(
+        tuple(tuple(tokens(length + 30 * i, seed=7 * i + length) for length in (200, 171)) for i in range(3)),
+        configs=("prefix", "prefix-no-buffer", "starved"),
+        conversation=True,
+        hits=((1, 0), (1, 1), (2, 0), (2, 1)),
+    ),
     "prefix_chunked": Scenario(((_A,), (_A[:490] + _B[:40],)), configs=("starved",), hits=((1, 0),)),
 }
 
 
-def pairs() -> list[tuple[str, str]]:
-    """Every (config name, scenario name) to run, grouped by config."""
-    return [(c, s) for c in CONFIGS for s, scenario in SCENARIOS.items() if c in scenario.configs]
+def pairs(engine: str) -> list[tuple[str, str]]:
+    """Every (config name, scenario name) to run on an engine, grouped by config."""
+    configs = [name for name, config in CONFIGS.items() if engine in config.engines]
+    return [(c, s) for c in configs for s, scenario in SCENARIOS.items() if c in scenario.configs]
+
+
+def prompts(scenario: Scenario, done: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+    """The next batch's prompts, ``done`` being the batches before it as workers write them."""
+    added = [list(prompt) for prompt in scenario.batches[len(done)]]
+    if not scenario.conversation or not done:
+        return added
+    return [[*before["prompt"], *before["token_ids"], *new] for before, new in zip(done[-1], added, strict=True)]
 
 
 def to_result(raw: Mapping[str, Any]) -> Result:

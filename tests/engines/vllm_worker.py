@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario
+from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario, prompts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -73,9 +73,9 @@ class Engine:
             flat_logprobs=True,
         )
         before, batches = self.preemptions(), []
-        for batch in scenario.batches:
-            prompts = [{"prompt_token_ids": list(prompt)} for prompt in batch]
-            outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+        for _ in scenario.batches:
+            batch = [{"prompt_token_ids": ids} for ids in prompts(scenario, batches)]
+            outputs = self.llm.generate(batch, sampling, use_tqdm=False)
             batches.append([self._completion(output) for output in outputs])
         return {
             "batches": batches,
@@ -110,11 +110,12 @@ def main(spec_file: str, out_file: str) -> None:
     for name in spec["scenarios"]:
         run(name, name)
     if spec["mutants"]:
-        from tests.engines.mutants import MUTANTS
+        from tests.engines.mutants import mutants
 
         for name in spec["mutants"]:
-            with MUTANTS[name].applied(engine.model):
-                run(name, MUTANTS[name].scenario)
+            mutant = mutants("vllm")[name]
+            with mutant.applied(engine.model):
+                run(name, mutant.scenario)
     if spec["expect_module"] == "vllm_ext":
         from vllm_ext.kernels import KERNELS_RAN
 

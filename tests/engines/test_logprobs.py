@@ -3,30 +3,33 @@
 import pytest
 import torch
 
-from tests.engines.mutants import MUTANTS
+from tests.engines.installed import ENGINE
+from tests.engines.mutants import mutants
 from tests.engines.reference import reference
 from tests.engines.scenarios import CONFIGS, SCENARIOS, Difference, check_conditions, compare, pairs, requests
 from tests.tolerances import LOGPROB_BFLOAT16_RATIO, LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 
-FLOAT32 = [pair for pair in pairs() if CONFIGS[pair[0]].dtype == "float32"]
-BFLOAT16 = [pair for pair in pairs() if CONFIGS[pair[0]].dtype == "bfloat16"]
+MUTANTS = mutants(ENGINE)
+TOLERANCE = LOGPROB_FLOAT32[ENGINE]
+FLOAT32 = [pair for pair in pairs(ENGINE) if CONFIGS[pair[0]].dtype == "float32"]
+BFLOAT16 = [pair for pair in pairs(ENGINE) if CONFIGS[pair[0]].dtype == "bfloat16"]
 
 
 @pytest.mark.parametrize(("config", "scenario"), FLOAT32)
-def test_float32(vllm, checkpoint, config, scenario):
-    result = vllm(config)[scenario]
+def test_float32(serve, checkpoint, config, scenario):
+    result = serve(config)[scenario]
     check_conditions(SCENARIOS[scenario], result)
-    difference = compare(result, reference(checkpoint(CONFIGS[config].checkpoint)), LOGPROB_FLOAT32)
+    difference = compare(result, reference(checkpoint(CONFIGS[config].checkpoint)), TOLERANCE)
     print(f"{config} {scenario}: {difference.value:.2g} at {difference.where}")
-    assert difference.value <= LOGPROB_FLOAT32, f"{difference.value:.3g} at {difference.where}"
+    assert difference.value <= TOLERANCE, f"{difference.value:.3g} at {difference.where}"
     assert not difference.wrong_tokens
 
 
 @pytest.mark.parametrize(("config", "scenario"), BFLOAT16)
-def test_bfloat16_is_as_close_as_transformers(vllm, checkpoint, config, scenario):
-    result = vllm(config)[scenario]
+def test_bfloat16_is_as_close_as_transformers(serve, checkpoint, config, scenario):
+    result = serve(config)[scenario]
     check_conditions(SCENARIOS[scenario], result)
     directory = checkpoint(CONFIGS[config].checkpoint)
     exact, rounded = reference(directory), reference(directory, torch.bfloat16)
@@ -39,19 +42,24 @@ def test_bfloat16_is_as_close_as_transformers(vllm, checkpoint, config, scenario
     assert ours.value <= LOGPROB_BFLOAT16_RATIO * theirs.value, f"{ours.value:.3g} at {ours.where}"
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_expected_kernels_ran(vllm, config):
-    fast = CONFIGS[config].dtype == "bfloat16"
-    conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"
-    delta = "cpp" if fast else "torch"
-    assert vllm(config).kernels == [f"{phase}: {conv}, {delta}" for phase in ("decode", "prefill")]
+@pytest.mark.parametrize("config", [name for name, config in CONFIGS.items() if ENGINE in config.engines])
+def test_expected_kernels_ran(serve, config):
+    assert serve(config).kernels == expected_kernels(ENGINE, CONFIGS[config].dtype)
+
+
+def expected_kernels(engine, dtype):
+    if engine == "sglang":
+        return ["decode", "extend"]
+    conv = "cpp" if dtype == "bfloat16" and torch.cpu._is_avx512_bf16_supported() else "torch"
+    delta = "cpp" if dtype == "bfloat16" else "torch"
+    return [f"{phase}: {conv}, {delta}" for phase in ("decode", "prefill")]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutant_is_caught(vllm, checkpoint, mutant):
+def test_mutant_is_caught(serve, checkpoint, mutant):
     """And by the scenario that names it: unbroken, in the same engine, that one passes above."""
     config, scenario = MUTANTS[mutant].config, MUTANTS[mutant].scenario
     assert (config, scenario) in FLOAT32
-    difference = compare(vllm(config)[mutant], reference(checkpoint(CONFIGS[config].checkpoint)), LOGPROB_FLOAT32)
+    difference = compare(serve(config)[mutant], reference(checkpoint(CONFIGS[config].checkpoint)), TOLERANCE)
     print(f"{mutant}: {difference.value:.3g} at {difference.where}")
-    assert difference.value > 100 * LOGPROB_FLOAT32
+    assert difference.value > 100 * TOLERANCE
