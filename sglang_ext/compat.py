@@ -38,6 +38,19 @@ def check_platform() -> None:
         )
 
 
+def unpadded(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as the checkpoint has it.
+
+    On CPU SGLang 0.5.23 pads sizes for its AMX kernels in place (``adjust_config_with_unaligned_cpu_tp``), keeping the
+    originals beside them. It can go when that leaves out-of-tree platforms alone.
+    """
+    prefix = "original_"
+    originals = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    if "total_num_kv_heads" in originals:
+        originals["num_key_value_heads"] = originals.pop("total_num_kv_heads")
+    return values | {name: value for name, value in originals.items() if name in values}
+
+
 @cache
 def install_cpu_kernels() -> None:
     """Put torch kernels in the place of the Triton ones that a hybrid model runs; idempotent.

@@ -7,6 +7,7 @@ from sglang.srt.configs.qwen3_next import Qwen3NextConfig as EngineConfig
 from transformers import PretrainedConfig
 
 from qnext_plugin.config import FULL, QNextConfig
+from sglang_ext.compat import unpadded
 from sglang_ext.state import cache_params
 
 
@@ -49,7 +50,7 @@ def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
 
     ``ValueError`` for inconsistent values, or a tensor-parallel size that they do not allow.
     """
-    view = QNextConfig.from_dict(config.to_dict())
+    view = QNextConfig.from_dict(unpadded(config.to_dict()))
     view.gdn.shard(tp_size)
     heads, kv_heads = view.num_attention_heads, view.num_key_value_heads
     if heads % tp_size or max(kv_heads, tp_size) % min(kv_heads, tp_size):

@@ -1,5 +1,7 @@
 """SGLang on any CPU: an out-of-tree platform, which needs nothing but SGLang's packages from PyPI."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -27,7 +29,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return ATTENTION_BACKEND
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Caches for a few users, unless the command line says how much memory to use."""
+        """Caches for a few users, unless the command line says how much memory to use; cores for every rank."""
+        share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
         if server_args.mem_fraction_static is not None:
             return
         if server_args.max_running_requests is None:
@@ -57,3 +60,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             from sglang_ext.cpu_attention import CpuAttentionBackend
 
             return CpuAttentionBackend(runner)
+
+
+def share_cores(ranks: int) -> None:
+    """Bind each rank to cores of its own where SGLang asks the user to: with more ranks than NUMA nodes."""
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+    if ranks > max(1, nodes):
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        shares = [",".join(cores[rank::ranks]) or cores[rank % len(cores)] for rank in range(ranks)]
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(shares))

@@ -34,6 +34,7 @@ class EngineConfig:
     num_blocks: int | None = None
     num_tokens: int | None = None
     snapshots: str = "extra_buffer"
+    tp_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ CONFIGS = {
     "prefix": EngineConfig("tiny", prefix_caching=True, num_blocks=160),
     "prefix-no-buffer": EngineConfig("tiny", ("sglang",), prefix_caching=True, snapshots="no_buffer"),
     "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=44, num_tokens=1300),
+    "tensor-parallel": EngineConfig("tiny", ("sglang",), prefix_caching=True, tp_size=2),
     "odd-a": EngineConfig("odd-a"),
     "odd-b": EngineConfig("odd-b"),
     "odd-c": EngineConfig("odd-c"),
@@ -144,7 +146,7 @@ SCENARIOS = {
     ),
     "conversation": Scenario(
         tuple(tuple(tokens(length + 30 * i, seed=7 * i + length) for length in (200, 171)) for i in range(3)),
-        configs=("prefix", "prefix-no-buffer", "starved"),
+        configs=("prefix", "prefix-no-buffer", "tensor-parallel"),
         conversation=True,
         hits=((1, 0), (1, 1), (2, 0), (2, 1)),
     ),

@@ -5,13 +5,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
-from sglang.srt.mem_cache.memory_pool import MambaPool
-
 from tests.engines.mutants import Mutant
 
 
 def _after_copy(broken: Callable[[Any, Any], None]) -> AbstractContextManager[Any]:
     """Run ``broken(cache, slots)`` on the slots that a snapshot was just restored to."""
+    from sglang.srt.mem_cache.memory_pool import MambaPool
+
     copy_from = MambaPool.copy_from
 
     def wrapper(self: Any, source: Any, target: Any) -> None:
@@ -35,6 +35,8 @@ def _zero(states: Any, slots: Any) -> None:
 
 def slot_not_zeroed(model: Any) -> AbstractContextManager[Any]:
     """A new sequence reads what its recurrent slot held before."""
+    from sglang.srt.mem_cache.memory_pool import MambaPool
+
     return patch.object(MambaPool, "clear_slots", lambda self, indices: None)
 
 

@@ -30,6 +30,7 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         "max_running_requests": 8,
         "max_mamba_cache_size": 64,
         "max_total_tokens": config.num_tokens or 16384,
+        "tp_size": config.tp_size,
         "skip_tokenizer_init": True,
         "log_level": "info",
         "schedule_conservativeness": 0.01,  # so that a small cache runs out in the middle of answers

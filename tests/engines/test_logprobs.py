@@ -7,12 +7,12 @@ from tests.engines.installed import ENGINE
 from tests.engines.mutants import mutants
 from tests.engines.reference import reference
 from tests.engines.scenarios import CONFIGS, SCENARIOS, Difference, check_conditions, compare, pairs, requests
-from tests.tolerances import LOGPROB_BFLOAT16_RATIO, LOGPROB_FLOAT32
+from tests.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 
 MUTANTS = mutants(ENGINE)
-TOLERANCE = LOGPROB_FLOAT32[ENGINE]
+TOLERANCE = SERVED_LOGPROB_FLOAT32[ENGINE]
 FLOAT32 = [pair for pair in pairs(ENGINE) if CONFIGS[pair[0]].dtype == "float32"]
 BFLOAT16 = [pair for pair in pairs(ENGINE) if CONFIGS[pair[0]].dtype == "bfloat16"]
 
