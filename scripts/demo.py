@@ -1,6 +1,6 @@
-"""Serve a checkpoint with vLLM, stream one chat completion from it, say which class served it, and stop.
+"""Serve a checkpoint, stream one chat completion from it, say which class served it, and stop.
 
-Usage: demo.py MODEL PORT (scripts/demo prepares both)
+Usage: demo.py ENGINE MODEL PORT (scripts/demo prepares both)
 """
 
 import os
@@ -18,18 +18,18 @@ START_TIMEOUT = 300
 PROMPT = "Explain in one sentence what a linear attention layer keeps in its state."
 
 
-def main(model: str, port: str) -> None:
+def main(engine: str, model: str, port: str) -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: sys.exit("demo: stopped"))
     os.environ["no_proxy"] = "127.0.0.1"
     log = Path(model).with_name("demo.log")
-    command = serve_command(model, port)
+    command = serve_command(engine, model, port)
     print(f"starting: {' '.join(command)}\nits log: {log}", flush=True)
     server = start(command, log)
     try:
         wait_until_healthy(server, port, log)
         stream_answer(port)
-        report_serving_class(log)
+        report_serving_class(engine, log)
     except OpenAIError as error:
         fail(f"the request failed: {error}", log)
     except KeyboardInterrupt:
@@ -39,8 +39,10 @@ def main(model: str, port: str) -> None:
         print("server stopped", flush=True)
 
 
-def serve_command(model: str, port: str) -> list[str]:
+def serve_command(engine: str, model: str, port: str) -> list[str]:
     flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "demo"]
+    if engine == "sglang":
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *flags]
     small = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30)]
     return ["vllm", "serve", model, *flags, *small]
 
@@ -106,13 +108,13 @@ def stream_answer(port: str) -> None:
     print(f"\n[{tokens} tokens in {time.monotonic() - started:.1f} s; the weights are random, so is the text]\n")
 
 
-def report_serving_class(log: Path) -> None:
+def report_serving_class(engine: str, log: Path) -> None:
     # Without this check a plugin that failed to load would pass: the engine then serves its native model.
     lines = re.findall(r".*(?:qnext-plugin[ :]|load plugin).*", log.read_text(errors="replace"))
-    served = [line for line in lines if "is served by vllm_ext" in line]
+    served = [line for line in lines if f"is served by {engine}_ext" in line]
     if not served:
         print(*lines, sep="\n")
-        sys.exit("demo: no line of the server's log says that qnext-plugin serves the model: vLLM's own model answered")
+        sys.exit("demo: no line of the server's log says that qnext-plugin serves the model: the engine's own answered")
     print(served[0], flush=True)
 
 

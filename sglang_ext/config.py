@@ -10,7 +10,6 @@ from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext.compat import unpadded
 from sglang_ext.state import cache_params
 
-
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 

@@ -63,7 +63,7 @@ def fused_gdn_gating(A_log: Tensor, a: Tensor, b: Tensor, dt_bias: Tensor) -> tu
 
 
 class TorchGDNKernel(LinearAttnKernelBase):
-    """The delta rule over a cache ``ssm_states`` [slots, Hv, K, V]; tokens are packed along axis 1 of ``[1, T, ...]``."""
+    """The delta rule over a cache ``ssm_states`` [slots, Hv, K, V]; tokens are along axis 1 of ``[1, T, ...]``."""
 
     supports_track_state_snapshot = True
 

@@ -21,8 +21,8 @@ ENGINES = ("vllm", "sglang")
 class EngineConfig:
     """One start of each of ``engines``. ``token_budget`` is the most tokens one step computes of prompts.
 
-    The whole cache is ``num_blocks`` on vLLM and ``num_tokens`` on SGLang; ``snapshots`` is SGLang's strategy of keeping
-    recurrent states for prefix caching.
+    The whole cache is ``num_blocks`` on vLLM and ``num_tokens`` on SGLang; ``snapshots`` is SGLang's strategy of
+    keeping recurrent states for prefix caching.
     """
 
     checkpoint: str
@@ -115,9 +115,7 @@ CONFIGS = {
     "odd-c": EngineConfig("odd-c"),
     "odd-d": EngineConfig("odd-d"),
     "bfloat16": EngineConfig("bfloat16", dtype="bfloat16"),
-    "bfloat16-compiled": EngineConfig(
-        "bfloat16", ("vllm",), dtype="bfloat16", compiled=True, prefix_caching=True
-    ),
+    "bfloat16-compiled": EngineConfig("bfloat16", ("vllm",), dtype="bfloat16", compiled=True, prefix_caching=True),
 }
 
 _A, _B = tokens(500, seed=1), tokens(410, seed=2)

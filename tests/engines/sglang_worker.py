@@ -1,7 +1,7 @@
 """Run scenarios in one SGLang engine: ``python -m tests.engines.sglang_worker SPEC.json OUT.json``.
 
-``SPEC`` and ``OUT`` as in ``vllm_worker``. The model lives in SGLang's scheduler process, which ``run_scheduler`` starts
-there in SGLang's place: each flush of the cache also reads from a file which mutant to apply, and writes what serves.
+``SPEC`` and ``OUT`` as in ``vllm_worker``. The model lives in SGLang's scheduler process, which ``run_scheduler``
+starts in SGLang's place: each flush of the cache also reads from a file which mutant to apply, and writes what serves.
 """
 
 import json
