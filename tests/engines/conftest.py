@@ -59,16 +59,20 @@ def vllm(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], P
 
 
 class Served:
-    """A worker's output: ``module`` (of the serving class), ``kernels``, ``seconds`` and results by scenario."""
+    """A worker's output: ``modules`` (of the serving classes), ``kernels``, ``seconds`` and results by scenario."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
-        self.module: str = raw["module"]
+        self.modules: list[str] = raw["modules"]
         self.kernels: list[str] = raw["kernels"]
         self.seconds: dict[str, float] = raw["seconds"]
         self._results = raw["results"]
 
     def __getitem__(self, scenario: str) -> Result:
         return to_result(self._results[scenario])
+
+    def draft_steps(self, scenario: str) -> list[dict[str, Any]]:
+        """Each step's ``position`` (of the last accepted token) and ``logits`` of its drafts, for one request."""
+        return list(self._results[scenario]["draft_steps"])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,8 +1,14 @@
 """A served model's log-probabilities, full distributions at every position, against float32 `transformers`."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.reference import ReferenceModel
 from tests.engines.mutants import MUTANTS
 from tests.engines.reference import reference
 from tests.engines.scenarios import CONFIGS, SCENARIOS, Difference, check_conditions, compare, pairs, requests
@@ -17,7 +23,7 @@ BFLOAT16 = [pair for pair in pairs() if CONFIGS[pair[0]].dtype == "bfloat16"]
 @pytest.mark.parametrize(("config", "scenario"), FLOAT32)
 def test_float32(vllm, checkpoint, config, scenario):
     result = vllm(config)[scenario]
-    check_conditions(SCENARIOS[scenario], result)
+    check_conditions(SCENARIOS[scenario], CONFIGS[config], result)
     difference = compare(result, reference(checkpoint(CONFIGS[config].checkpoint)), LOGPROB_FLOAT32)
     print(f"{config} {scenario}: {difference.value:.2g} at {difference.where}")
     assert difference.value <= LOGPROB_FLOAT32, f"{difference.value:.3g} at {difference.where}"
@@ -27,7 +33,7 @@ def test_float32(vllm, checkpoint, config, scenario):
 @pytest.mark.parametrize(("config", "scenario"), BFLOAT16)
 def test_bfloat16_is_as_close_as_transformers(vllm, checkpoint, config, scenario):
     result = vllm(config)[scenario]
-    check_conditions(SCENARIOS[scenario], result)
+    check_conditions(SCENARIOS[scenario], CONFIGS[config], result)
     directory = checkpoint(CONFIGS[config].checkpoint)
     exact, rounded = reference(directory), reference(directory, torch.bfloat16)
     ours, theirs = compare(result, exact), Difference()
@@ -39,12 +45,38 @@ def test_bfloat16_is_as_close_as_transformers(vllm, checkpoint, config, scenario
     assert ours.value <= LOGPROB_BFLOAT16_RATIO * theirs.value, f"{ours.value:.3g} at {ours.where}"
 
 
+def test_draft_computes_what_the_oracle_does(vllm, checkpoint):
+    difference = compare_draft(vllm("mtp3"), "draft_logits", checkpoint("tiny"))
+    assert difference.value <= LOGPROB_FLOAT32, f"{difference.value:.3g} at {difference.where}"
+
+
+def compare_draft(served: Any, scenario: str, checkpoint: Path) -> Difference:
+    """Every draft step's log-probabilities against the reference's MTP, first and further drafts."""
+    model = ReferenceModel(QNextConfig.from_pretrained(checkpoint), load_file(checkpoint / "model.safetensors"))
+    completion = served[scenario].batches[0][0]
+    sequence = torch.tensor(completion.prompt + completion.token_ids)
+    _, hidden = model.forward(sequence)
+    difference, steps = Difference(), served.draft_steps(scenario)
+    assert len(steps) > 5
+    for step in steps:
+        n = step["position"] + 1
+        following, states = sequence[1 : n + 1], hidden[:n]
+        for i, logits in enumerate(step["logits"]):
+            expected, drafted = model.mtp_forward(following, states)
+            actual = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)
+            difference.add((actual - expected[-1].log_softmax(-1))[None], f"position {n}, draft {i}")
+            following = torch.cat([following, torch.tensor(logits).argmax()[None]])
+            states = torch.cat([states, drafted[-1:]])
+    return difference
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_expected_kernels_ran(vllm, config):
     fast = CONFIGS[config].dtype == "bfloat16"
     conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"
     delta = "cpp" if fast else "torch"
-    assert vllm(config).kernels == [f"{phase}: {conv}, {delta}" for phase in ("decode", "prefill")]
+    phases = ("prefill", "verify") if CONFIGS[config].draft_tokens else ("decode", "prefill")
+    assert vllm(config).kernels == [f"{phase}: {conv}, {delta}" for phase in phases]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -52,6 +84,10 @@ def test_mutant_is_caught(vllm, checkpoint, mutant):
     """And by the scenario that names it: unbroken, in the same engine, that one passes above."""
     config, scenario = MUTANTS[mutant].config, MUTANTS[mutant].scenario
     assert (config, scenario) in FLOAT32
-    difference = compare(vllm(config)[mutant], reference(checkpoint(CONFIGS[config].checkpoint)), LOGPROB_FLOAT32)
+    directory = checkpoint(CONFIGS[config].checkpoint)
+    if SCENARIOS[scenario].draft_logits:
+        difference = compare_draft(vllm(config), mutant, directory)
+    else:
+        difference = compare(vllm(config)[mutant], reference(directory), LOGPROB_FLOAT32)
     print(f"{mutant}: {difference.value:.3g} at {difference.where}")
     assert difference.value > 100 * LOGPROB_FLOAT32
