@@ -32,7 +32,7 @@ from vllm.sequence import IntermediateTensors
 
 from qnext_plugin import __version__
 from qnext_plugin.config import FULL, QNextConfig
-from vllm_ext.compat import check_engine_version
+from vllm_ext.compat import check_engine_version, repair_cpu_backend
 from vllm_ext.config import qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
@@ -160,6 +160,7 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         check_engine_version()
+        repair_cpu_backend(vllm_config)
         self.config = qnext_config(vllm_config)
         speculative = vllm_config.speculative_config
         if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):

@@ -182,6 +182,25 @@ def draft_reads_the_wrong_hidden_state(worker: Any) -> AbstractContextManager[An
     return patch.object(predictor, "forward", broken)
 
 
+def _state_copy(broken: Callable[..., None]) -> AbstractContextManager[Any]:
+    """Replace the copy of a request's states between cache blocks by ``broken(original, *args)``."""
+    from vllm_ext.cpu_state_copy import States
+
+    copy = States.copy
+    return patch.object(States, "copy", lambda *args: broken(copy, *args))
+
+
+def state_copy_ignores_accepted_drafts(worker: Any) -> AbstractContextManager[Any]:
+    def broken(copy: Any, states: Any, request: int, src: int, dst: int, bias: int, dim_first: bool) -> None:
+        copy(states, request, src, dst, 0, dim_first)
+
+    return _state_copy(broken)
+
+
+def state_not_copied_between_blocks(worker: Any) -> AbstractContextManager[Any]:
+    return _state_copy(lambda *args: None)
+
+
 MUTANTS = {
     "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
     "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
@@ -194,5 +213,7 @@ MUTANTS = {
     "verify_commits_one_step_early": Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
     "state_in_the_wrong_slot": Mutant(state_in_the_wrong_slot, "drafts_in_every_pattern", "mtp3"),
     "conv_window_not_rolled_back": Mutant(conv_window_not_rolled_back, "drafts_in_every_pattern", "mtp3"),
+    "state_copy_ignores_accepted_drafts": Mutant(state_copy_ignores_accepted_drafts, "multi_turn", "mtp2"),
+    "state_not_copied_between_blocks": Mutant(state_not_copied_between_blocks, "multi_turn", "mtp2"),
     "draft_reads_the_wrong_hidden_state": Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
 }

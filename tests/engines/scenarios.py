@@ -43,6 +43,7 @@ class Scenario:
     ``drafts`` says which of a step's drafts are right, where the engine speculates: ``own`` (the model's, almost none),
     ``right`` (all) or ``cycle`` (none, the first, ... all, in turn). ``aborted`` are prompts whose requests are dropped
     after three steps, before the first batch.
+    ``turns`` continue the first request: each is another batch, of all that was said before and these tokens.
     ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks;
     ``preempts`` says that the cache must run out on the way. Without them such a scenario would prove nothing.
     """
@@ -54,6 +55,7 @@ class Scenario:
     drafts: str = "own"
     draft_logits: bool = False
     aborted: tuple[tuple[int, ...], ...] = ()
+    turns: tuple[tuple[int, ...], ...] = ()
     hits: tuple[tuple[int, int], ...] = ()
     preempts: bool = False
 
@@ -118,9 +120,13 @@ CONFIGS = {
     "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=44),
     "mtp1": EngineConfig("tiny", draft_tokens=1, num_blocks=48),
     "mtp2": EngineConfig("tiny", draft_tokens=2, num_blocks=200, prefix_caching=True),
-    "mtp2-starved": EngineConfig("tiny", draft_tokens=2, prefix_caching=True, token_budget=64, num_blocks=64),
+    "mtp2-starved": EngineConfig("tiny", draft_tokens=2, prefix_caching=True, token_budget=64, num_blocks=52),
     "mtp3": EngineConfig("tiny", draft_tokens=3, num_blocks=64),
     "mtp3-compiled": EngineConfig("tiny", draft_tokens=3, compiled=True, num_blocks=64),
+    "tp2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, num_blocks=64),
+    "pp2": EngineConfig("tiny", pipeline_parallel=2, num_blocks=48),
+    "pp2-mtp2": EngineConfig("tiny", draft_tokens=2, pipeline_parallel=2, num_blocks=64),
+    "ep2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, expert_parallel=True, num_blocks=64),
     "odd-a": EngineConfig("odd-a"),
     "odd-b": EngineConfig("odd-b"),
     "odd-c": EngineConfig("odd-c"),
@@ -167,6 +173,14 @@ SCENARIOS = {
         configs=("prefix", "bfloat16-compiled", "mtp2"),
         drafts="cycle",
         hits=((2, 0), (3, 1), (4, 0), (4, 1)),
+    ),
+    "multi_turn": Scenario(
+        ((_A[:100],),),
+        configs=("prefix", "mtp2"),
+        max_tokens=60,
+        drafts="cycle",
+        turns=(_B[:40], _B[40:80], _B[80:90]),
+        hits=((1, 0), (2, 0), (3, 0)),
     ),
     "preemption": Scenario(
         (tuple(tokens(260 + 17 * i, seed=100 + i) for i in range(4)),),

@@ -9,11 +9,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario
-from tests.engines.vllm_drafts import record_draft, set_drafts
+from tests.engines.vllm_inside import kernels_ran, record_draft, serving_modules, set_drafts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions we run in workers
@@ -43,21 +44,11 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
             "method": "qwen3_next_mtp",
             "num_speculative_tokens": config.draft_tokens,
         }
+    if config.draft_tokens and config.pipeline_parallel > 1:
+        args["scheduler_cls"] = "vllm_ext.scheduler.PipelineDraftScheduler"
     if config.prefix_caching:
         args["block_size"] = 32  # rounded up by vLLM until an attention page holds a recurrent state
     return args
-
-
-def draft_module(worker: Any) -> str | None:
-    """Module of the draft's class, on the stage that has one."""
-    drafter = getattr(worker.model_runner, "drafter", None)
-    return drafter and type(drafter.model).__module__
-
-
-def kernels_ran(worker: Any) -> set[str]:
-    from vllm_ext.kernels import KERNELS_RAN
-
-    return KERNELS_RAN
 
 
 def distributions(flat: Any, start: int = 0) -> list[list[float]]:
@@ -131,9 +122,11 @@ class Engine:
             self._abort(scenario.aborted, sampling)
         stop = record_draft(self.worker) if scenario.draft_logits else None
         for batch in scenario.batches:
-            prompts = [{"prompt_token_ids": list(prompt)} for prompt in batch]
-            outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
-            batches.append([self._completion(output) for output in outputs])
+            batches.append(self._generate(batch, sampling))
+        said = batches[0][0]
+        for turn in scenario.turns:
+            batches.append(self._generate([(*said["prompt"], *said["token_ids"], *turn)], sampling))
+            said = batches[-1][0]
         after = self.counts()
         return {
             "batches": batches,
@@ -143,6 +136,10 @@ class Engine:
             "num_drafts": after["num_drafts"] - before["num_drafts"],
             "num_accepted": [b - a for a, b in zip(before["num_accepted"], after["num_accepted"], strict=True)],
         }
+
+    def _generate(self, batch: Iterable[tuple[int, ...]], sampling: Any) -> list[dict[str, Any]]:
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in batch]
+        return [self._completion(output) for output in self.llm.generate(prompts, sampling, use_tqdm=False)]
 
     def _completion(self, output: Any) -> dict[str, Any]:
         prompt_logprobs = output.prompt_logprobs
@@ -159,9 +156,7 @@ def main(spec_file: str, out_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
     begin = time.monotonic()
     engine = Engine(spec["model"], EngineConfig(**spec["config"]))
-    modules = set(engine.llm.apply_model(lambda model: type(model).__module__))
-    if engine.config.draft_tokens:
-        modules |= set(engine.llm.collective_rpc(draft_module)) - {None}
+    modules = set().union(*engine.llm.collective_rpc(serving_modules))
     assert all(m.startswith(spec["expect_module"]) for m in modules), f"{modules} serve, not {spec['expect_module']}"
     out: dict[str, Any] = {"modules": sorted(modules), "seconds": {"start": time.monotonic() - begin}, "results": {}}
 

@@ -1,7 +1,6 @@
-"""Take over the draft of a live vLLM worker: choose what it proposes, and record what it computed.
+"""What runs inside a live vLLM worker, which may be another process: questions to it, and control of its draft.
 
-Random weights are almost never accepted, so without this nothing past a rejected first draft would be tested. The
-functions run in the worker's process, which may be another one.
+Random weights are almost never accepted, so without that control nothing past a rejected first draft would be tested.
 """
 
 import itertools
@@ -11,6 +10,24 @@ from typing import Any
 import torch
 
 
+def serving_modules(worker: Any) -> set[str]:
+    """Modules of the classes that serve as model and, on the stage that has one, as draft."""
+    models = [worker.model_runner.model, *([_drafter(worker).model] if _drafter(worker) else [])]
+    return {type(model).__module__ for model in models}
+
+
+def _drafter(worker: Any) -> Any:
+    """The proposer of a stage that has a draft model."""
+    drafter = getattr(worker.model_runner, "drafter", None)
+    return drafter if getattr(drafter, "model", None) is not None else None
+
+
+def kernels_ran(worker: Any) -> set[str]:
+    from vllm_ext.kernels import KERNELS_RAN
+
+    return KERNELS_RAN
+
+
 def set_drafts(worker: Any, sequences: Sequence[Sequence[int]], pattern: str) -> None:
     """Propose continuations of ``sequences`` (whole: prompt and output), told apart by prompt.
 
@@ -18,6 +35,8 @@ def set_drafts(worker: Any, sequences: Sequence[Sequence[int]], pattern: str) ->
     turn, another one for each request of a batch. ``own``: leave it to the model again.
     """
     runner, steps = worker.model_runner, itertools.count()
+    if _drafter(worker) is None:
+        return
     propose = runner.drafter.__class__.propose
 
     def proposed(**kwargs: Any) -> torch.Tensor:
