@@ -39,9 +39,9 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
         return
     parallel = vllm_config.parallel_config
     if vllm_config.speculative_config is not None:
-        from vllm_ext import cpu_state_copy
+        from vllm_ext import cpu_triton
 
-        cpu_state_copy.register()
+        cpu_triton.register()
     if parallel.enable_expert_parallel:
         _expert_parallel()
     if parallel.pipeline_parallel_size > 1:

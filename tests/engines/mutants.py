@@ -184,7 +184,7 @@ def draft_reads_the_wrong_hidden_state(worker: Any) -> AbstractContextManager[An
 
 def _state_copy(broken: Callable[..., None]) -> AbstractContextManager[Any]:
     """Replace the copy of a request's states between cache blocks by ``broken(original, *args)``."""
-    from vllm_ext.cpu_state_copy import States
+    from vllm_ext.cpu_triton import States
 
     copy = States.copy
     return patch.object(States, "copy", lambda *args: broken(copy, *args))

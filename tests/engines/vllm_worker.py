@@ -63,11 +63,12 @@ def distributions(flat: Any, start: int = 0) -> list[list[float]]:
 
 
 class Engine:
-    def __init__(self, model: str, config: EngineConfig) -> None:
+    def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
+        """``more``: further keyword arguments of ``vllm.LLM``."""
         from vllm import LLM
 
         self.config = config
-        self.llm = LLM(**engine_args(model, config))
+        self.llm = LLM(**engine_args(model, config) | more)
         self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
 
     @property
