@@ -9,7 +9,6 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -36,6 +35,7 @@ from vllm_ext.compat import check_engine_version, repair_cpu_backend
 from vllm_ext.config import qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
+from vllm_ext.norm import ZeroCenteredRMSNorm
 from vllm_ext.sparse_moe import MLP, SparseMoeBlock
 from vllm_ext.state import state_dtypes, state_shapes
 from vllm_ext.weights import check_checkpoint, check_stream, load_weights
