@@ -16,15 +16,23 @@ from pathlib import Path
 
 PREFILL = {"prefill 4x512": (4, 512), "prefill 1x2000": (1, 2000)}
 DECODE = {"decode batch 1": 1, "decode batch 4": 4, "decode batch 8": 8}
-DECODE_PROMPT, DECODE_TOKENS = 32, 48
+DECODE_PROMPT, DECODE_TOKENS = 32, 32
 
 
-def measure(model: str, dtype: str, eager: bool) -> dict[str, object]:
-    """Tokens per second of each workload, best of three after a warm-up, in this process."""
+def measure(model: str, dtype: str, eager: bool, mtp: int) -> dict[str, object]:
+    """Tokens per second of each workload, best of two after a warm-up, in this process."""
     from vllm import LLM, SamplingParams
 
     begin = time.perf_counter()
-    llm = LLM(model, dtype=dtype, enforce_eager=eager, max_model_len=4096, max_num_seqs=8, enable_prefix_caching=False)
+    llm = LLM(
+        model,
+        dtype=dtype,
+        enforce_eager=eager,
+        max_model_len=4096,
+        max_num_seqs=8,
+        enable_prefix_caching=False,
+        speculative_config={"method": "qwen3_next_mtp", "num_speculative_tokens": mtp} if mtp else None,
+    )
     started = time.perf_counter() - begin
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     vocab = runner.model_config.get_vocab_size()
@@ -38,7 +46,7 @@ def measure(model: str, dtype: str, eager: bool) -> dict[str, object]:
 
     def best(*workload: int) -> float:
         generate(*workload)
-        return min(generate(*workload) for _ in range(3))
+        return min(generate(*workload) for _ in range(2))
 
     rates = {name: batch * prompt / best(batch, prompt, 1) for name, (batch, prompt) in PREFILL.items()}
     for name, batch in DECODE.items():
@@ -52,8 +60,10 @@ def run(args: argparse.Namespace, native: bool) -> dict:
         env = os.environ | {"QNEXT_DISABLE": "1" if native else "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        command = [sys.executable, __file__, args.model, "--dtype", args.dtype, "--measure-to", out.name]
-        log = subprocess.run(command + ["--eager"] * args.eager, env=env, capture_output=True, text=True)
+        env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        command = [sys.executable, __file__, args.model, "--dtype", args.dtype, "--mtp", str(args.mtp)]
+        command += ["--measure-to", out.name, *(["--eager"] if args.eager else [])]
+        log = subprocess.run(command, env=env, capture_output=True, text=True)
         if log.returncode:
             raise SystemExit(f"{'native' if native else 'ours'} failed:\n{log.stdout[-2000:]}\n{log.stderr[-4000:]}")
         result = json.loads(Path(out.name).read_text())
@@ -69,11 +79,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--mtp", type=int, default=0, help="draft tokens a step; with random weights none is accepted")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure-to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure_to:
-        args.measure_to.write_text(json.dumps(measure(args.model, args.dtype, args.eager)))
+        args.measure_to.write_text(json.dumps(measure(args.model, args.dtype, args.eager, args.mtp)))
         return
 
     pairs = []

@@ -1,8 +1,9 @@
-"""Serve a checkpoint, stream one chat completion from it, say which class served it, and stop.
+"""Serve a checkpoint (with MTP on vLLM), stream one chat completion, say which classes served and how fast, and stop.
 
 Usage: demo.py ENGINE MODEL PORT (scripts/demo prepares both)
 """
 
+import json
 import os
 import re
 import signal
@@ -13,8 +14,14 @@ import urllib.request
 from pathlib import Path
 
 from openai import OpenAI, OpenAIError
+from prometheus_client.parser import text_string_to_metric_families
 
 START_TIMEOUT = 300
+MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
+SERVING = {
+    "vllm": (("Qwen3NextForCausalLM", "vllm_ext.model"), ("Qwen3NextMTP", "vllm_ext.mtp")),
+    "sglang": (("Qwen3NextForCausalLM", "sglang_ext.model"),),
+}
 PROMPT = "Explain in one sentence what a linear attention layer keeps in its state."
 
 
@@ -28,8 +35,11 @@ def main(engine: str, model: str, port: str) -> None:
     server = start(command, log)
     try:
         wait_until_healthy(server, port, log)
-        stream_answer(port)
-        report_serving_class(engine, log)
+        speed = stream_answer(port)
+        report_serving_classes(engine, log)
+        if engine == "vllm":
+            report_acceptance(port)
+        print(speed, flush=True)
     except OpenAIError as error:
         fail(f"the request failed: {error}", log)
     except KeyboardInterrupt:
@@ -44,7 +54,7 @@ def serve_command(engine: str, model: str, port: str) -> list[str]:
     if engine == "sglang":
         return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *flags]
     small = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30)]
-    return ["vllm", "serve", model, *flags, *small]
+    return ["vllm", "serve", model, *flags, *small, "--speculative-config", json.dumps(MTP)]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -87,7 +97,8 @@ def healthy(port: str) -> bool:
         return False
 
 
-def stream_answer(port: str) -> None:
+def stream_answer(port: str) -> str:
+    """Show the answer as it comes; returns how fast that was."""
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
     print(f"\nuser: {PROMPT}\nassistant: ", end="", flush=True)
     started, tokens = time.monotonic(), 0
@@ -98,24 +109,45 @@ def stream_answer(port: str) -> None:
         temperature=0.7,
         stream=True,
         stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
     ):
         if chunk.usage:
             tokens = chunk.usage.completion_tokens
         for choice in chunk.choices:
             print(choice.delta.content or "", end="", flush=True)
+    seconds = time.monotonic() - started
     if not tokens:
         sys.exit("demo: the server answered with no tokens")
-    print(f"\n[{tokens} tokens in {time.monotonic() - started:.1f} s; the weights are random, so is the text]\n")
+    print("\n[the weights are random, so is the text]\n")
+    return f"speed: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
 
 
-def report_serving_class(engine: str, log: Path) -> None:
+def report_serving_classes(engine: str, log: Path) -> None:
     # Without this check a plugin that failed to load would pass: the engine then serves its native model.
     lines = re.findall(r".*(?:qnext-plugin[ :]|load plugin).*", log.read_text(errors="replace"))
-    served = [line for line in lines if f"is served by {engine}_ext" in line]
-    if not served:
-        print(*lines, sep="\n")
-        sys.exit("demo: no line of the server's log says that qnext-plugin serves the model: the engine's own answered")
-    print(served[0], flush=True)
+    for name, module in SERVING[engine]:
+        served = [line for line in lines if f"{name} is served by {module}" in line]
+        if not served:
+            print(*lines, sep="\n")
+            sys.exit(f"demo: no line of the server's log says that qnext-plugin serves {name}: the engine's did")
+        print(served[0], flush=True)
+
+
+def report_acceptance(port: str) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    steps = sum(s.value for s in samples if s.name == "vllm:spec_decode_num_drafts_total")
+    accepted = {
+        int(s.labels["position"]): s.value
+        for s in samples
+        if s.name == "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    }
+    if not steps or len(accepted) != MTP["num_speculative_tokens"]:
+        sys.exit("demo: the server's metrics say that it drafted no tokens")
+    positions = ", ".join(f"draft {i + 1}: {n:.0f}/{steps:.0f} accepted" for i, n in sorted(accepted.items()))
+    print(f"MTP: {positions}; {1 + sum(accepted.values()) / steps:.2f} tokens per step", end=" ")
+    print("(random weights accept almost nothing)", flush=True)
 
 
 def fail(message: str, log: Path) -> None:

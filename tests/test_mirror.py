@@ -8,7 +8,9 @@ ROOT = Path(__file__).parent.parent
 # What one adapter has and the other does not, with the reason.
 ONLY = {
     "vllm_ext/gpu_kernels.py": "vLLM's GPU kernels are called by the layer; SGLang's by its own attention backend",
-    "vllm_ext/cpu_state_copy.py": "SGLang's are two of the functions in kernels.py",
+    "vllm_ext/cpu_triton.py": "SGLang's are two of the functions in kernels.py",
+    "vllm_ext/norm.py": "SGLang's norm has a path for CPU that rounds once",
+    "vllm_ext/scheduler.py": "SGLang's scheduler serves drafts on pipelines itself",
     "vllm_ext/mtp.py": "there is no draft for SGLang yet",
     "sglang_ext/cpu_platform.py": "vLLM has a CPU platform of its own",
     "sglang_ext/cpu_attention.py": "vLLM has attention for CPU of its own",

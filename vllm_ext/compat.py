@@ -1,8 +1,21 @@
-"""Everything that depends on the version of vLLM."""
+"""Everything that depends on the version of vLLM: the supported range, and repairs of what its CPU backend lacks.
 
+A repair is applied when a model that needs it is built, checks that its target is what it expects, and leaves GPUs
+alone. Each says when it can go.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+import torch
 import vllm
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 SUPPORTED = ((0, 32), (0, 34))
+PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
 
 
 def check_engine_version(version: str | None = None) -> None:
@@ -18,3 +31,146 @@ def check_engine_version(version: str | None = None) -> None:
             f"vLLM {version} found; qnext-plugin supports >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}. "
             "Install a supported vLLM, or set QNEXT_DISABLE=1 to serve vLLM's own model"
         )
+
+
+def repair_cpu_backend(vllm_config: VllmConfig) -> None:
+    """Make this configuration run on a CPU, where vLLM 0.32 and 0.33 have gaps; idempotent."""
+    if not current_platform.is_cpu():
+        return
+    parallel = vllm_config.parallel_config
+    if vllm_config.speculative_config is not None:
+        from vllm_ext import cpu_triton
+
+        cpu_triton.register()
+    if parallel.enable_expert_parallel:
+        _expert_parallel()
+    if parallel.pipeline_parallel_size > 1:
+        _pipeline_parallel()
+        if vllm_config.speculative_config is not None:
+            if vllm_config.cache_config.enable_prefix_caching:
+                raise ValueError(
+                    "pipeline parallelism with MTP and prefix caching found; on CPU vLLM carries the states of cached "
+                    "prefixes on the last stage only: add --no-enable-prefix-caching, or drop one of the other two"
+                )
+            if vllm_config.scheduler_config.scheduler_cls != PIPELINE_DRAFT_SCHEDULER:
+                raise ValueError(
+                    "pipeline parallelism with MTP found; on CPU vLLM's scheduler would put the drafts in the place of "
+                    f"the token they follow: add --scheduler-cls {PIPELINE_DRAFT_SCHEDULER}"
+                )
+            _pipeline_parallel_with_mtp()
+
+
+@cache
+def _expert_parallel() -> None:
+    """The CPU expert kernel reads past its weights: it takes global expert ids for local ones.
+
+    Can go when ``CPUUnquantizedExperts.apply`` looks at ``expert_map``.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    def apply(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        call = signature.bind(self, *args, **kwargs).arguments
+        expert_map, ids = call["expert_map"], call["topk_ids"]
+        if expert_map is not None:
+            local = expert_map[ids.long()].to(ids.dtype)
+            call["topk_weights"] = torch.where(local < 0, 0, call["topk_weights"])
+            call["topk_ids"] = local.clamp_min(0)
+            # Another rank adds this expert's share; here it is any expert's, weighted with zero.
+        original(**call)
+
+    signature = _replace(CPUUnquantizedExperts, "apply", apply, ("topk_weights", "topk_ids", "expert_map"))
+
+
+@cache
+def _pipeline_parallel() -> None:
+    """Later stages have no buffer for what they receive, unless a compiled model was warmed up.
+
+    Can go when ``CPUModelRunner.warming_up_model`` also runs eagerly.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return original(self, *args, **kwargs)
+
+    _replace(GPUModelRunner, "sync_and_gather_intermediate_tensors", sync, ("num_tokens", "intermediate_tensors"))
+
+
+@cache
+def _pipeline_parallel_with_mtp() -> None:
+    """Stages before the last look for a draft that only the last has, and do not know how many were accepted.
+
+    Can go when CPUs get vLLM's second model runner, which does both.
+    """
+    from vllm.distributed import get_pp_group
+    from vllm.v1.spec_decode.eagle import EagleProposer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    class AbsentDraft(EagleProposer):
+        kv_cache_gid = -1
+        model = None
+
+        def __init__(self) -> None:
+            pass
+
+        def initialize_cudagraph_keys(self, *args: Any) -> None:
+            pass
+
+        def initialize_attn_backend(self, *args: Any) -> None:
+            pass
+
+    def initialize(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not get_pp_group().is_last_rank:
+            self.drafter = AbsentDraft()
+        return original(self, *args, **kwargs)
+
+    drafted: dict[str, list[int]] = {}
+    accepted: dict[str, int] = {}
+
+    def update(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
+        batch, cached = self.input_batch, scheduler_output.scheduled_cached_reqs
+        if get_pp_group().is_last_rank:
+            # A step without a request's turn takes it out of the batch, and this count with it.
+            accepted.update((request, int(batch.num_accepted_tokens_cpu[i])) for request, i in rows(batch))
+        else:
+            for request, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+                state, drafts = self.requests[request], drafted.pop(request, [])
+                kept = min(max(computed - state.num_computed_tokens - 1, 0), len(drafts))
+                accepted[request] = kept + 1
+                state.output_token_ids.extend(drafts[:kept])
+            drafted.update(scheduler_output.scheduled_spec_decode_tokens)
+        for request in scheduler_output.finished_req_ids:
+            drafted.pop(request, None)
+            accepted.pop(request, None)
+        result = original(self, scheduler_output)
+        for request, i in rows(batch):
+            batch.num_accepted_tokens_cpu[i] = accepted.get(request, 1)
+        return result
+
+    def rows(batch: Any) -> list[tuple[str, int]]:
+        return list(batch.req_id_to_index.items())
+
+    _replace(GPUModelRunner, "initialize_attn_backend", initialize, ("kv_cache_config",))
+    _replace(GPUModelRunner, "_update_states", update, ("scheduler_output",))
+
+
+def _replace(owner: type, name: str, replacement: Callable[..., Any], parameters: tuple[str, ...]) -> inspect.Signature:
+    """Put ``replacement(original, self, ...)`` in the place of a method that takes ``parameters``."""
+    original = getattr(owner, name, None)
+    signature = inspect.signature(original) if original else inspect.Signature()
+    missing = [p for p in parameters if p not in signature.parameters]
+    if original is None or missing:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__}: {owner.__name__}.{name} has changed (no {', '.join(missing) or 'such method'}); "
+            "this configuration needs a repair of it on CPU. Use vLLM 0.32, or serve without that parallelism"
+        )
+
+    @wraps(original)
+    def repaired(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    setattr(owner, name, repaired)
+    return signature

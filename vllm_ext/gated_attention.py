@@ -6,12 +6,12 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_qk_norm_rope import fused_qk_rmsnorm_rope_gate
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
+from vllm_ext.norm import ZeroCenteredRMSNorm
 
 
 class GatedAttention(nn.Module):

@@ -15,7 +15,6 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
-from vllm_ext import cpu_state_copy
 from vllm_ext.kernels import select_kernels
 from vllm_ext.state import state_dtypes, state_shapes
 
@@ -88,8 +87,6 @@ class GatedDeltaNet(nn.Module, MambaBase):
         self._state_shapes = state_shapes(dims, self.tp_size, vllm_config.num_speculative_tokens)
         self._state_dtypes = state_dtypes(vllm_config)
         self.kernels = select_kernels(self.dims, vllm_config)
-        if current_platform.is_cpu() and vllm_config.speculative_config is not None:
-            cpu_state_copy.register()
         contexts = vllm_config.compilation_config.static_forward_context
         if prefix in contexts:
             raise ValueError(f"Duplicate layer name: {prefix}")

@@ -9,7 +9,6 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -32,10 +31,11 @@ from vllm.sequence import IntermediateTensors
 
 from qnext_plugin import __version__
 from qnext_plugin.config import FULL, QNextConfig
-from vllm_ext.compat import check_engine_version
+from vllm_ext.compat import check_engine_version, repair_cpu_backend
 from vllm_ext.config import qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
+from vllm_ext.norm import ZeroCenteredRMSNorm
 from vllm_ext.sparse_moe import MLP, SparseMoeBlock
 from vllm_ext.state import state_dtypes, state_shapes
 from vllm_ext.weights import check_checkpoint, check_stream, load_weights
@@ -160,6 +160,7 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         check_engine_version()
+        repair_cpu_backend(vllm_config)
         self.config = qnext_config(vllm_config)
         speculative = vllm_config.speculative_config
         if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):

@@ -7,7 +7,6 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -16,6 +15,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from qnext_plugin import __version__
 from vllm_ext.config import qnext_config
 from vllm_ext.model import DecoderLayer, ExpertBookkeeping
+from vllm_ext.norm import ZeroCenteredRMSNorm
 from vllm_ext.weights import check_checkpoint, check_stream, load_draft_weights
 
 logger = init_logger("vllm.qnext_plugin")

@@ -8,11 +8,18 @@ from torch import Tensor
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / rms(x) * silu(gate)``: the DeltaNet output norm. ``x``, ``gate`` [..., D], ``weight`` [D]."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    normed = F.rms_norm(x.to(compute), weight.shape, weight.to(compute), eps)
-    return (normed * F.silu(gate.to(compute))).to(x.dtype)
+    out = _normalised(x, eps, compute).mul_(weight.to(compute))
+    return out.mul_(F.silu(gate.to(compute, copy=True), inplace=True)).to(x.dtype)
 
 
 def zero_centered_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``(1 + weight) * x / rms(x)``: every other norm of the model. ``x`` [..., D], ``weight`` [D]."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(compute), weight.shape, 1 + weight.to(compute), eps).to(x.dtype)
+    return _normalised(x, eps, compute).mul_(1 + weight.to(compute)).to(x.dtype)
+
+
+def _normalised(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """``x / rms(x)`` as a new tensor, written over: fresh memory costs more than the arithmetic."""
+    out = x.to(dtype, copy=True)
+    mean_square = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return out.mul_(mean_square.add_(eps).rsqrt_())

@@ -12,11 +12,10 @@ import torch
 
 from tests.engines import process
 from tests.engines.checkpoints import write_checkpoint
-from tests.engines.installed import ENGINE
-from tests.engines.mutants import mutants
+from tests.engines.installed import ENGINE, MUTANTS
 from tests.engines.scenarios import CONFIGS, ENGINES, Result, pairs, to_result
 
-# Files of tests that hold for one engine carry its name.
+# Files of tests that hold for one engine only carry its name.
 collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENGINE]
 
 
@@ -29,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], "Served"]:
-    """What one engine answered to every scenario of a configuration, then to those of its mutants."""
+    """What the engine answered to every scenario of a configuration, then to those of its mutants."""
     root = tmp_path_factory.mktemp(ENGINE)
 
     @cache
@@ -41,7 +40,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
                     "model": str(checkpoint(CONFIGS[config].checkpoint)),
                     "config": asdict(CONFIGS[config]),
                     "scenarios": [scenario for name, scenario in pairs(ENGINE) if name == config],
-                    "mutants": [name for name, mutant in mutants(ENGINE).items() if mutant.config == config],
+                    "mutants": [name for name, mutant in MUTANTS.items() if mutant.config == config],
                     "expect_module": f"{ENGINE}_ext",
                 }
             )
@@ -63,16 +62,20 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
 
 
 class Served:
-    """A worker's output: ``module`` (of the serving class), ``kernels``, ``seconds`` and results by scenario."""
+    """A worker's output: ``modules`` (of the serving classes), ``kernels``, ``seconds`` and results by scenario."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
-        self.module: str = raw["module"]
+        self.modules: list[str] = raw["modules"]
         self.kernels: list[str] = raw["kernels"]
         self.seconds: dict[str, float] = raw["seconds"]
         self._results = raw["results"]
 
     def __getitem__(self, scenario: str) -> Result:
         return to_result(self._results[scenario])
+
+    def draft_steps(self, scenario: str) -> list[dict[str, Any]]:
+        """Each step's ``position`` (of the last accepted token) and ``logits`` of its drafts, for one request."""
+        return list(self._results[scenario]["draft_steps"])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,8 +6,7 @@ that the scenario's bound proves nothing.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,15 +15,15 @@ import torch
 
 @dataclass(frozen=True)
 class Mutant:
-    """``applied(model)`` is a context manager inside which the served model is broken."""
+    """``applied(worker)`` is a context manager inside which the served model is broken."""
 
     applied: Callable[[Any], AbstractContextManager[Any]]
     scenario: str
     config: str = "prefix"
 
 
-def _mixers(model: Any) -> list[Any]:
-    return [m for m in model.modules() if type(m).__name__ == "GatedDeltaNet"]
+def _mixers(worker: Any) -> list[Any]:
+    return [m for m in worker.model_runner.model.modules() if type(m).__name__ == "GatedDeltaNet"]
 
 
 @contextmanager
@@ -44,22 +43,22 @@ def _columns_swapped(linear: Any, first: int, second: int, size: int) -> Iterato
         handle.remove()
 
 
-def value_heads_swapped(model: Any) -> AbstractContextManager[None]:
+def value_heads_swapped(worker: Any) -> AbstractContextManager[None]:
     """The last two value heads' rows of one ``in_proj_qkvz``, as a permutation that counts a group wrongly leaves."""
-    mixer = _mixers(model)[0]
+    mixer = _mixers(worker)[0]
     size, end = mixer.dims.head_v_dim, mixer.dims.conv_dim
     return _columns_swapped(mixer.in_proj_qkvz, end - 2 * size, end - size, size)
 
 
-def b_and_a_swapped(model: Any) -> AbstractContextManager[None]:
+def b_and_a_swapped(worker: Any) -> AbstractContextManager[None]:
     """``in_proj_ba`` of one layer as ``[a | b]``."""
-    mixer = _mixers(model)[-1]
+    mixer = _mixers(worker)[-1]
     return _columns_swapped(mixer.in_proj_ba, 0, mixer.dims.num_v_heads, mixer.dims.num_v_heads)
 
 
-def query_and_gate_swapped(model: Any) -> AbstractContextManager[None]:
+def query_and_gate_swapped(worker: Any) -> AbstractContextManager[None]:
     """The first attention head's query rows as its gate and the other way round."""
-    attention = next(m for m in model.modules() if type(m).__name__ == "GatedAttention")
+    attention = next(m for m in worker.model_runner.model.modules() if type(m).__name__ == "GatedAttention")
     return _columns_swapped(attention.qkv_proj, 0, attention.head_dim, attention.head_dim)
 
 
@@ -71,7 +70,7 @@ def _ops(name: str, broken: Callable[..., Any]) -> AbstractContextManager[Any]:
     return patch.object(ops, name, lambda *args, **kwargs: broken(original, *args, **kwargs))
 
 
-def decay_sign(model: Any) -> AbstractContextManager[Any]:
+def decay_sign(worker: Any) -> AbstractContextManager[Any]:
     def broken(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         g, beta = original(*args, **kwargs)
         return -g, beta
@@ -83,25 +82,138 @@ def _shifted_window(original: Callable[..., Any], *args: Any, conv_state: torch.
     return original(*args, conv_state=conv_state.roll(1, dims=-1), **kwargs)
 
 
-def conv_window_off_by_one_in_decode(model: Any) -> AbstractContextManager[Any]:
+def conv_window_off_by_one_in_decode(worker: Any) -> AbstractContextManager[Any]:
     return _ops("causal_conv1d_update", _shifted_window)
 
 
-def conv_window_off_by_one_in_prefill(model: Any) -> AbstractContextManager[Any]:
+def conv_window_off_by_one_in_prefill(worker: Any) -> AbstractContextManager[Any]:
     return _ops("causal_conv1d", _shifted_window)
 
 
-COMMON = {
+def slot_not_zeroed(worker: Any) -> AbstractContextManager[Any]:
+    """A new sequence reads what its recurrent slot held before."""
+    from vllm_ext.kernels import TorchDelta
+
+    prefill = TorchDelta.prefill
+
+    def broken(self: Any, layer: Any, mixed: Any, b: Any, a: Any, batch: Any) -> Any:
+        return prefill(self, layer, mixed, b, a, replace(batch, has_state=torch.ones_like(batch.has_state)))
+
+    return patch.object(TorchDelta, "prefill", broken)
+
+
+def state_dropped_at_prefix_restore(worker: Any) -> AbstractContextManager[Any]:
+    """A prefix-cache hit finds zeros where the restored recurrent state should be."""
+    from vllm.v1.worker import mamba_utils
+
+    preprocess = mamba_utils.preprocess_mamba
+
+    def broken(
+        scheduler_output: Any, kv_cache_config: Any, cache_config: Any, state_idx: Any, input_batch: Any,
+        requests: Any, forward_context: Any, *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        known = set(state_idx)
+        preprocess(
+            scheduler_output, kv_cache_config, cache_config, state_idx, input_batch, requests, forward_context,
+            *args, **kwargs,
+        )  # fmt: skip
+        restored = [r for r in input_batch.req_ids if r not in known and requests[r].num_computed_tokens > 0]
+        for group, spec in enumerate(kv_cache_config.kv_cache_groups):
+            for name in spec.layer_names:
+                if type(forward_context[name]).__name__ == "GatedDeltaNet":
+                    for request in restored:
+                        block = requests[request].block_ids[group][state_idx[request]]
+                        forward_context[name].kv_cache[1][block] = 0
+
+    return patch.object(mamba_utils, "preprocess_mamba", broken)
+
+
+def _drafts(**changes: Callable[[Any], torch.Tensor]) -> AbstractContextManager[Any]:
+    """Replace fields of each speculative batch, given as functions of it."""
+    from vllm_ext.kernels import Drafts
+
+    of = Drafts.of
+
+    def broken(metadata: Any) -> Any:
+        drafts = of(metadata)
+        return replace(drafts, **{name: change(drafts) for name, change in changes.items()})
+
+    return patch.object(Drafts, "of", broken)
+
+
+def verify_commits_one_step_early(worker: Any) -> AbstractContextManager[Any]:
+    """The recurrent state goes on from before the last accepted draft; the convolution is right."""
+    from vllm_ext.kernels import TorchDelta
+
+    verify = TorchDelta.verify
+
+    def broken(self: Any, layer: Any, mixed: Any, b: Any, a: Any, drafts: Any) -> Any:
+        return verify(self, layer, mixed, b, a, replace(drafts, num_accepted=(drafts.num_accepted - 1).clamp_min(1)))
+
+    return patch.object(TorchDelta, "verify", broken)
+
+
+def state_in_the_wrong_slot(worker: Any) -> AbstractContextManager[Any]:
+    """The states after the drafts land one block-table column off."""
+    return _drafts(slots=lambda drafts: drafts.slots.roll(1, dims=1))
+
+
+def conv_window_not_rolled_back(worker: Any) -> AbstractContextManager[Any]:
+    """The convolution goes on as if every draft had been accepted; the recurrent state is right."""
+    from vllm_ext.kernels import TorchConv
+
+    verify = TorchConv.verify
+
+    def broken(self: Any, layer: Any, x: Any, drafts: Any) -> Any:
+        every = torch.full_like(drafts.num_accepted, drafts.slots.shape[1])
+        return verify(self, layer, x, replace(drafts, num_accepted=every))
+
+    return patch.object(TorchConv, "verify", broken)
+
+
+def draft_reads_the_wrong_hidden_state(worker: Any) -> AbstractContextManager[Any]:
+    """The draft's input hidden states are those of the position before."""
+    predictor = worker.model_runner.drafter.model.model
+    forward = predictor.forward
+
+    def broken(input_ids: Any, positions: Any, hidden_states: Any, *args: Any) -> Any:
+        return forward(input_ids, positions, hidden_states.roll(1, dims=0), *args)
+
+    return patch.object(predictor, "forward", broken)
+
+
+def _state_copy(broken: Callable[..., None]) -> AbstractContextManager[Any]:
+    """Replace the copy of a request's states between cache blocks by ``broken(original, *args)``."""
+    from vllm_ext.cpu_triton import States
+
+    copy = States.copy
+    return patch.object(States, "copy", lambda *args: broken(copy, *args))
+
+
+def state_copy_ignores_accepted_drafts(worker: Any) -> AbstractContextManager[Any]:
+    def broken(copy: Any, states: Any, request: int, src: int, dst: int, bias: int, dim_first: bool) -> None:
+        copy(states, request, src, dst, 0, dim_first)
+
+    return _state_copy(broken)
+
+
+def state_not_copied_between_blocks(worker: Any) -> AbstractContextManager[Any]:
+    return _state_copy(lambda *args: None)
+
+
+MUTANTS = {
+    "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
+    "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
     "conv_window_off_by_one_in_decode": Mutant(conv_window_off_by_one_in_decode, "short"),
     "conv_window_off_by_one_in_prefill": Mutant(conv_window_off_by_one_in_prefill, "prefix_aba"),
     "value_heads_swapped": Mutant(value_heads_swapped, "short"),
     "b_and_a_swapped": Mutant(b_and_a_swapped, "short"),
     "query_and_gate_swapped": Mutant(query_and_gate_swapped, "short"),
     "decay_sign": Mutant(decay_sign, "short"),
+    "verify_commits_one_step_early": Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
+    "state_in_the_wrong_slot": Mutant(state_in_the_wrong_slot, "drafts_in_every_pattern", "mtp3"),
+    "conv_window_not_rolled_back": Mutant(conv_window_not_rolled_back, "drafts_in_every_pattern", "mtp3"),
+    "state_copy_ignores_accepted_drafts": Mutant(state_copy_ignores_accepted_drafts, "multi_turn", "mtp2"),
+    "state_not_copied_between_blocks": Mutant(state_not_copied_between_blocks, "multi_turn", "mtp2"),
+    "draft_reads_the_wrong_hidden_state": Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
 }
-
-
-def mutants(engine: str) -> dict[str, Mutant]:
-    """Those that break our own layers, and those that break what the engine does with their states."""
-    own: dict[str, Mutant] = import_module(f"tests.engines.{engine}_mutants").MUTANTS
-    return COMMON | own

@@ -6,7 +6,7 @@ request into a ``Completion`` with its full log-probability distributions; ``com
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,30 +19,38 @@ ENGINES = ("vllm", "sglang")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One start of each of ``engines``. ``token_budget`` is the most tokens one step computes of prompts.
+    """One start of each of ``engines``. ``token_budget`` is the most tokens one step computes.
 
-    The whole cache is ``num_blocks`` on vLLM and ``num_tokens`` on SGLang; ``snapshots`` is SGLang's strategy of
-    keeping recurrent states for prefix caching.
+    The whole cache is ``num_blocks`` on vLLM and ``num_tokens`` on SGLang, where ``snapshots`` is how recurrent states
+    are kept for prefix caching. ``draft_tokens`` is how many the model's own draft proposes each step; 0 is no
+    speculation.
     """
 
     checkpoint: str
-    engines: tuple[str, ...] = ENGINES
     dtype: str = "float32"
     compiled: bool = False
     prefix_caching: bool = False
     token_budget: int | None = None
     num_blocks: int | None = None
+    draft_tokens: int = 0
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: bool = False
+    executor: str | None = None
+    engines: tuple[str, ...] = ("vllm",)
     num_tokens: int | None = None
     snapshots: str = "extra_buffer"
-    tp_size: int = 1
 
 
 @dataclass(frozen=True)
 class Scenario:
     """Batches sent one after the other, each as concurrent greedy requests of ``max_tokens``.
 
-    In a ``conversation`` a request's prompt goes on from what the request of that index in the batch before was given
-    and answered. ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks;
+    ``drafts`` says which of a step's drafts are right, where the engine speculates: ``own`` (the model's, almost none),
+    ``right`` (all) or ``cycle`` (none, the first, ... all, in turn). ``aborted`` are prompts whose requests are dropped
+    after three steps, before the first batch.
+    ``turns`` continue the first request: each is another batch, of all that was said before and these tokens.
+    ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks;
     ``preempts`` says that the cache must run out on the way. Without them such a scenario would prove nothing.
     """
 
@@ -50,7 +58,10 @@ class Scenario:
     configs: tuple[str, ...]
     max_tokens: int = 24
     prompt_logprobs: bool = False
-    conversation: bool = False
+    drafts: str = "own"
+    draft_logits: bool = False
+    aborted: tuple[tuple[int, ...], ...] = ()
+    turns: tuple[tuple[int, ...], ...] = ()
     hits: tuple[tuple[int, int], ...] = ()
     preempts: bool = False
 
@@ -71,11 +82,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class Result:
-    """A scenario's completions by batch, and what the engine counted meanwhile."""
+    """A scenario's completions by batch, and what the engine counted meanwhile.
+
+    ``num_accepted[i]`` of ``num_drafts`` steps accepted the i-th draft.
+    """
 
     batches: list[list[Completion]]
     num_preemptions: int
     block_size: int
+    num_drafts: int
+    num_accepted: list[int]
 
 
 @dataclass
@@ -103,67 +119,97 @@ def tokens(length: int, seed: int) -> tuple[int, ...]:
 
 
 CONFIGS = {
-    "eager": EngineConfig("tiny", num_blocks=48),
-    "compiled": EngineConfig("tiny", ("vllm",), compiled=True, num_blocks=48),
-    "chunked": EngineConfig("tiny", token_budget=64, num_blocks=48),
-    "prefix": EngineConfig("tiny", prefix_caching=True, num_blocks=160),
-    "prefix-no-buffer": EngineConfig("tiny", ("sglang",), prefix_caching=True, snapshots="no_buffer"),
-    "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=44, num_tokens=1300),
-    "tensor-parallel": EngineConfig("tiny", ("sglang",), prefix_caching=True, tp_size=2),
-    "odd-a": EngineConfig("odd-a"),
-    "odd-b": EngineConfig("odd-b"),
-    "odd-c": EngineConfig("odd-c"),
-    "odd-d": EngineConfig("odd-d"),
-    "bfloat16": EngineConfig("bfloat16", dtype="bfloat16"),
-    "bfloat16-compiled": EngineConfig("bfloat16", ("vllm",), dtype="bfloat16", compiled=True, prefix_caching=True),
+    "eager": EngineConfig("tiny", num_blocks=48, engines=ENGINES),
+    "compiled": EngineConfig("tiny", compiled=True, num_blocks=48),
+    "chunked": EngineConfig("tiny", token_budget=64, num_blocks=48, engines=ENGINES),
+    "prefix": EngineConfig("tiny", prefix_caching=True, num_blocks=160, engines=ENGINES),
+    "prefix-no-buffer": EngineConfig("tiny", prefix_caching=True, snapshots="no_buffer", engines=("sglang",)),
+    "starved": EngineConfig(
+        "tiny", prefix_caching=True, token_budget=64, num_blocks=44, num_tokens=1300, engines=ENGINES
+    ),
+    "tp2": EngineConfig("tiny", prefix_caching=True, tensor_parallel=2, engines=("sglang",)),
+    "mtp1": EngineConfig("tiny", draft_tokens=1, num_blocks=48),
+    "mtp2": EngineConfig("tiny", draft_tokens=2, num_blocks=200, prefix_caching=True),
+    "mtp2-starved": EngineConfig("tiny", draft_tokens=2, prefix_caching=True, token_budget=64, num_blocks=52),
+    "mtp3": EngineConfig("tiny", draft_tokens=3, num_blocks=64),
+    "mtp3-compiled": EngineConfig("tiny", draft_tokens=3, compiled=True, num_blocks=64),
+    "tp2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, num_blocks=64),
+    "pp2": EngineConfig("tiny", pipeline_parallel=2, num_blocks=48),
+    "pp2-mtp2": EngineConfig("tiny", draft_tokens=2, pipeline_parallel=2, num_blocks=64),
+    "ep2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, expert_parallel=True, num_blocks=64),
+    "odd-a": EngineConfig("odd-a", engines=ENGINES),
+    "odd-b": EngineConfig("odd-b", engines=ENGINES),
+    "odd-c": EngineConfig("odd-c", engines=ENGINES),
+    "odd-d": EngineConfig("odd-d", engines=ENGINES),
+    "bfloat16": EngineConfig("bfloat16", dtype="bfloat16", engines=ENGINES),
+    "bfloat16-mtp2": EngineConfig("bfloat16", dtype="bfloat16", draft_tokens=2),
+    "bfloat16-compiled": EngineConfig("bfloat16", dtype="bfloat16", compiled=True, prefix_caching=True),
 }
 
 _A, _B = tokens(500, seed=1), tokens(410, seed=2)
 _LENGTHS = tuple(tokens(length, seed=length) for length in (1, 7, 40, 130, 300, 700))
 
+_STARVED = ("starved", "mtp2-starved")
+_PLAIN = tuple(name for name, config in CONFIGS.items() if name not in _STARVED and not config.draft_tokens)
+_MTP = tuple(name for name, config in CONFIGS.items() if name not in _STARVED and config.draft_tokens)
+
 SCENARIOS = {
-    "mixed_lengths": Scenario((_LENGTHS,), configs=tuple(name for name in CONFIGS if name != "starved")),
+    "mixed_lengths": Scenario((_LENGTHS,), configs=_PLAIN),
+    "drafts_in_every_pattern": Scenario((_LENGTHS,), configs=_MTP, drafts="cycle"),
+    "drafts_all_right": Scenario((_LENGTHS[:5],), configs=_MTP, drafts="right"),
+    "drafts_of_the_model": Scenario((_LENGTHS[:5],), configs=("mtp3",)),
+    "drafts_to_the_last_position": Scenario(
+        (tuple(tokens(MAX_MODEL_LEN - 24 - i, seed=50 + i) for i in range(3)),), configs=("mtp3",), drafts="cycle"
+    ),
+    "draft_logits": Scenario(((tokens(61, seed=7),),), configs=("mtp3",), drafts="cycle", draft_logits=True),
+    "aborts": Scenario(
+        (_LENGTHS[1:4],),
+        configs=("mtp1", "mtp2-starved", "starved"),
+        drafts="cycle",
+        max_tokens=12,
+        aborted=tuple(tokens(length, seed=200 + length) for length in (5, 33, 300)),
+    ),
     "short": Scenario((_LENGTHS[1:4],), configs=("prefix",), max_tokens=8),
     "slot_reuse": Scenario(
         # Long sequences leave their state behind; the next ones start in the same slots.
         tuple(tuple(tokens(length, seed=10 * i + length) for length in (90, 65, 3)) for i in range(6)),
-        configs=("eager", "compiled", "chunked", "prefix", "prefix-no-buffer"),
+        configs=("eager", "compiled", "chunked", "prefix", "prefix-no-buffer", "mtp2"),
         max_tokens=4,
+        drafts="cycle",
     ),
     "prompt_logprobs": Scenario((_LENGTHS[2:5],), ("eager", "chunked", "compiled"), max_tokens=2, prompt_logprobs=True),
     "prefix_aba": Scenario(
         ((_A,), (_B,), (_A,), (_A[:300] + _B[:77], _B), (_A + _B[:100], _A[:499])),
-        configs=("prefix", "bfloat16-compiled"),
+        configs=("prefix", "bfloat16-compiled", "mtp2"),
+        drafts="cycle",
         hits=((2, 0), (3, 1), (4, 0), (4, 1)),
+    ),
+    "multi_turn": Scenario(
+        ((_A[:200],),),
+        configs=("prefix", "prefix-no-buffer", "tp2", "mtp2"),
+        max_tokens=60,
+        drafts="cycle",
+        turns=(_B[:40], _B[40:80], _B[80:90]),
+        hits=((1, 0), (2, 0), (3, 0)),
     ),
     "preemption": Scenario(
         (tuple(tokens(260 + 17 * i, seed=100 + i) for i in range(4)),),
-        configs=("starved",),
+        configs=_STARVED,
         max_tokens=60,
+        drafts="cycle",
         preempts=True,
     ),
-    "conversation": Scenario(
-        tuple(tuple(tokens(length + 30 * i, seed=7 * i + length) for length in (200, 171)) for i in range(3)),
-        configs=("prefix", "prefix-no-buffer", "tensor-parallel"),
-        conversation=True,
-        hits=((1, 0), (1, 1), (2, 0), (2, 1)),
-    ),
-    "prefix_chunked": Scenario(((_A,), (_A[:490] + _B[:40],)), configs=("starved",), hits=((1, 0),)),
+    "prefix_chunked": Scenario(((_A,), (_A[:490] + _B[:40],)), configs=_STARVED, drafts="cycle", hits=((1, 0),)),
 }
+
+
+def configs(engine: str) -> list[str]:
+    return [name for name, config in CONFIGS.items() if engine in config.engines]
 
 
 def pairs(engine: str) -> list[tuple[str, str]]:
     """Every (config name, scenario name) to run on an engine, grouped by config."""
-    configs = [name for name, config in CONFIGS.items() if engine in config.engines]
-    return [(c, s) for c in configs for s, scenario in SCENARIOS.items() if c in scenario.configs]
-
-
-def prompts(scenario: Scenario, done: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
-    """The next batch's prompts, ``done`` being the batches before it as workers write them."""
-    added = [list(prompt) for prompt in scenario.batches[len(done)]]
-    if not scenario.conversation or not done:
-        return added
-    return [[*before["prompt"], *before["token_ids"], *new] for before, new in zip(done[-1], added, strict=True)]
+    return [(c, s) for c in configs(engine) for s, scenario in SCENARIOS.items() if c in scenario.configs]
 
 
 def to_result(raw: Mapping[str, Any]) -> Result:
@@ -180,7 +226,8 @@ def to_result(raw: Mapping[str, Any]) -> Result:
         )
 
     batches = [[completion(c) for c in batch] for batch in raw["batches"]]
-    return Result(batches, raw["num_preemptions"], raw["block_size"])
+    counts = {name: raw[name] for name in ("num_preemptions", "block_size", "num_drafts", "num_accepted")}
+    return Result(batches, **counts)
 
 
 def requests(result: Result) -> Iterable[tuple[str, Completion]]:
@@ -211,8 +258,17 @@ def compare(
     return difference
 
 
-def check_conditions(scenario: Scenario, result: Result) -> None:
-    """Assert that the scenario did what it exists for: real prefix hits over several blocks, real preemptions."""
+def check_conditions(scenario: Scenario, config: EngineConfig, result: Result) -> None:
+    """Assert that the scenario did what it exists for: prefix hits over several blocks, preemptions, acceptance."""
+    if config.draft_tokens and scenario.drafts != "own":
+        rates = [accepted / result.num_drafts for accepted in result.num_accepted]
+        assert len(rates) == config.draft_tokens, rates
+        if scenario.drafts == "right":
+            assert rates[-1] > 0.85, f"right drafts were rejected: {rates}"
+        else:
+            assert all(0.02 < b < a - 0.02 for a, b in zip([1.0, *rates], rates, strict=False)), (
+                f"not every number of accepted drafts came up: {rates}"
+            )
     for i, j in scenario.hits:
         hit = result.batches[i][j].num_cached_tokens
         assert hit >= 2 * result.block_size, (

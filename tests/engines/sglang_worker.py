@@ -9,11 +9,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario, prompts
+from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario
 
 CONTROL = "QNEXT_TEST_CONTROL"
 BLOCK_SIZE = 64  # tokens between the states that SGLang can keep of a prefill
@@ -30,7 +31,7 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         "max_running_requests": 8,
         "max_mamba_cache_size": 64,
         "max_total_tokens": config.num_tokens or 16384,
-        "tp_size": config.tp_size,
+        "tp_size": config.tensor_parallel,
         "skip_tokenizer_init": True,
         "log_level": "info",
     }
@@ -53,13 +54,13 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
 
     def controlled(self: Any, *args: Any, **kwargs: Any) -> Any:
         control = Path(os.environ[CONTROL])
-        model = self.tp_worker.model_runner.model
         broken.close()
         if name := control.read_text():
-            from tests.engines.mutants import mutants
+            from tests.engines.sglang_mutants import MUTANTS
 
-            broken.enter_context(mutants("sglang")[name].applied(model))
-        control.with_suffix(".serving").write_text(json.dumps(serving(model) | {"retractions": num_retractions}))
+            broken.enter_context(MUTANTS[name].applied(self.tp_worker))
+        says = serving(self.tp_worker.model_runner.model) | {"retractions": num_retractions}
+        control.with_suffix(".serving").write_text(json.dumps(says))
         return flush_cache(self, *args, **kwargs)
 
     scheduler.Scheduler.flush_cache = controlled
@@ -70,7 +71,7 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
 def serving(model: Any) -> dict[str, Any]:
     kernels = sys.modules.get("sglang_ext.kernels")
     return {
-        "module": type(model).__module__,
+        "modules": [type(model).__module__],
         "kernels": sorted(kernels.KERNELS_RAN) if kernels else [],
     }
 
@@ -111,23 +112,31 @@ class Engine:
 
     def run(self, scenario: Scenario, mutant: str = "") -> dict[str, Any]:
         before = self.flush(mutant)["retractions"]
-        batches: list[list[dict[str, Any]]] = []
-        for _ in scenario.batches:
-            batch = prompts(scenario, batches)
-            outputs = self.engine.generate(
-                input_ids=batch,
-                sampling_params={"max_new_tokens": scenario.max_tokens, "temperature": 0, "ignore_eos": True},
-                return_logprob=True,
-                top_logprobs_num=self.vocab_size,
-                logprob_start_len=0 if scenario.prompt_logprobs else -1,
-            )
-            batches.append(
-                [self._completion(ids, o, scenario.prompt_logprobs) for ids, o in zip(batch, outputs, strict=True)]
-            )
+        batches = [self._generate(batch, scenario) for batch in scenario.batches]
+        said = batches[0][0]
+        for turn in scenario.turns:
+            batches.append(self._generate([(*said["prompt"], *said["token_ids"], *turn)], scenario))
+            said = batches[-1][0]
         preemptions = self.flush()["retractions"] - before
-        return {"batches": batches, "num_preemptions": preemptions, "block_size": BLOCK_SIZE}
+        return {
+            "batches": batches,
+            "num_preemptions": preemptions,
+            "block_size": BLOCK_SIZE,
+            "num_drafts": 0,
+            "num_accepted": [],
+        }
 
-    def _completion(self, prompt: list[int], output: dict[str, Any], prompt_logprobs: bool) -> dict[str, Any]:
+    def _generate(self, batch: Sequence[tuple[int, ...]], scenario: Scenario) -> list[dict[str, Any]]:
+        outputs = self.engine.generate(
+            input_ids=[list(prompt) for prompt in batch],
+            sampling_params={"max_new_tokens": scenario.max_tokens, "temperature": 0, "ignore_eos": True},
+            return_logprob=True,
+            top_logprobs_num=self.vocab_size,
+            logprob_start_len=0 if scenario.prompt_logprobs else -1,
+        )
+        return [self._completion(p, o, scenario.prompt_logprobs) for p, o in zip(batch, outputs, strict=True)]
+
+    def _completion(self, prompt: tuple[int, ...], output: dict[str, Any], prompt_logprobs: bool) -> dict[str, Any]:
         meta = output["meta_info"]
         return {
             "prompt": prompt,
@@ -139,16 +148,16 @@ class Engine:
 
 
 def main(spec_file: str, out_file: str) -> None:
-    from tests.engines.mutants import mutants
+    from tests.engines.sglang_mutants import MUTANTS
 
     spec = json.loads(Path(spec_file).read_text())
     begin = time.monotonic()
     engine = Engine(spec["model"], EngineConfig(**spec["config"]))
-    module = engine.flush()["module"]
-    assert module.startswith(spec["expect_module"]), f"{module} serves, expected {spec['expect_module']}"
-    out: dict[str, Any] = {"module": module, "seconds": {"start": time.monotonic() - begin}, "results": {}}
+    modules = engine.flush()["modules"]
+    assert modules[0].startswith(spec["expect_module"]), f"{modules} serve, expected {spec['expect_module']}"
+    out: dict[str, Any] = {"modules": modules, "seconds": {"start": time.monotonic() - begin}, "results": {}}
     runs = [(name, name, "") for name in spec["scenarios"]]
-    runs += [(name, mutants("sglang")[name].scenario, name) for name in spec["mutants"]]
+    runs += [(name, MUTANTS[name].scenario, name) for name in spec["mutants"]]
     for key, scenario, mutant in runs:
         begin = time.monotonic()
         out["results"][key] = engine.run(SCENARIOS[scenario], mutant)

@@ -12,6 +12,7 @@ from tests.engines import process
 pytestmark = pytest.mark.engine
 
 SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
+MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 1}
 MIXER = "model.layers.0.linear_attn"
 
 
@@ -35,6 +36,11 @@ def _config(**changes):
 
 def _remove_expert(tensors):
     for name in [n for n in tensors if ".layers.2.mlp.experts.3." in n]:
+        del tensors[name]
+
+
+def _remove_draft(tensors):
+    for name in [n for n in tensors if n.startswith("mtp.")]:
         del tensors[name]
 
 
@@ -92,7 +98,25 @@ CASES = {
         None,
         ["layer_types", "num_hidden_layers"],
     ),
+    "draft missing": (
+        _tensors(_remove_draft),
+        {"speculative_config": MTP},
+        None,
+        ["missing", "mtp.fc.weight", "mtp.layers.0."],
+    ),
+    "half a draft": (
+        _tensors(lambda t: t.pop("mtp.fc.weight")),
+        {},
+        None,
+        ["missing", "mtp.fc.weight"],
+    ),
     "unsupported engine": (lambda directory: None, {}, "0.31.2", ["vLLM 0.31.2 found", "QNEXT_DISABLE=1"]),
+    "another kind of speculation": (
+        lambda directory: None,
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        None,
+        ["speculative method 'ngram' found, expected 'qwen3_next_mtp'"],
+    ),
 }
 
 
@@ -136,6 +160,12 @@ def test_engine_does_not_start(errors, case):
             ["--tensor-parallel-size", "3"],
             "tensor parallel size 3 does not divide linear_num_key_heads 2; choose one of",
             id="tensor-parallel",
+        ),
+        pytest.param(
+            lambda directory: None,
+            ["--pipeline-parallel-size", "2", "--no-enable-prefix-caching", "--speculative-config", json.dumps(MTP)],
+            "add --scheduler-cls vllm_ext.scheduler.PipelineDraftScheduler",
+            id="pipeline-parallel-mtp",
         ),
     ],
 )

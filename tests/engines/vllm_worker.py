@@ -9,12 +9,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario, prompts
+from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario
+from tests.engines.vllm_inside import kernels_ran, record_draft, serving_modules, set_drafts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions we run in workers
 
 
 def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
@@ -31,7 +34,18 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         "max_logprobs": -1,
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
+        "tensor_parallel_size": config.tensor_parallel,
+        "pipeline_parallel_size": config.pipeline_parallel,
+        "enable_expert_parallel": config.expert_parallel,
+        "distributed_executor_backend": config.executor,
     }
+    if config.draft_tokens:
+        args["speculative_config"] = {
+            "method": "qwen3_next_mtp",
+            "num_speculative_tokens": config.draft_tokens,
+        }
+    if config.draft_tokens and config.pipeline_parallel > 1:
+        args["scheduler_cls"] = "vllm_ext.scheduler.PipelineDraftScheduler"
     if config.prefix_caching:
         args["block_size"] = 32  # rounded up by vLLM until an attention page holds a recurrent state
     return args
@@ -49,17 +63,49 @@ def distributions(flat: Any, start: int = 0) -> list[list[float]]:
 
 
 class Engine:
-    def __init__(self, model: str, config: EngineConfig) -> None:
+    def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
+        """``more``: further keyword arguments of ``vllm.LLM``."""
         from vllm import LLM
 
-        self.llm = LLM(**engine_args(model, config))
-        self.model = self.llm.apply_model(lambda model: model)[0]
+        self.config = config
+        self.llm = LLM(**engine_args(model, config) | more)
         self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
 
-    def preemptions(self) -> int:
-        return sum(m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
+    @property
+    def worker(self) -> Any:
+        """The worker itself: only where it is this process."""
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+    def counts(self) -> dict[str, Any]:
+        metrics = {m.name: m for m in self.llm.get_metrics()}
+        counts = {"num_preemptions": metrics["vllm:num_preemptions"].value, "num_drafts": 0, "num_accepted": []}
+        if "vllm:spec_decode_num_drafts" in metrics:
+            counts["num_drafts"] = metrics["vllm:spec_decode_num_drafts"].value
+            counts["num_accepted"] = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+        return counts
 
     def run(self, scenario: Scenario) -> dict[str, Any]:
+        """Answer a scenario; with drafts to be put in the model's mouth, once without them to learn the right ones."""
+        if not self.config.draft_tokens or scenario.drafts == "own":
+            return self._run(scenario)
+        plain = self._run(scenario)
+        sequences = [c["prompt"] + c["token_ids"] for batch in plain["batches"] for c in batch]
+        self.llm.collective_rpc(set_drafts, args=(sequences, scenario.drafts))
+        try:
+            return self._run(scenario)
+        finally:
+            self.llm.collective_rpc(set_drafts, args=([], "own"))
+
+    def _abort(self, prompts: tuple[tuple[int, ...], ...], sampling: Any) -> None:
+        engine = self.llm.llm_engine
+        ids = [f"aborted-{i}" for i in range(len(prompts))]
+        for request, prompt in zip(ids, prompts, strict=True):
+            engine.add_request(request, {"prompt_token_ids": list(prompt)}, sampling)
+        for _ in range(3):
+            engine.step()
+        engine.abort_request(ids)
+
+    def _run(self, scenario: Scenario) -> dict[str, Any]:
         from vllm import SamplingParams
 
         self.llm.reset_prefix_cache()
@@ -72,16 +118,29 @@ class Engine:
             prompt_logprobs=-1 if scenario.prompt_logprobs else None,
             flat_logprobs=True,
         )
-        before, batches = self.preemptions(), []
-        for _ in scenario.batches:
-            batch = [{"prompt_token_ids": ids} for ids in prompts(scenario, batches)]
-            outputs = self.llm.generate(batch, sampling, use_tqdm=False)
-            batches.append([self._completion(output) for output in outputs])
+        before, batches = self.counts(), []
+        if scenario.aborted:
+            self._abort(scenario.aborted, sampling)
+        stop = record_draft(self.worker) if scenario.draft_logits else None
+        for batch in scenario.batches:
+            batches.append(self._generate(batch, sampling))
+        said = batches[0][0]
+        for turn in scenario.turns:
+            batches.append(self._generate([(*said["prompt"], *said["token_ids"], *turn)], sampling))
+            said = batches[-1][0]
+        after = self.counts()
         return {
             "batches": batches,
-            "num_preemptions": self.preemptions() - before,
             "block_size": self.block_size,
+            "draft_steps": stop() if stop else None,
+            "num_preemptions": after["num_preemptions"] - before["num_preemptions"],
+            "num_drafts": after["num_drafts"] - before["num_drafts"],
+            "num_accepted": [b - a for a, b in zip(before["num_accepted"], after["num_accepted"], strict=True)],
         }
+
+    def _generate(self, batch: Iterable[tuple[int, ...]], sampling: Any) -> list[dict[str, Any]]:
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in batch]
+        return [self._completion(output) for output in self.llm.generate(prompts, sampling, use_tqdm=False)]
 
     def _completion(self, output: Any) -> dict[str, Any]:
         prompt_logprobs = output.prompt_logprobs
@@ -98,9 +157,9 @@ def main(spec_file: str, out_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
     begin = time.monotonic()
     engine = Engine(spec["model"], EngineConfig(**spec["config"]))
-    module = type(engine.model).__module__
-    assert module.startswith(spec["expect_module"]), f"{module} serves, expected {spec['expect_module']}"
-    out: dict[str, Any] = {"module": module, "seconds": {"start": time.monotonic() - begin}, "results": {}}
+    modules = set().union(*engine.llm.collective_rpc(serving_modules))
+    assert all(m.startswith(spec["expect_module"]) for m in modules), f"{modules} serve, not {spec['expect_module']}"
+    out: dict[str, Any] = {"modules": sorted(modules), "seconds": {"start": time.monotonic() - begin}, "results": {}}
 
     def run(key: str, scenario: str) -> None:
         begin = time.monotonic()
@@ -110,16 +169,13 @@ def main(spec_file: str, out_file: str) -> None:
     for name in spec["scenarios"]:
         run(name, name)
     if spec["mutants"]:
-        from tests.engines.mutants import mutants
+        from tests.engines.mutants import MUTANTS
 
         for name in spec["mutants"]:
-            mutant = mutants("vllm")[name]
-            with mutant.applied(engine.model):
-                run(name, mutant.scenario)
+            with MUTANTS[name].applied(engine.worker):
+                run(name, MUTANTS[name].scenario)
     if spec["expect_module"] == "vllm_ext":
-        from vllm_ext.kernels import KERNELS_RAN
-
-        out["kernels"] = sorted(KERNELS_RAN)
+        out["kernels"] = sorted(set().union(*engine.llm.collective_rpc(kernels_ran)))
     Path(out_file).write_text(json.dumps(out))
 
 

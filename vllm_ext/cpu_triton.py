@@ -1,6 +1,7 @@
-"""Prefix caching with MTP on CPU: vLLM's two Triton kernels that carry states across cache blocks, for CPU.
+"""MTP on CPU: vLLM's Triton kernels that have no CPU implementation there, or a wrong one.
 
-Given to vLLM through ``register_kernels``; they can go when vLLM ships its own (0.32 and 0.33 do not).
+Given to vLLM through ``register_kernels``. The two state copies can go when vLLM ships its own, ``expand`` when vLLM's
+writes to outputs of other types than int64 (0.32 and 0.33 do neither).
 """
 
 import ctypes
@@ -8,22 +9,30 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
-
-KERNELS = "vllm.v1.worker.mamba_utils."
 
 
 @cache
 def register() -> None:
-    """Idempotent. Replaces kernels that no CPU can run, so nothing else can depend on them."""
+    """Idempotent. No CPU can run the first two, so nothing else can depend on them."""
     from vllm.triton_utils.dispatcher import register_kernels
 
     register_kernels(
         {
-            KERNELS + "precopy_mamba_align_fused_kernel": precopy_mamba_align,
-            KERNELS + "postprocess_mamba_fused_kernel": postprocess_mamba,
+            "vllm.v1.worker.mamba_utils.precopy_mamba_align_fused_kernel": precopy_mamba_align,
+            "vllm.v1.worker.mamba_utils.postprocess_mamba_fused_kernel": postprocess_mamba,
+            "vllm.v1.sample.rejection_sampler.expand_kernel": expand,
         }
     )
+
+
+def expand(
+    output: Tensor, values: Tensor, cu_num_tokens: Tensor, replace_from: float, replace_to: float, *_: Any
+) -> None:
+    """Sampled drafts: each request's temperature, top-k and top-p for each of its tokens."""
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    output.copy_(torch.where(values == replace_from, replace_to, values).repeat_interleave(counts))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""Draw samples from one vLLM engine: ``python -m tests.engines.vllm_sampling SPEC.json OUT.json``.
+
+``SPEC`` holds ``model``, ``draft_tokens``, ``prompt``, ``samples``, ``tokens`` and ``mutants`` (names); ``OUT`` maps
+``""`` and each mutant to ``[samples, tokens]`` token ids, and ``accepted`` to the share of accepted first drafts.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.engines.mutants import MUTANTS
+from tests.engines.scenarios import EngineConfig
+from tests.engines.vllm_inside import set_drafts
+from tests.engines.vllm_worker import Engine
+
+SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.0}
+
+
+def main(spec_file: str, out_file: str) -> None:
+    spec = json.loads(Path(spec_file).read_text())
+    config = EngineConfig(spec["model"], draft_tokens=spec["draft_tokens"], num_blocks=8192)
+    engine = Engine(spec["model"], config, max_num_seqs=512)
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": spec["prompt"]}
+
+    def draw(samples: int, **sampling: float) -> list[list[int]]:
+        params = SamplingParams(max_tokens=spec["tokens"], ignore_eos=True, detokenize=False, **sampling)
+        outputs = engine.llm.generate([prompt] * samples, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    (likely,) = draw(1, temperature=0)
+    if spec["draft_tokens"]:
+        engine.llm.collective_rpc(set_drafts, args=([spec["prompt"] + likely], "right"))
+    before = engine.counts()
+    out: dict[str, object] = {"": draw(spec["samples"], **SAMPLING)}
+    if spec["draft_tokens"]:
+        after = engine.counts()
+        steps = after["num_drafts"] - before["num_drafts"]
+        out["accepted"] = (after["num_accepted"][0] - before["num_accepted"][0]) / steps
+    for name in spec["mutants"]:
+        with MUTANTS[name].applied(engine.worker):
+            out[name] = draw(spec["samples"] // 4, **SAMPLING)
+    Path(out_file).write_text(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
