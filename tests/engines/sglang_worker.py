@@ -112,6 +112,8 @@ class Engine:
 
     def run(self, scenario: Scenario, mutant: str = "") -> dict[str, Any]:
         before = self.flush(mutant)["retractions"]
+        for prompt in scenario.aborted:
+            self._abort(list(prompt))
         batches = [self._generate(batch, scenario) for batch in scenario.batches]
         said = batches[0][0]
         for turn in scenario.turns:
@@ -125,6 +127,16 @@ class Engine:
             "num_drafts": 0,
             "num_accepted": [],
         }
+
+    def _abort(self, prompt: list[int]) -> None:
+        """Drop a request after its first tokens, while it is running."""
+        stream = self.engine.generate(
+            input_ids=prompt, sampling_params={"max_new_tokens": 500, "ignore_eos": True}, stream=True, rid="aborted"
+        )
+        next(stream)
+        self.engine.tokenizer_manager.abort_request("aborted")
+        finish = [chunk["meta_info"]["finish_reason"] for chunk in stream][-1]
+        assert finish["type"] == "abort", finish
 
     def _generate(self, batch: Sequence[tuple[int, ...]], scenario: Scenario) -> list[dict[str, Any]]:
         outputs = self.engine.generate(
