@@ -1,6 +1,6 @@
-"""Serve a checkpoint with vLLM and MTP, stream one chat completion, say which classes served and how fast, and stop.
+"""Serve a checkpoint (with MTP on vLLM), stream one chat completion, say which classes served and how fast, and stop.
 
-Usage: demo.py MODEL PORT (scripts/demo prepares both)
+Usage: demo.py ENGINE MODEL PORT (scripts/demo prepares both)
 """
 
 import json
@@ -18,22 +18,27 @@ from prometheus_client.parser import text_string_to_metric_families
 
 START_TIMEOUT = 300
 MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
+SERVING = {
+    "vllm": (("Qwen3NextForCausalLM", "vllm_ext.model"), ("Qwen3NextMTP", "vllm_ext.mtp")),
+    "sglang": (("Qwen3NextForCausalLM", "sglang_ext.model"),),
+}
 PROMPT = "Explain in one sentence what a linear attention layer keeps in its state."
 
 
-def main(model: str, port: str) -> None:
+def main(engine: str, model: str, port: str) -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: sys.exit("demo: stopped"))
     os.environ["no_proxy"] = "127.0.0.1"
     log = Path(model).with_name("demo.log")
-    command = serve_command(model, port)
+    command = serve_command(engine, model, port)
     print(f"starting: {' '.join(command)}\nits log: {log}", flush=True)
     server = start(command, log)
     try:
         wait_until_healthy(server, port, log)
         speed = stream_answer(port)
-        report_serving_classes(log)
-        report_acceptance(port)
+        report_serving_classes(engine, log)
+        if engine == "vllm":
+            report_acceptance(port)
         print(speed, flush=True)
     except OpenAIError as error:
         fail(f"the request failed: {error}", log)
@@ -44,8 +49,10 @@ def main(model: str, port: str) -> None:
         print("server stopped", flush=True)
 
 
-def serve_command(model: str, port: str) -> list[str]:
+def serve_command(engine: str, model: str, port: str) -> list[str]:
     flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "demo"]
+    if engine == "sglang":
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *flags]
     small = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30)]
     return ["vllm", "serve", model, *flags, *small, "--speculative-config", json.dumps(MTP)]
 
@@ -115,14 +122,14 @@ def stream_answer(port: str) -> str:
     return f"speed: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
 
 
-def report_serving_classes(log: Path) -> None:
+def report_serving_classes(engine: str, log: Path) -> None:
     # Without this check a plugin that failed to load would pass: the engine then serves its native model.
     lines = re.findall(r".*(?:qnext-plugin[ :]|load plugin).*", log.read_text(errors="replace"))
-    for name, module in (("Qwen3NextForCausalLM", "vllm_ext.model"), ("Qwen3NextMTP", "vllm_ext.mtp")):
+    for name, module in SERVING[engine]:
         served = [line for line in lines if f"{name} is served by {module}" in line]
         if not served:
             print(*lines, sep="\n")
-            sys.exit(f"demo: no line of the server's log says that qnext-plugin serves {name}: vLLM's own class did")
+            sys.exit(f"demo: no line of the server's log says that qnext-plugin serves {name}: the engine's did")
         print(served[0], flush=True)
 
 

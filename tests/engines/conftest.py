@@ -12,8 +12,11 @@ import torch
 
 from tests.engines import process
 from tests.engines.checkpoints import write_checkpoint
-from tests.engines.mutants import MUTANTS
-from tests.engines.scenarios import CONFIGS, Result, pairs, to_result
+from tests.engines.installed import ENGINE, MUTANTS
+from tests.engines.scenarios import CONFIGS, ENGINES, Result, pairs, to_result
+
+# Files of tests that hold for one engine only carry its name.
+collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENGINE]
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +27,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def vllm(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], "Served"]:
-    """What one vLLM engine answered to every scenario of a configuration (and, under "prefix", to the mutants)."""
-    root = tmp_path_factory.mktemp("vllm")
+def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], "Served"]:
+    """What the engine answered to every scenario of a configuration, then to those of its mutants."""
+    root = tmp_path_factory.mktemp(ENGINE)
 
     @cache
     def outcome(config: str) -> Served | AssertionError:
@@ -36,14 +39,14 @@ def vllm(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], P
                 {
                     "model": str(checkpoint(CONFIGS[config].checkpoint)),
                     "config": asdict(CONFIGS[config]),
-                    "scenarios": [scenario for name, scenario in pairs() if name == config],
+                    "scenarios": [scenario for name, scenario in pairs(ENGINE) if name == config],
                     "mutants": [name for name, mutant in MUTANTS.items() if mutant.config == config],
-                    "expect_module": "vllm_ext",
+                    "expect_module": f"{ENGINE}_ext",
                 }
             )
         )
         try:
-            status = process.run(["-m", "tests.engines.vllm_worker", str(spec), str(out)], log)
+            status = process.run(["-m", f"tests.engines.{ENGINE}_worker", str(spec), str(out)], log)
             assert status == 0, f"engine {config!r} ended with status {status}\n{process.tail(log)}"
         except AssertionError as e:
             return e

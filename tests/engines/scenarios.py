@@ -14,13 +14,16 @@ import torch
 
 VOCAB_SIZE = 256  # every test vocabulary holds at least these ids
 MAX_MODEL_LEN = 1024
+ENGINES = ("vllm", "sglang")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One engine start. ``token_budget`` is the most tokens one step computes, ``num_blocks`` the whole cache.
+    """One start of each of ``engines``. ``token_budget`` is the most tokens one step computes.
 
-    ``draft_tokens`` is how many the model's own draft proposes each step; 0 is no speculation.
+    The whole cache is ``num_blocks`` on vLLM and ``num_tokens`` on SGLang, where ``snapshots`` is how recurrent states
+    are kept for prefix caching. ``draft_tokens`` is how many the model's own draft proposes each step; 0 is no
+    speculation.
     """
 
     checkpoint: str
@@ -34,6 +37,9 @@ class EngineConfig:
     pipeline_parallel: int = 1
     expert_parallel: bool = False
     executor: str | None = None
+    engines: tuple[str, ...] = ("vllm",)
+    num_tokens: int | None = None
+    snapshots: str = "extra_buffer"
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,15 @@ def tokens(length: int, seed: int) -> tuple[int, ...]:
 
 
 CONFIGS = {
-    "eager": EngineConfig("tiny", num_blocks=48),
+    "eager": EngineConfig("tiny", num_blocks=48, engines=ENGINES),
     "compiled": EngineConfig("tiny", compiled=True, num_blocks=48),
-    "chunked": EngineConfig("tiny", token_budget=64, num_blocks=48),
-    "prefix": EngineConfig("tiny", prefix_caching=True, num_blocks=160),
-    "starved": EngineConfig("tiny", prefix_caching=True, token_budget=64, num_blocks=44),
+    "chunked": EngineConfig("tiny", token_budget=64, num_blocks=48, engines=ENGINES),
+    "prefix": EngineConfig("tiny", prefix_caching=True, num_blocks=160, engines=ENGINES),
+    "prefix-no-buffer": EngineConfig("tiny", prefix_caching=True, snapshots="no_buffer", engines=("sglang",)),
+    "starved": EngineConfig(
+        "tiny", prefix_caching=True, token_budget=64, num_blocks=44, num_tokens=1300, engines=ENGINES
+    ),
+    "tp2": EngineConfig("tiny", prefix_caching=True, tensor_parallel=2, engines=("sglang",)),
     "mtp1": EngineConfig("tiny", draft_tokens=1, num_blocks=48),
     "mtp2": EngineConfig("tiny", draft_tokens=2, num_blocks=200, prefix_caching=True),
     "mtp2-starved": EngineConfig("tiny", draft_tokens=2, prefix_caching=True, token_budget=64, num_blocks=52),
@@ -127,11 +137,11 @@ CONFIGS = {
     "pp2": EngineConfig("tiny", pipeline_parallel=2, num_blocks=48),
     "pp2-mtp2": EngineConfig("tiny", draft_tokens=2, pipeline_parallel=2, num_blocks=64),
     "ep2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, expert_parallel=True, num_blocks=64),
-    "odd-a": EngineConfig("odd-a"),
-    "odd-b": EngineConfig("odd-b"),
-    "odd-c": EngineConfig("odd-c"),
-    "odd-d": EngineConfig("odd-d"),
-    "bfloat16": EngineConfig("bfloat16", dtype="bfloat16"),
+    "odd-a": EngineConfig("odd-a", engines=ENGINES),
+    "odd-b": EngineConfig("odd-b", engines=ENGINES),
+    "odd-c": EngineConfig("odd-c", engines=ENGINES),
+    "odd-d": EngineConfig("odd-d", engines=ENGINES),
+    "bfloat16": EngineConfig("bfloat16", dtype="bfloat16", engines=ENGINES),
     "bfloat16-mtp2": EngineConfig("bfloat16", dtype="bfloat16", draft_tokens=2),
     "bfloat16-compiled": EngineConfig("bfloat16", dtype="bfloat16", compiled=True, prefix_caching=True),
 }
@@ -163,7 +173,7 @@ SCENARIOS = {
     "slot_reuse": Scenario(
         # Long sequences leave their state behind; the next ones start in the same slots.
         tuple(tuple(tokens(length, seed=10 * i + length) for length in (90, 65, 3)) for i in range(6)),
-        configs=("eager", "compiled", "chunked", "prefix", "mtp2"),
+        configs=("eager", "compiled", "chunked", "prefix", "prefix-no-buffer", "mtp2"),
         max_tokens=4,
         drafts="cycle",
     ),
@@ -175,8 +185,8 @@ SCENARIOS = {
         hits=((2, 0), (3, 1), (4, 0), (4, 1)),
     ),
     "multi_turn": Scenario(
-        ((_A[:100],),),
-        configs=("prefix", "mtp2"),
+        ((_A[:200],),),
+        configs=("prefix", "prefix-no-buffer", "tp2", "mtp2"),
         max_tokens=60,
         drafts="cycle",
         turns=(_B[:40], _B[40:80], _B[80:90]),
@@ -193,9 +203,13 @@ SCENARIOS = {
 }
 
 
-def pairs() -> list[tuple[str, str]]:
-    """Every (config name, scenario name) to run, grouped by config."""
-    return [(c, s) for c in CONFIGS for s, scenario in SCENARIOS.items() if c in scenario.configs]
+def configs(engine: str) -> list[str]:
+    return [name for name, config in CONFIGS.items() if engine in config.engines]
+
+
+def pairs(engine: str) -> list[tuple[str, str]]:
+    """Every (config name, scenario name) to run on an engine, grouped by config."""
+    return [(c, s) for c in configs(engine) for s, scenario in SCENARIOS.items() if c in scenario.configs]
 
 
 def to_result(raw: Mapping[str, Any]) -> Result:

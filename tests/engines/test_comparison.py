@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.engines.scenarios import Completion, Result, Scenario, check_conditions, compare
+from tests.engines.scenarios import Completion, EngineConfig, Result, Scenario, check_conditions, compare
 
 PROMPT, GENERATED = (3, 1, 4), (1, 5)
 
@@ -20,7 +20,9 @@ def served(**changes):
     expected = reference(PROMPT + GENERATED)
     choice = tuple(expected[2:4].argmax(-1).tolist())
     completion = Completion(PROMPT, choice, expected[2:4].clone(), expected[:2].clone())
-    return Result([[dataclasses.replace(completion, **changes)]], num_preemptions=0, block_size=32)
+    return Result(
+        [[dataclasses.replace(completion, **changes)]], num_preemptions=0, block_size=32, num_drafts=0, num_accepted=[]
+    )
 
 
 def test_equal_distributions_have_no_difference():
@@ -53,4 +55,4 @@ def test_token_the_reference_would_not_choose_is_named():
 @pytest.mark.parametrize("conditions", [{"hits": ((0, 0),)}, {"preempts": True}])
 def test_scenario_that_did_nothing_fails(conditions):
     with pytest.raises(AssertionError, match=r"cached tokens|preempted"):
-        check_conditions(Scenario(((PROMPT,),), (), **conditions), served(num_cached_tokens=63))
+        check_conditions(Scenario(((PROMPT,),), (), **conditions), EngineConfig("tiny"), served(num_cached_tokens=63))

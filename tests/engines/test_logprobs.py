@@ -9,30 +9,31 @@ from safetensors.torch import load_file
 
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.reference import ReferenceModel
-from tests.engines.mutants import MUTANTS
+from tests.engines.installed import ENGINE, MUTANTS
 from tests.engines.reference import reference
-from tests.engines.scenarios import CONFIGS, SCENARIOS, Difference, check_conditions, compare, pairs, requests
-from tests.tolerances import LOGPROB_BFLOAT16_RATIO, LOGPROB_FLOAT32
+from tests.engines.scenarios import CONFIGS, SCENARIOS, Difference, check_conditions, compare, configs, pairs, requests
+from tests.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 
-FLOAT32 = [pair for pair in pairs() if CONFIGS[pair[0]].dtype == "float32"]
-BFLOAT16 = [pair for pair in pairs() if CONFIGS[pair[0]].dtype == "bfloat16"]
+TOLERANCE = SERVED_LOGPROB_FLOAT32[ENGINE]
+FLOAT32 = [pair for pair in pairs(ENGINE) if CONFIGS[pair[0]].dtype == "float32"]
+BFLOAT16 = [pair for pair in pairs(ENGINE) if CONFIGS[pair[0]].dtype == "bfloat16"]
 
 
 @pytest.mark.parametrize(("config", "scenario"), FLOAT32)
-def test_float32(vllm, checkpoint, config, scenario):
-    result = vllm(config)[scenario]
+def test_float32(serve, checkpoint, config, scenario):
+    result = serve(config)[scenario]
     check_conditions(SCENARIOS[scenario], CONFIGS[config], result)
-    difference = compare(result, reference(checkpoint(CONFIGS[config].checkpoint)), LOGPROB_FLOAT32)
+    difference = compare(result, reference(checkpoint(CONFIGS[config].checkpoint)), TOLERANCE)
     print(f"{config} {scenario}: {difference.value:.2g} at {difference.where}")
-    assert difference.value <= LOGPROB_FLOAT32, f"{difference.value:.3g} at {difference.where}"
+    assert difference.value <= TOLERANCE, f"{difference.value:.3g} at {difference.where}"
     assert not difference.wrong_tokens
 
 
 @pytest.mark.parametrize(("config", "scenario"), BFLOAT16)
-def test_bfloat16_is_as_close_as_transformers(vllm, checkpoint, config, scenario):
-    result = vllm(config)[scenario]
+def test_bfloat16_is_as_close_as_transformers(serve, checkpoint, config, scenario):
+    result = serve(config)[scenario]
     check_conditions(SCENARIOS[scenario], CONFIGS[config], result)
     directory = checkpoint(CONFIGS[config].checkpoint)
     exact, rounded = reference(directory), reference(directory, torch.bfloat16)
@@ -45,9 +46,10 @@ def test_bfloat16_is_as_close_as_transformers(vllm, checkpoint, config, scenario
     assert ours.value <= LOGPROB_BFLOAT16_RATIO * theirs.value, f"{ours.value:.3g} at {ours.where}"
 
 
-def test_draft_computes_what_the_oracle_does(vllm, checkpoint):
-    difference = compare_draft(vllm("mtp3"), "draft_logits", checkpoint("tiny"))
-    assert difference.value <= LOGPROB_FLOAT32, f"{difference.value:.3g} at {difference.where}"
+@pytest.mark.skipif("mtp3" not in configs(ENGINE), reason="there is no draft on this engine yet")
+def test_draft_computes_what_the_oracle_does(serve, checkpoint):
+    difference = compare_draft(serve("mtp3"), "draft_logits", checkpoint("tiny"))
+    assert difference.value <= TOLERANCE, f"{difference.value:.3g} at {difference.where}"
 
 
 def compare_draft(served: Any, scenario: str, checkpoint: Path) -> Difference:
@@ -70,24 +72,30 @@ def compare_draft(served: Any, scenario: str, checkpoint: Path) -> Difference:
     return difference
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_expected_kernels_ran(vllm, config):
-    fast = CONFIGS[config].dtype == "bfloat16"
+@pytest.mark.parametrize("config", configs(ENGINE))
+def test_expected_kernels_ran(serve, config):
+    assert serve(config).kernels == expected_kernels(ENGINE, CONFIGS[config])
+
+
+def expected_kernels(engine, config):
+    if engine == "sglang":
+        return ["decode", "extend"]
+    fast = config.dtype == "bfloat16"
     conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"
     delta = "cpp" if fast else "torch"
-    phases = ("prefill", "verify") if CONFIGS[config].draft_tokens else ("decode", "prefill")
-    assert vllm(config).kernels == [f"{phase}: {conv}, {delta}" for phase in phases]
+    phases = ("prefill", "verify") if config.draft_tokens else ("decode", "prefill")
+    return [f"{phase}: {conv}, {delta}" for phase in phases]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutant_is_caught(vllm, checkpoint, mutant):
+def test_mutant_is_caught(serve, checkpoint, mutant):
     """And by the scenario that names it: unbroken, in the same engine, that one passes above."""
     config, scenario = MUTANTS[mutant].config, MUTANTS[mutant].scenario
     assert (config, scenario) in FLOAT32
     directory = checkpoint(CONFIGS[config].checkpoint)
     if SCENARIOS[scenario].draft_logits:
-        difference = compare_draft(vllm(config), mutant, directory)
+        difference = compare_draft(serve(config), mutant, directory)
     else:
-        difference = compare(vllm(config)[mutant], reference(directory), LOGPROB_FLOAT32)
+        difference = compare(serve(config)[mutant], reference(directory), TOLERANCE)
     print(f"{mutant}: {difference.value:.3g} at {difference.where}")
-    assert difference.value > 100 * LOGPROB_FLOAT32
+    assert difference.value > 100 * TOLERANCE

@@ -1,0 +1,94 @@
+"""Everything that depends on the version of SGLang, patches included."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import sglang
+import torch
+from sglang.srt.platforms import current_platform
+
+SUPPORTED = ((0, 5, 22), (0, 5, 24))
+
+ON_CPU: bool = current_platform.device_type == "cpu"
+"""Whether this process computes on a CPU, and so with kernels of ours."""
+
+
+def check_engine_version(version: str | None = None) -> None:
+    """``ValueError`` outside the range of SGLang versions this package is tested with."""
+    version = sglang.__version__ if version is None else version
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    try:
+        found = tuple(int(part) for part in version.split(".")[:3])
+    except ValueError:
+        found = (0,)
+    if not SUPPORTED[0] <= found < SUPPORTED[1]:
+        raise ValueError(
+            f"SGLang {version} found; qnext-plugin supports >= {low}, < {high}. "
+            "Install a supported SGLang, or set QNEXT_DISABLE=1 to serve SGLang's own model"
+        )
+
+
+def check_platform() -> None:
+    """``ValueError`` where a CPU is to compute without the platform that brings the kernels for it."""
+    if ON_CPU and type(current_platform).__module__ != "sglang_ext.cpu_platform":
+        raise ValueError(
+            f"the platform is {type(current_platform).__name__}, expected qnext-plugin's own to compute on this CPU; "
+            "unset SGLANG_USE_CPU_ENGINE and SGLANG_PLATFORM, or set QNEXT_DISABLE=1 to serve SGLang's own model"
+        )
+
+
+def unpadded(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as the checkpoint has it.
+
+    On CPU SGLang 0.5.23 pads sizes for its AMX kernels in place (``adjust_config_with_unaligned_cpu_tp``), keeping the
+    originals beside them. It can go when that leaves out-of-tree platforms alone.
+    """
+    prefix = "original_"
+    originals = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    if "total_num_kv_heads" in originals:
+        originals["num_key_value_heads"] = originals.pop("total_num_kv_heads")
+    return values | {name: value for name, value in originals.items() if name in values}
+
+
+@cache
+def install_cpu_kernels() -> None:
+    """Put torch kernels in the place of the Triton ones that a hybrid model runs; idempotent.
+
+    No CPU can run what they replace, so no other model can depend on it. They can go when SGLang lets an out-of-tree
+    platform provide these (0.5.23 does not).
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_ext import kernels
+
+    backend = "sglang.srt.layers.attention.linear.gdn_backend."
+    states = "sglang.kernels.ops.mamba.mamba_state_scatter_triton."
+    replacements: dict[str, Callable[..., Any]] = {
+        backend + "TritonGDNKernel": kernels.TorchGDNKernel,
+        backend + "causal_conv1d_fn": kernels.causal_conv1d_fn,
+        backend + "causal_conv1d_update": kernels.causal_conv1d_update,
+        backend + "fused_gdn_gating": kernels.fused_gdn_gating,
+        states + "track_mamba_states_all_layers": kernels.track_states_all_layers,
+        states + "track_mamba_states_if_needed": kernels.track_states,
+    }
+    for target, replacement in replacements.items():
+        HookRegistry.register(target, replacement, HookType.REPLACE)
+    HookRegistry.apply_hooks()
+    # It logs a target that it does not find, and goes on.
+    missing = replacements.keys() - HookRegistry._patched
+    if missing:
+        raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))} to replace on CPU")
+    unpin_memory()
+
+
+def unpin_memory() -> None:
+    """Let ``Tensor.pin_memory`` return the tensor itself where torch cannot pin.
+
+    SGLang 0.5.23 calls it without asking the platform in ``ScheduleBatch.prepare_for_decode``. It can go when that
+    asks ``is_pin_memory_available``, as its neighbours do.
+    """
+    try:
+        torch.zeros(1).pin_memory()
+    except RuntimeError:
+        torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign,assignment]

@@ -1,0 +1,60 @@
+"""SGLang's configuration class, completed: both dialects, irregular layer types, correct RoPE."""
+
+from typing import Any
+
+from sglang.srt.configs.qwen3_next import HybridLayerType
+from sglang.srt.configs.qwen3_next import Qwen3NextConfig as EngineConfig
+from transformers import PretrainedConfig
+
+from qnext_plugin.config import FULL, QNextConfig
+from sglang_ext.compat import unpadded
+from sglang_ext.state import cache_params
+
+ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+
+
+class Qwen3NextConfig(EngineConfig):  # type: ignore[misc]
+    """What SGLang reads of the model; tokenizers and processors are looked up by this class's name.
+
+    The parent drops ``layer_types`` and, in one of the dialects, everything about RoPE. ``ValueError`` where
+    ``QNextConfig`` finds the values inconsistent; without arguments it is the parent's default.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        # It also checks RoPE before it has set what that depends on.
+        super().__init__(**{name: value for name, value in values.items() if name not in ROPE})
+        if not values:
+            return
+        config = QNextConfig.from_dict(values)
+        self.layer_types = list(config.layer_types)
+        self.mlp_only_layers = list(config.mlp_only_layers)
+        self.rope_parameters = dict(config.rope_parameters)
+        self.rope_theta = config.rope_parameters["rope_theta"]
+        self.partial_rotary_factor = config.rope_parameters["partial_rotary_factor"]
+
+    @property
+    def layers_block_type(self) -> list[str]:
+        return [
+            (HybridLayerType.full_attention if kind == FULL else HybridLayerType.linear_attention).value
+            for kind in qnext_config(self).layer_types
+        ]
+
+    @property
+    def mamba2_cache_params(self) -> Any:
+        return cache_params(qnext_config(self), self, self.linear_layer_ids)
+
+
+def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
+    """Our validated view of ``config`` as it stands, overrides of the command line included.
+
+    ``ValueError`` for inconsistent values, or a tensor-parallel size that they do not allow.
+    """
+    view = QNextConfig.from_dict(unpadded(config.to_dict()))
+    view.gdn.shard(tp_size)
+    heads, kv_heads = view.num_attention_heads, view.num_key_value_heads
+    if heads % tp_size or max(kv_heads, tp_size) % min(kv_heads, tp_size):
+        raise ValueError(
+            f"tensor parallel size {tp_size} cannot split num_attention_heads {heads} with "
+            f"num_key_value_heads {kv_heads}; it must divide the first and divide, or be a multiple of, the second"
+        )
+    return view

@@ -1,0 +1,71 @@
+"""SGLang on any CPU: an out-of-tree platform, which needs nothing but SGLang's packages from PyPI."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+ATTENTION_BACKEND = "qnext_cpu"
+
+# SGLang would fill most of the machine's memory with caches, and spend minutes of the start on writing zeros there.
+MAX_RUNNING_REQUESTS = 32
+STATES_PER_REQUEST = 6  # one that runs takes up to five, those it can be resumed from included
+MAX_TOTAL_TOKENS = 262144
+
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+    """Out of tree because SGLang's own CPU platform imports kernels that are not on PyPI."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def get_device(self, device_id: int = 0) -> str:
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Caches for a few users, unless the command line says how much memory to use; cores for every rank."""
+        share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
+        if server_args.mem_fraction_static is not None:
+            return
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.max_mamba_cache_size is None:
+            server_args.max_mamba_cache_size = STATES_PER_REQUEST * server_args.max_running_requests
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = MAX_TOTAL_TOKENS
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def init_backend(self) -> None:
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        @register_attention_backend(ATTENTION_BACKEND)
+        def create(runner: Any) -> Any:
+            from sglang_ext.cpu_attention import CpuAttentionBackend
+
+            return CpuAttentionBackend(runner)
+
+
+def share_cores(ranks: int) -> None:
+    """Bind each rank to cores of its own where SGLang asks the user to: with more ranks than NUMA nodes."""
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+    if ranks > max(1, nodes):
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        shares = [",".join(cores[rank::ranks]) or cores[rank % len(cores)] for rank in range(ranks)]
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(shares))

@@ -1,0 +1,116 @@
+"""Gated DeltaNet on SGLang's hybrid state pool, its weights flat: ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
+
+import torch
+from sglang.kernels.ops.attention.fla.layernorm_gated import RMSNorm
+from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_loader.weight_utils import sharded_weight_loader
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import add_prefix, is_cuda
+from torch import nn
+
+from qnext_plugin import ops
+from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
+from sglang_ext.compat import ON_CPU
+
+
+class CausalConv1d(nn.Module):
+    """Weight of the depthwise convolution over this rank's ``[q|k|v]`` channels: ``[conv_dim, 1, width]``."""
+
+    def __init__(self, dims: GatedDeltaNetDims, tp_rank: int, tp_size: int) -> None:
+        super().__init__()
+        local = dims.shard(tp_size)
+        self.weight = nn.Parameter(torch.empty(local.conv_dim, 1, dims.conv_kernel_size), requires_grad=False)
+
+        def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
+            sections = loaded.split([dims.key_dim, dims.key_dim, dims.value_dim])
+            param.data.copy_(torch.cat([section.chunk(tp_size)[tp_rank] for section in sections]))
+
+        self.weight.weight_loader = load  # type: ignore[attr-defined]
+
+
+class RMSNormGated(RMSNorm):  # type: ignore[misc]
+    """``norm(x) * silu(z)`` over the last dimension; ``x``, ``z`` [num_tokens, num_v_heads, head_v_dim]."""
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if ON_CPU:
+            return ops.rms_norm_gated(x, z, self.weight, self.eps)
+        return super().forward(x.flatten(0, 1), z).view(x.shape)
+
+
+class GatedDeltaNet(nn.Module):
+    """One Gated DeltaNet mixer, ``[num_tokens, hidden_size]`` to this rank's share of the same (a partial sum)."""
+
+    def __init__(
+        self, config: QNextConfig, layer_idx: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        parallel = get_parallel()
+        tp_rank, tp_size = parallel.attn_tp_rank, parallel.attn_tp_size
+        dims = config.gdn
+        self.dims = dims.shard(tp_size)
+        self.in_proj_qkvz = MergedColumnParallelLinear(
+            config.hidden_size,
+            [dims.key_dim, dims.key_dim, dims.value_dim, dims.value_dim],
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("in_proj_qkvz", prefix),
+            parallel_group="attn_tp",
+        )
+        self.in_proj_ba = MergedColumnParallelLinear(
+            config.hidden_size,
+            [dims.num_v_heads] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("in_proj_ba", prefix),
+            parallel_group="attn_tp",
+        )
+        self.conv1d = CausalConv1d(dims, tp_rank, tp_size)
+        self.A_log = nn.Parameter(torch.empty(self.dims.num_v_heads, dtype=torch.float32), requires_grad=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.dims.num_v_heads), requires_grad=False)
+        for param in (self.A_log, self.dt_bias):
+            param.weight_loader = sharded_weight_loader(0, parallel_group="attn_tp")  # type: ignore[attr-defined]
+        self.norm = RMSNormGated(dims.head_v_dim, eps=config.rms_norm_eps)
+        self.out_proj = RowParallelLinear(
+            dims.value_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            reduce_results=False,
+            prefix=add_prefix("out_proj", prefix),
+            parallel_group="attn_tp",
+        )
+        self.attn = RadixLinearAttention(
+            layer_id=layer_idx,
+            num_q_heads=self.dims.num_k_heads,
+            num_k_heads=self.dims.num_k_heads,
+            num_v_heads=self.dims.num_v_heads,
+            head_q_dim=dims.head_k_dim,
+            head_k_dim=dims.head_k_dim,
+            head_v_dim=dims.head_v_dim,
+            conv_weights=self.conv1d.weight.squeeze(1),
+            activation="silu",
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+        )
+
+    def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        qkvz, _ = self.in_proj_qkvz(hidden_states)
+        ba, _ = self.in_proj_ba(hidden_states)
+        if is_cuda() and forward_batch.forward_mode.is_decode():
+            # One kernel unpacks both projections and convolves.
+            out, z = self.attn(forward_batch, (qkvz, ba), ba, ba)
+        else:
+            qkv, z = qkvz.split([self.dims.conv_dim, self.dims.value_dim], dim=-1)
+            b, a = ba.chunk(2, dim=-1)
+            if not ON_CPU and not forward_batch.logical_forward_mode.is_extend_without_speculative():
+                # Of SGLang's GPU kernels only those for prefill are known to take strides.
+                qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
+            out = self.attn(forward_batch, qkv, a, b)
+        heads = (-1, self.dims.num_v_heads, self.dims.head_v_dim)
+        z, out = z.unflatten(-1, heads[1:]) if z.ndim == 2 else z, out.view(heads)
+        if len(out) < len(z):  # rows that attention data parallelism pads with
+            out = torch.cat([out, out.new_zeros(len(z) - len(out), *heads[1:])])
+        return self.out_proj(self.norm(out, z).flatten(1))[0]

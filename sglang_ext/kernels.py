@@ -1,0 +1,163 @@
+"""What serves a Gated DeltaNet layer.
+
+======  ====================================================================================================
+device  convolution and delta rule
+======  ====================================================================================================
+GPU     SGLang's own kernels and choices (``--linear-attn-backend``), on the flat layout
+CPU     this file: ``qnext_plugin.ops`` behind the names and signatures of SGLang's kernels, any dtype and size
+======  ====================================================================================================
+"""
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.linear.kernels.kernel_backend import LinearAttnKernelBase
+from torch import Tensor
+
+from qnext_plugin import ops
+
+CHUNK = 64
+"""Tokens between the states that SGLang keeps of a prefill for its prefix cache."""
+
+KERNELS_RAN: set[str] = set()
+"""Phases of a batch that these kernels have served in this process."""
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor,
+    query_start_loc: Tensor,
+    *,
+    cache_indices: Tensor,
+    has_initial_state: Tensor,
+    **_: Any,
+) -> Tensor:
+    """``x`` [C, T], N packed sequences; ``conv_states`` [slots, C, W - 1] is updated. Returns [C, T]."""
+    state = torch.where(has_initial_state[:, None, None], conv_states[cache_indices], 0)
+    out, conv_states[cache_indices] = ops.causal_conv1d(x.mT, weight, conv_state=state, cu_seqlens=query_start_loc)
+    return out.mT
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    conv_state_indices: Tensor,
+    **_: Any,
+) -> Tensor:
+    """``x`` [N, C], one token a sequence; ``conv_state`` [slots, C, W - 1] is updated. Returns [N, C]."""
+    assert x.ndim == 2, "several tokens a sequence are those of speculative decoding"
+    out, conv_state[conv_state_indices] = ops.causal_conv1d_update(x, weight, conv_state=conv_state[conv_state_indices])
+    return out
+
+
+def fused_gdn_gating(A_log: Tensor, a: Tensor, b: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """``a``, ``b`` [T, Hv] to ``g`` and ``beta`` [1, T, Hv]."""
+    g, beta = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
+    return g.unsqueeze(0), beta.unsqueeze(0)
+
+
+class TorchGDNKernel(LinearAttnKernelBase):
+    """The delta rule over a cache ``ssm_states`` [slots, Hv, K, V]; tokens are along axis 1 of ``[1, T, ...]``."""
+
+    supports_track_state_snapshot = True
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        ssm_states: Tensor,
+        cache_indices: Tensor,
+        **_: Any,
+    ) -> Tensor:
+        g, beta = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
+        out, state = ops.recurrent_gated_delta_rule(
+            q[0], k[0], v[0], g=g, beta=beta, initial_state=ssm_states[cache_indices]
+        )
+        ssm_states[cache_indices] = state
+        KERNELS_RAN.add("decode")
+        return out.unsqueeze(0)
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        ssm_states: Tensor,
+        cache_indices: Tensor,
+        query_start_loc: Tensor,
+        track_state: Tensor | None = None,
+        track_chunk_idx: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None, None]:
+        """``track_state`` [N, Hv, K, V] receives the state after ``track_chunk_idx`` [N] chunks, where that is >= 0."""
+        tokens = [x[0] for x in (q, k, v, g, beta)]
+        state = ssm_states[cache_indices].float()
+        begin, end = query_start_loc[:-1].long(), query_start_loc[1:].long()
+        out = torch.empty_like(tokens[2])
+        if track_state is not None:
+            assert track_chunk_idx is not None
+            split = torch.where(track_chunk_idx >= 0, begin + track_chunk_idx * CHUNK, begin)
+            state = prefill(tokens, state, begin, split, out)
+            track_state.copy_(state)
+            begin = split
+        ssm_states[cache_indices] = prefill(tokens, state, begin, end, out).to(ssm_states.dtype)
+        KERNELS_RAN.add("extend")
+        return out.unsqueeze(0), None, None
+
+
+def prefill(tokens: list[Tensor], state: Tensor, begin: Tensor, end: Tensor, out: Tensor) -> Tensor:
+    """Tokens ``begin[i]`` to ``end[i]`` of each sequence from ``state`` [N, Hv, K, V]; returns the state after them.
+
+    ``tokens`` are q, k, v, g, beta; what they yield is written to ``out`` [T, Hv, V] in place.
+    """
+    lengths = end - begin
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    num_tokens = int(cu_seqlens[-1])
+    if num_tokens == 0:
+        return state
+    whole = num_tokens == out.shape[0]
+    rows = slice(None) if whole else torch.arange(num_tokens) + (begin - cu_seqlens[:-1]).repeat_interleave(lengths)
+    q, k, v, g, beta = (x[rows] for x in tokens)
+    out[rows], state = ops.chunk_gated_delta_rule(
+        q, k, v, g=g, beta=beta, initial_state=state, cu_seqlens=cu_seqlens, chunk_size=CHUNK
+    )
+    return state
+
+
+def track_states_all_layers(
+    conv_states: Tensor,
+    ssm_states: Tensor,
+    cache_indices: Tensor,
+    mask: Tensor,
+    track_indices: Tensor,
+    *_: Any,
+    **__: Any,
+) -> None:
+    """Copy the states of the slots ``cache_indices`` [N] to ``track_indices`` [N] where ``mask`` [N], in every layer.
+
+    ``conv_states`` and ``ssm_states`` are [layers, slots, ...].
+    """
+    rows = mask.nonzero()[:, 0]
+    source, target = cache_indices[rows], track_indices[rows]
+    for states in (conv_states, ssm_states):
+        states[:, target] = states[:, source]
+
+
+def track_states(conv_states: Tensor, ssm_states: Tensor, *args: Any, **kwargs: Any) -> None:
+    """``track_states_all_layers`` for one layer's [slots, ...]."""
+    track_states_all_layers(conv_states[None], ssm_states[None], *args, **kwargs)

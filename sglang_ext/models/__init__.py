@@ -1,0 +1,1 @@
+"""What SGLang's model registry reads: each module names a class in ``EntryClass``."""

@@ -1,0 +1,65 @@
+"""Entry points: SGLang calls ``register`` in each of its processes and ``platform`` when it first asks for one."""
+
+import logging
+import os
+import sys
+
+MODELS = "sglang_ext.models"
+MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+REGISTRY = "sglang.srt.models.registry"
+CPU_PLATFORM = "sglang_ext.cpu_platform:CpuPlatform"
+
+
+def disabled() -> bool:
+    return os.environ.get("QNEXT_DISABLE", "0") not in ("", "0")
+
+
+def register() -> None:
+    """Put our configuration and model in the place of SGLang's own for this architecture; idempotent.
+
+    SGLang logs an error of a plugin and goes on with its own model. ``SystemExit`` ends the process instead.
+    """
+    if disabled():
+        logging.getLogger(__name__).info("qnext-plugin: off (QNEXT_DISABLE is set); SGLang's own model serves")
+        return
+    try:
+        register_config()
+        register_models()
+    except Exception as e:
+        raise SystemExit(
+            f"qnext-plugin cannot register with this SGLang ({type(e).__name__}: {e}); install a supported one, or "
+            "set QNEXT_DISABLE=1 to serve SGLang's own model"
+        ) from e
+
+
+def register_config() -> None:
+    from sglang.srt.utils.hf_transformers import common
+
+    from sglang_ext.config import Qwen3NextConfig
+
+    common._CONFIG_REGISTRY[Qwen3NextConfig.model_type] = Qwen3NextConfig
+    common.AutoConfig.register(Qwen3NextConfig.model_type, Qwen3NextConfig, exist_ok=True)
+
+
+def register_models() -> None:
+    """Name our models as SGLang's external package, which its registry prefers and reads when a model is loaded.
+
+    Importing the registry here instead would import every model of SGLang in processes that need none.
+    """
+    package = os.environ.setdefault(MODELS_VARIABLE, MODELS)
+    if package == MODELS and REGISTRY not in sys.modules:
+        return
+    # The user has a package of their own, or the registry has read the variable already.
+    from sglang.srt.models.registry import ModelRegistry, import_model_classes
+
+    ModelRegistry.models.update(import_model_classes(MODELS, strict=True))
+
+
+def platform() -> str | None:
+    """The CPU platform where there is no accelerator and SGLang's own CPU engine is not asked for."""
+    import torch
+
+    own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1"
+    if disabled() or own_engine or torch.accelerator.is_available():
+        return None
+    return CPU_PLATFORM

@@ -1,0 +1,130 @@
+"""From checkpoint names and rows to our parameters."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.runtime_context import get_model
+from torch import nn
+
+from qnext_plugin.checkpoint import TensorInfo, check_coverage, collapse, read_headers
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.layouts import ungroup
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# Module names of the checkpoint whose rows are a part of another module's.
+STACKED: dict[str, tuple[str, str | int]] = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "in_proj_z": ("in_proj_qkvz", 3),
+    "in_proj_b": ("in_proj_ba", 0),
+    "in_proj_a": ("in_proj_ba", 1),
+}
+EXPERT_SHARDS = {"gate_proj": ("w13_", "w1"), "up_proj": ("w13_", "w3"), "down_proj": ("w2_", "w2")}
+
+
+def check_checkpoint(config: QNextConfig) -> bool:
+    """Compare a local safetensors checkpoint's headers with what the config promises, before a weight is read.
+
+    Returns whether there was such a checkpoint; one that the loader is yet to fetch is left to ``check_stream``.
+    """
+    directory = Path(get_model().model_path)
+    local = get_model().load_format in ("auto", "safetensors") and any(directory.glob("*.safetensors"))
+    if local:
+        check_coverage(config, read_headers(directory))
+    return local
+
+
+def check_stream(
+    weights: Iterable[tuple[str, torch.Tensor]], config: QNextConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass a whole checkpoint on; ``ValueError`` at a repeated tensor, and at the end for missing or unknown ones."""
+    seen: dict[str, TensorInfo] = {}
+    for name, tensor in weights:
+        if name in seen:
+            raise ValueError(f"tensor {name} comes twice in this checkpoint; write the checkpoint again")
+        seen[name] = TensorInfo(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
+        yield name, tensor
+    check_coverage(config, seen)
+
+
+def load_weights(
+    model: nn.Module,
+    config: QNextConfig,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    quant_method: str | None,
+    *,
+    complete: bool,
+) -> set[str]:
+    """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded.
+
+    ``complete``: the stream holds all of them, so that a parameter left without a value is a ``ValueError``.
+    """
+    params = dict(model.named_parameters())
+    loaded = set()
+    for name, tensor in weights:
+        if is_trunk(name, config):
+            for param_name, rows, args in placements(name, tensor, config, quant_method):
+                if param_name in params:  # else it is another pipeline stage's
+                    param = params[param_name]
+                    getattr(param, "weight_loader", default_weight_loader)(param, rows, *args)
+                    loaded.add(param_name)
+    if complete and params.keys() - loaded:
+        raise ValueError(
+            f"the checkpoint leaves parameters without a value: {', '.join(collapse(sorted(params.keys() - loaded)))}"
+        )
+    return loaded
+
+
+def is_trunk(name: str, config: QNextConfig) -> bool:
+    """Neither the draft's, nor a tied head stored all the same, nor what follows from the configuration."""
+    parts = name.split(".")
+    tied_head = parts[0] == "lm_head" and config.tie_word_embeddings
+    return parts[0] != "mtp" and not tied_head and parts[-2:] != ["rotary_emb", "inv_freq"]
+
+
+def placements(
+    name: str, tensor: torch.Tensor, config: QNextConfig, quant_method: str | None
+) -> Iterator[tuple[str, torch.Tensor, tuple[object, ...]]]:
+    """Where a checkpoint tensor goes: our parameter's name, the rows for it, what its loader has to know besides."""
+    module, _, leaf = name.rpartition(".")
+    *outer, last = module.split(".")
+    prefix = ".".join(outer)
+    if outer[-2:-1] == ["experts"]:  # mlp.experts.7.up_proj.weight
+        expert, experts = int(outer[-1]), ".".join(outer[:-1])
+        kind, shard = EXPERT_SHARDS[last]
+        yield _expert(experts, kind + leaf, tensor, shard, expert)
+    elif last == "experts":  # mlp.experts.gate_up_proj, [experts, rows, columns]
+        for expert, rows in enumerate(tensor):
+            if leaf == "gate_up_proj":
+                gate, up = rows.chunk(2)
+                yield _expert(module, "w13_weight", gate, "w1", expert)
+                yield _expert(module, "w13_weight", up, "w3", expert)
+            else:
+                yield _expert(module, "w2_weight", rows, "w2", expert)
+    elif last in ("in_proj_qkvz", "in_proj_ba"):
+        kind = "qkvz" if last == "in_proj_qkvz" else "ba"
+        yield name, ungroup(tensor, config.gdn, kind, leaf, quant_method), ()
+    elif last == "in_proj_qkv":
+        sizes = [config.gdn.key_dim, config.gdn.key_dim, config.gdn.value_dim]
+        for shard_id, rows in enumerate(tensor.split(sizes)):
+            yield f"{prefix}.in_proj_qkvz.{leaf}", rows, (shard_id,)
+    elif last in STACKED:
+        stacked, shard_id = STACKED[last]
+        yield f"{prefix}.{stacked}.{leaf}", tensor, (shard_id,)
+    else:
+        yield name, tensor, ()
+        if name == "model.embed_tokens.weight" and config.tie_word_embeddings:
+            yield "lm_head.weight", tensor, ()
+
+
+def _expert(
+    module: str, param: str, rows: torch.Tensor, shard: str, expert: int
+) -> tuple[str, torch.Tensor, tuple[object, ...]]:
+    name = f"{module}.{param}"
+    return name, rows, (name, shard, expert)

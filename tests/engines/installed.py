@@ -1,0 +1,13 @@
+"""The engine of this environment; each has one of its own, because they pin conflicting versions."""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from tests.engines.mutants import Mutant
+from tests.engines.scenarios import ENGINES
+
+ENGINE = next((engine for engine in ENGINES if find_spec(engine)), "")
+assert ENGINE, f"none of {', '.join(ENGINES)} is installed; run these tests in an environment that scripts/setup makes"
+
+_own = "mutants" if ENGINE == "vllm" else f"{ENGINE}_mutants"
+MUTANTS: dict[str, Mutant] = import_module(f"tests.engines.{_own}").MUTANTS

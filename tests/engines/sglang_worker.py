@@ -1,0 +1,173 @@
+"""Run scenarios in one SGLang engine: ``python -m tests.engines.sglang_worker SPEC.json OUT.json``.
+
+``SPEC`` and ``OUT`` as in ``vllm_worker``. The model lives in SGLang's scheduler process, which ``run_scheduler``
+starts in SGLang's place: each flush of the cache also reads from a file which mutant to apply, and writes what serves.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario
+
+CONTROL = "QNEXT_TEST_CONTROL"
+BLOCK_SIZE = 64  # tokens between the states that SGLang can keep of a prefill
+
+
+def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
+    """Keyword arguments of ``sglang.Engine``."""
+    args: dict[str, Any] = {
+        "model_path": model,
+        "dtype": config.dtype,
+        "context_length": MAX_MODEL_LEN,
+        "disable_radix_cache": not config.prefix_caching,
+        "chunked_prefill_size": config.token_budget or 2048,
+        "max_running_requests": 8,
+        "max_mamba_cache_size": 64,
+        "max_total_tokens": config.num_tokens or 16384,
+        "tp_size": config.tensor_parallel,
+        "skip_tokenizer_init": True,
+        "log_level": "info",
+    }
+    if config.prefix_caching:
+        args["mamba_radix_cache_strategy"] = config.snapshots
+        args["disable_overlap_schedule"] = config.snapshots == "no_buffer"
+    return args
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> Any:
+    from sglang.srt.managers import scheduler
+
+    flush_cache, broken = scheduler.Scheduler.flush_cache, ExitStack()
+    retract_decode, num_retractions = scheduler.ScheduleBatch.retract_decode, 0
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal num_retractions
+        num_retractions += 1
+        return retract_decode(self, *args, **kwargs)
+
+    def controlled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        control = Path(os.environ[CONTROL])
+        broken.close()
+        if name := control.read_text():
+            from tests.engines.sglang_mutants import MUTANTS
+
+            broken.enter_context(MUTANTS[name].applied(self.tp_worker))
+        says = serving(self.tp_worker.model_runner.model) | {"retractions": num_retractions}
+        control.with_suffix(".serving").write_text(json.dumps(says))
+        return flush_cache(self, *args, **kwargs)
+
+    scheduler.Scheduler.flush_cache = controlled
+    scheduler.ScheduleBatch.retract_decode = counted
+    return scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def serving(model: Any) -> dict[str, Any]:
+    kernels = sys.modules.get("sglang_ext.kernels")
+    return {
+        "modules": [type(model).__module__],
+        "kernels": sorted(kernels.KERNELS_RAN) if kernels else [],
+    }
+
+
+def distributions(rows: list[list[tuple[float, int, Any]]]) -> list[list[float]]:
+    """Rows of (log-probability, token id, text) in any order, each as log-probabilities ordered by token id."""
+    out = []
+    for row in rows:
+        by_id = {token: logprob for logprob, token, _ in row}
+        assert sorted(by_id) == list(range(len(by_id))), "not the whole distribution"
+        out.append([by_id[i] for i in range(len(by_id))])
+    return out
+
+
+class Engine:
+    def __init__(self, model: str, config: EngineConfig) -> None:
+        from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+
+        class Controlled(SGLangEngine):  # type: ignore[misc]
+            run_scheduler_process_func = staticmethod(run_scheduler)
+
+        self.control = Path(tempfile.mkdtemp()) / "control"
+        self.control.write_text("")
+        os.environ[CONTROL] = str(self.control)
+        if config.num_tokens:
+            # SGLang admits to a small cache only what it can finish there, so it is told to take requests back.
+            os.environ["SGLANG_TEST_RETRACT"] = "1"
+            os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "20"
+        self.engine = Controlled(**engine_args(model, config))
+        self.vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+
+    def flush(self, mutant: str = "") -> dict[str, Any]:
+        """Empty the cache, apply the mutant; returns what ``serving`` says."""
+        self.control.write_text(mutant)
+        assert self.engine.flush_cache().success
+        serving: dict[str, Any] = json.loads(self.control.with_suffix(".serving").read_text())
+        return serving
+
+    def run(self, scenario: Scenario, mutant: str = "") -> dict[str, Any]:
+        before = self.flush(mutant)["retractions"]
+        batches = [self._generate(batch, scenario) for batch in scenario.batches]
+        said = batches[0][0]
+        for turn in scenario.turns:
+            batches.append(self._generate([(*said["prompt"], *said["token_ids"], *turn)], scenario))
+            said = batches[-1][0]
+        preemptions = self.flush()["retractions"] - before
+        return {
+            "batches": batches,
+            "num_preemptions": preemptions,
+            "block_size": BLOCK_SIZE,
+            "num_drafts": 0,
+            "num_accepted": [],
+        }
+
+    def _generate(self, batch: Sequence[tuple[int, ...]], scenario: Scenario) -> list[dict[str, Any]]:
+        outputs = self.engine.generate(
+            input_ids=[list(prompt) for prompt in batch],
+            sampling_params={"max_new_tokens": scenario.max_tokens, "temperature": 0, "ignore_eos": True},
+            return_logprob=True,
+            top_logprobs_num=self.vocab_size,
+            logprob_start_len=0 if scenario.prompt_logprobs else -1,
+        )
+        return [self._completion(p, o, scenario.prompt_logprobs) for p, o in zip(batch, outputs, strict=True)]
+
+    def _completion(self, prompt: tuple[int, ...], output: dict[str, Any], prompt_logprobs: bool) -> dict[str, Any]:
+        meta = output["meta_info"]
+        return {
+            "prompt": prompt,
+            "token_ids": output["output_ids"],
+            "logprobs": distributions(meta["output_top_logprobs"]),
+            "prompt_logprobs": distributions(meta["input_top_logprobs"][1:]) if prompt_logprobs else None,
+            "num_cached_tokens": meta["cached_tokens"],
+        }
+
+
+def main(spec_file: str, out_file: str) -> None:
+    from tests.engines.sglang_mutants import MUTANTS
+
+    spec = json.loads(Path(spec_file).read_text())
+    begin = time.monotonic()
+    engine = Engine(spec["model"], EngineConfig(**spec["config"]))
+    modules = engine.flush()["modules"]
+    assert modules[0].startswith(spec["expect_module"]), f"{modules} serve, expected {spec['expect_module']}"
+    out: dict[str, Any] = {"modules": modules, "seconds": {"start": time.monotonic() - begin}, "results": {}}
+    runs = [(name, name, "") for name in spec["scenarios"]]
+    runs += [(name, MUTANTS[name].scenario, name) for name in spec["mutants"]]
+    for key, scenario, mutant in runs:
+        begin = time.monotonic()
+        out["results"][key] = engine.run(SCENARIOS[scenario], mutant)
+        out["seconds"][key] = time.monotonic() - begin
+    out["kernels"] = engine.flush()["kernels"]
+    Path(out_file).write_text(json.dumps(out))
+    sys.stdout.flush()
+    # Engine.shutdown can wait for ever. SGLang's processes end with this one, and the caller ends the whole group.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

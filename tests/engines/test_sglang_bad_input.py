@@ -1,0 +1,74 @@
+"""What a user can get wrong: one clear error that names what was found and what to do, before anything is served."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qnext_plugin.random_checkpoint import write_random_checkpoint
+from tests.engines import process
+
+pytestmark = pytest.mark.engine
+
+SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
+A_LOG = "model.layers.0.linear_attn.A_log"
+
+
+def truncated(directory):
+    file = directory / "model.safetensors"
+    with file.open("r+b") as f:
+        f.truncate(file.stat().st_size // 2)
+
+
+def tensor_missing(directory):
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[A_LOG]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def inconsistent_heads(directory):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"linear_num_value_heads": 3}))
+
+
+def nothing(directory):
+    pass
+
+
+# Those that the scheduler process finds take a start of half a minute each, so what the headers say has two examples;
+# tests/test_checkpoint.py has the rest.
+CASES = [
+    pytest.param(truncated, [], ["model.safetensors: truncated", "download it again"], id="truncated"),
+    pytest.param(tensor_missing, [], ["missing", A_LOG], id="missing"),
+    pytest.param(
+        inconsistent_heads, [], ["linear_num_value_heads 3 is not a multiple of linear_num_key_heads 2"], id="heads"
+    ),
+    pytest.param(
+        nothing,
+        ["--tp-size", "3"],
+        ["tensor parallel size 3 does not divide linear_num_key_heads 2; choose one of [1, 2]"],
+        id="tensor-parallel",
+    ),
+    pytest.param(nothing, ["--speculative-algorithm", "NEXTN"], ["not supported by CpuPlatform"], id="speculative"),
+]
+
+
+@pytest.mark.parametrize(("edit", "options", "words"), CASES)
+def test_server_exits_with_the_reason(tmp_path, edit, options, words):
+    directory, log = tmp_path / "checkpoint", tmp_path / "log"
+    write_random_checkpoint(directory, dtype="float32", overrides=SMALL)
+    edit(directory)
+    command = ["-m", "sglang.launch_server", "--model-path", str(directory), "--port", str(process.free_port())]
+    assert process.run([*command, "--dtype", "float32", *options], log) != 0
+    text = log.read_text()
+    for word in words:
+        assert word in text, process.tail(log)
+    assert "The server is fired up" not in text
+
+
+def test_unsupported_engine():
+    from sglang_ext.compat import check_engine_version
+
+    with pytest.raises(ValueError, match=r"SGLang 0\.5\.21 found.*QNEXT_DISABLE=1"):
+        check_engine_version("0.5.21")

@@ -1,0 +1,80 @@
+"""The HTTP server with default arguments, through the `openai` client."""
+
+import re
+import urllib.request
+
+import pytest
+from openai import OpenAI
+
+from tests.engines import process
+
+pytestmark = pytest.mark.engine
+
+MODEL = "qnext"
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint, log):
+    port = process.free_port()
+    command = ["-m", "sglang.launch_server", "--model-path", str(checkpoint("bfloat16"))]
+    options = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+
+    def ready():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    with process.started([*command, *options], log) as server:
+        process.wait_until(ready, server, log)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def test_scheduler_says_which_class_serves(client, log):
+    assert re.search(r"qnext-plugin .*: Qwen3NextForCausalLM is served by sglang_ext\.model", log.read_text())
+
+
+def test_streamed_chat_is_the_same_answer(client):
+    whole = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=24, temperature=0)
+    chunks = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=24, temperature=0, stream=True)
+    streamed = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert whole.usage.completion_tokens == 24
+    assert streamed == whole.choices[0].message.content
+
+
+def test_logprobs_are_of_the_tokens_returned(client):
+    answer = client.completions.create(model=MODEL, prompt="abc", max_tokens=6, temperature=0, logprobs=3)
+    logprobs = answer.choices[0].logprobs
+    assert len(logprobs.token_logprobs) == 6
+    assert all(-20 < logprob <= 0 for logprob in logprobs.token_logprobs)
+    # Tokens that are no whole character share a key, so that fewer than three may be left.
+    for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert 1 <= len(top) <= 3 and max(top.values()) <= chosen
+
+
+def test_several_answers(client):
+    answer = client.completions.create(model=MODEL, prompt="abc", max_tokens=8, temperature=1, n=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert answer.usage.completion_tokens == 24
+
+
+def test_grammar(client):
+    answer = client.completions.create(
+        model=MODEL, prompt="abc", max_tokens=16, temperature=1, extra_body={"regex": "[a-d]{7}"}
+    )
+    assert re.fullmatch("[a-d]{7}", answer.choices[0].text)
+
+
+def test_aborted_request_leaves_the_server_able(client):
+    stream = client.completions.create(model=MODEL, prompt="abc", max_tokens=900, temperature=0, stream=True)
+    next(iter(stream))
+    stream.close()
+    answer = client.completions.create(model=MODEL, prompt="abc", max_tokens=4, temperature=0)
+    assert answer.usage.completion_tokens == 4

@@ -1,0 +1,97 @@
+"""Our classes serve this architecture, the engine's own when told so, and nothing else is touched."""
+
+import json
+
+import pytest
+
+from tests.engines import process
+
+pytestmark = pytest.mark.engine
+
+ARCHITECTURE = "Qwen3NextForCausalLM"
+REGISTRY = """
+import json, sys
+from sglang.srt.platforms import current_platform
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.utils.hf_transformers import common
+load_plugins()
+imported = [name for name in ("sglang.srt.models.registry", "sglang_ext.model") if name in sys.modules]
+from sglang.srt.models.registry import ModelRegistry
+ModelRegistry.resolve_model_cls([sys.argv[2]])
+ModelRegistry._load_default_models()
+json.dump({
+    "models": {name: cls.__module__ for name, cls in ModelRegistry.models.items()},
+    "configs": {name: cls.__module__ for name, cls in common._CONFIG_REGISTRY.items()},
+    "platform": type(current_platform).__module__,
+    "hooks": sorted(target for target in HookRegistry._patched if "sglang" in target),
+    "imported": imported,
+}, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("registry")
+
+    def read(name, **env):
+        out, log = directory / f"{name}.json", directory / f"{name}.log"
+        assert process.run(["-c", REGISTRY, str(out), ARCHITECTURE], log, env) == 0, process.tail(log)
+        return json.loads(out.read_text())
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def ours(registry):
+    return registry("ours")
+
+
+@pytest.fixture(scope="module")
+def off(registry):
+    return registry("off", QNEXT_DISABLE="1")
+
+
+@pytest.mark.parametrize(("kind", "key"), [("models", ARCHITECTURE), ("configs", "qwen3_next")])
+def test_only_this_architecture_changes(ours, off, kind, key):
+    changed = {name for name in ours[kind] if ours[kind][name] != off[kind].get(name)}
+    assert changed == {key}
+    assert ours[kind][key].startswith("sglang_ext.")
+    assert ours[kind].keys() == off[kind].keys()
+
+
+def test_registration_alone_hooks_nothing_and_imports_no_model(ours, off):
+    assert ours["hooks"] == off["hooks"]
+    assert ours["imported"] == []
+
+
+def test_platform_is_ours_without_an_accelerator_only(ours, off):
+    assert ours["platform"] == "sglang_ext.cpu_platform"
+    assert off["platform"].startswith("sglang.")
+
+
+@pytest.mark.parametrize("env", [{"QNEXT_DISABLE": "1"}, {"SGLANG_PLUGINS": "another_plugin"}], ids=["off", "another"])
+def test_native_class_when_told_so(registry, env):
+    assert registry("native", **env)["models"][ARCHITECTURE] == "sglang.srt.models.qwen3_next"
+
+
+def test_external_models_of_the_user_stay(registry, tmp_path):
+    package = tmp_path / "their_models"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "mine.py").write_text("class TheirModel: ...\nEntryClass = TheirModel\n")
+    models = registry("external", SGLANG_EXTERNAL_MODEL_PACKAGE="their_models", PYTHONPATH=str(tmp_path))["models"]
+    assert models["TheirModel"] == "their_models.mine"
+    assert models[ARCHITECTURE] == "sglang_ext.model"
+
+
+def test_failure_to_register_ends_the_process(tmp_path):
+    """SGLang would log it and serve its own model."""
+    code = (
+        "import sys; from sglang.srt.plugins import load_plugins; from sglang.srt.utils.hf_transformers import common\n"
+        "del common._CONFIG_REGISTRY; load_plugins(); print('still here')"
+    )
+    assert process.run(["-c", code], tmp_path / "log") == 1
+    text = (tmp_path / "log").read_text()
+    assert "qnext-plugin cannot register with this SGLang" in text and "QNEXT_DISABLE=1" in text
+    assert "still here" not in text

@@ -1,0 +1,41 @@
+"""The two adapters mirror each other file by file, and class by class in each."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# What one adapter has and the other does not, with the reason.
+ONLY = {
+    "vllm_ext/gpu_kernels.py": "vLLM's GPU kernels are called by the layer; SGLang's by its own attention backend",
+    "vllm_ext/cpu_triton.py": "SGLang's are two of the functions in kernels.py",
+    "vllm_ext/norm.py": "SGLang's norm has a path for CPU that rounds once",
+    "vllm_ext/scheduler.py": "SGLang's scheduler serves drafts on pipelines itself",
+    "vllm_ext/mtp.py": "there is no draft for SGLang yet",
+    "sglang_ext/cpu_platform.py": "vLLM has a CPU platform of its own",
+    "sglang_ext/cpu_attention.py": "vLLM has attention for CPU of its own",
+    "vllm_ext/model.py: ExpertBookkeeping": "SGLang's load balancer asks for one property of the model",
+    "sglang_ext/config.py: Qwen3NextConfig": "vLLM takes the configuration class of transformers",
+    "sglang_ext/gated_delta_net.py: RMSNormGated": "vLLM's own has a CPU path",
+}
+# Kernels follow the interface of each engine.
+SKIPPED = "kernels.py"
+
+
+def contents(adapter: str) -> set[str]:
+    found = set()
+    for file in (ROOT / adapter).glob("*.py"):
+        found.add(file.name)
+        if file.name != SKIPPED:
+            nodes = ast.parse(file.read_text()).body
+            classes = (node.name for node in nodes if isinstance(node, ast.ClassDef) and node.name[0] != "_")
+            found |= {f"{file.name}: {name}" for name in classes}
+    return found
+
+
+def test_adapters_have_the_same_files_and_classes() -> None:
+    vllm, sglang = contents("vllm_ext"), contents("sglang_ext")
+    different = {f"vllm_ext/{name}" for name in vllm - sglang} | {f"sglang_ext/{name}" for name in sglang - vllm}
+    own_files = {name for name in ONLY if ":" not in name}
+    different -= {name for name in different if ": " in name and name.split(": ")[0] in own_files}
+    assert different == ONLY.keys()
