@@ -48,7 +48,8 @@ class GatedAttention(nn.Module):
         self.k_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             config.head_dim,
-            max_position=config.max_position_embeddings,
+            # vLLM's table ends here, and with VLLM_ALLOW_LONG_MAX_MODEL_LEN positions go on past the trained length.
+            max_position=max(config.max_position_embeddings, vllm_config.model_config.max_model_len),
             rope_parameters=dict(config.rope_parameters),
         )
         self.attn = Attention(

@@ -159,7 +159,10 @@ SCENARIOS = {
     "drafts_all_right": Scenario((_LENGTHS[:5],), configs=_MTP, drafts="right"),
     "drafts_of_the_model": Scenario((_LENGTHS[:5],), configs=("mtp3",)),
     "drafts_to_the_last_position": Scenario(
-        (tuple(tokens(MAX_MODEL_LEN - 24 - i, seed=50 + i) for i in range(3)),), configs=("mtp3",), drafts="cycle"
+        # On these prompts no two experts tie for the last place, where rounding decides in any implementation.
+        (tuple(tokens(MAX_MODEL_LEN - 24 - i, seed=70 + i) for i in range(3)),),
+        configs=("mtp3",),
+        drafts="cycle",
     ),
     "draft_logits": Scenario(((tokens(61, seed=7),),), configs=("mtp3",), drafts="cycle", draft_logits=True),
     "aborts": Scenario(
