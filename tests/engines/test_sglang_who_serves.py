@@ -1,6 +1,7 @@
 """Our classes serve this architecture, the engine's own when told so, and nothing else is touched."""
 
 import json
+import os
 
 import pytest
 
@@ -80,7 +81,8 @@ def test_external_models_of_the_user_stay(registry, tmp_path):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "mine.py").write_text("class TheirModel: ...\nEntryClass = TheirModel\n")
-    models = registry("external", SGLANG_EXTERNAL_MODEL_PACKAGE="their_models", PYTHONPATH=str(tmp_path))["models"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])  # ours may be installed there
+    models = registry("external", SGLANG_EXTERNAL_MODEL_PACKAGE="their_models", PYTHONPATH=path)["models"]
     assert models["TheirModel"] == "their_models.mine"
     assert models[ARCHITECTURE] == "sglang_ext.model"
 
