@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from qnext_plugin.config import FULL, QNextConfig
 
 Shape = tuple[int, ...]
@@ -22,7 +24,8 @@ QUANT_COMPANIONS = (
     *("scales", "qzeros", "g_idx", "q_scale", "k_scale", "v_scale"),
 )
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOAT_DTYPES = tuple(DTYPE_NAMES.values())
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _MAX_LISTED = 8
@@ -96,6 +99,21 @@ def check_coverage(
     if any(problems):
         advice = "compare config.json with the checkpoint, then download or convert the weights again"
         raise ValueError("\n".join(["checkpoint does not match config.json:", *filter(None, problems), advice]))
+
+
+def check_stream(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    config: QNextConfig,
+    mtp: Literal["required", "optional"] = "optional",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass a whole checkpoint on; ``ValueError`` at a repeated tensor, and at the end for missing or unknown ones."""
+    seen: dict[str, TensorInfo] = {}
+    for name, tensor in weights:
+        if name in seen:
+            raise ValueError(f"tensor {name} comes twice in this checkpoint; write the checkpoint again")
+        seen[name] = TensorInfo(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
+        yield name, tensor
+    check_coverage(config, seen, mtp=mtp)
 
 
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:

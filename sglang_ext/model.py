@@ -23,13 +23,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qnext_plugin import __version__
+from qnext_plugin.checkpoint import check_stream
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext.compat import ON_CPU, check_engine_version, check_platform, install_cpu_kernels
 from sglang_ext.config import qnext_config
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
 from sglang_ext.sparse_moe import MLP, SparseMoeBlock
-from sglang_ext.weights import check_checkpoint, check_stream, load_weights
+from sglang_ext.weights import check_checkpoint, load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,9 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_model
 from torch import nn
 
-from qnext_plugin.checkpoint import TensorInfo, check_coverage, collapse, read_headers
+from qnext_plugin.checkpoint import check_coverage, collapse, read_headers
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.layouts import ungroup
-
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # Module names of the checkpoint whose rows are a part of another module's.
 STACKED: dict[str, tuple[str, str | int]] = {
@@ -38,19 +36,6 @@ def check_checkpoint(config: QNextConfig) -> bool:
     if local:
         check_coverage(config, read_headers(directory))
     return local
-
-
-def check_stream(
-    weights: Iterable[tuple[str, torch.Tensor]], config: QNextConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass a whole checkpoint on; ``ValueError`` at a repeated tensor, and at the end for missing or unknown ones."""
-    seen: dict[str, TensorInfo] = {}
-    for name, tensor in weights:
-        if name in seen:
-            raise ValueError(f"tensor {name} comes twice in this checkpoint; write the checkpoint again")
-        seen[name] = TensorInfo(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
-        yield name, tensor
-    check_coverage(config, seen)
 
 
 def load_weights(

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 # What one adapter has and the other does not, with the reason.
 ONLY = {
     "vllm_ext/gpu_kernels.py": "vLLM's GPU kernels are called by the layer; SGLang's by its own attention backend",
+    "vllm_ext/cpu_kernels.py": "SGLang's are few and stand in kernels.py",
     "vllm_ext/cpu_triton.py": "SGLang's are two of the functions in kernels.py",
     "vllm_ext/norm.py": "SGLang's norm has a path for CPU that rounds once",
     "vllm_ext/scheduler.py": "SGLang's scheduler serves drafts on pipelines itself",

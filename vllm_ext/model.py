@@ -30,6 +30,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from qnext_plugin import __version__
+from qnext_plugin.checkpoint import check_stream
 from qnext_plugin.config import FULL, QNextConfig
 from vllm_ext.compat import check_engine_version, repair_cpu_backend
 from vllm_ext.config import qnext_config
@@ -38,7 +39,7 @@ from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.norm import ZeroCenteredRMSNorm
 from vllm_ext.sparse_moe import MLP, SparseMoeBlock
 from vllm_ext.state import state_dtypes, state_shapes
-from vllm_ext.weights import check_checkpoint, check_stream, load_weights
+from vllm_ext.weights import check_checkpoint, load_weights
 
 # Under vLLM's own logger tree, whose handlers and level are the user's.
 logger = init_logger("vllm.qnext_plugin")

@@ -13,10 +13,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import maybe_prefix
 
 from qnext_plugin import __version__
+from qnext_plugin.checkpoint import check_stream
 from vllm_ext.config import qnext_config
 from vllm_ext.model import DecoderLayer, ExpertBookkeeping
 from vllm_ext.norm import ZeroCenteredRMSNorm
-from vllm_ext.weights import check_checkpoint, check_stream, load_draft_weights
+from vllm_ext.weights import check_checkpoint, load_draft_weights
 
 logger = init_logger("vllm.qnext_plugin")
 

@@ -9,11 +9,9 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from qnext_plugin.checkpoint import TensorInfo, check_coverage, read_headers
+from qnext_plugin.checkpoint import check_coverage, read_headers
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.layouts import ungroup
-
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # Whole segments: each pattern starts at a dot and ends at one.
 STACKED = WeightsMapper(
@@ -45,21 +43,6 @@ def check_checkpoint(
     if local:
         check_coverage(config, read_headers(directory), mtp=mtp)
     return local
-
-
-def check_stream(
-    weights: Iterable[tuple[str, torch.Tensor]],
-    config: QNextConfig,
-    mtp: Literal["required", "optional"] = "optional",
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass a whole checkpoint on; ``ValueError`` at a repeated tensor, and at the end for missing or unknown ones."""
-    seen: dict[str, TensorInfo] = {}
-    for name, tensor in weights:
-        if name in seen:
-            raise ValueError(f"tensor {name} comes twice in this checkpoint; write the checkpoint again")
-        seen[name] = TensorInfo(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
-        yield name, tensor
-    check_coverage(config, seen, mtp=mtp)
 
 
 def load_weights(

@@ -92,7 +92,7 @@ def conv_window_off_by_one_in_prefill(worker: Any) -> AbstractContextManager[Any
 
 def slot_not_zeroed(worker: Any) -> AbstractContextManager[Any]:
     """A new sequence reads what its recurrent slot held before."""
-    from vllm_ext.kernels import TorchDelta
+    from vllm_ext.cpu_kernels import TorchDelta
 
     prefill = TorchDelta.prefill
 
@@ -130,7 +130,7 @@ def state_dropped_at_prefix_restore(worker: Any) -> AbstractContextManager[Any]:
 
 def _drafts(**changes: Callable[[Any], torch.Tensor]) -> AbstractContextManager[Any]:
     """Replace fields of each speculative batch, given as functions of it."""
-    from vllm_ext.kernels import Drafts
+    from vllm_ext.cpu_kernels import Drafts
 
     of = Drafts.of
 
@@ -143,7 +143,7 @@ def _drafts(**changes: Callable[[Any], torch.Tensor]) -> AbstractContextManager[
 
 def verify_commits_one_step_early(worker: Any) -> AbstractContextManager[Any]:
     """The recurrent state goes on from before the last accepted draft; the convolution is right."""
-    from vllm_ext.kernels import TorchDelta
+    from vllm_ext.cpu_kernels import TorchDelta
 
     verify = TorchDelta.verify
 
@@ -160,7 +160,7 @@ def state_in_the_wrong_slot(worker: Any) -> AbstractContextManager[Any]:
 
 def conv_window_not_rolled_back(worker: Any) -> AbstractContextManager[Any]:
     """The convolution goes on as if every draft had been accepted; the recurrent state is right."""
-    from vllm_ext.kernels import TorchConv
+    from vllm_ext.cpu_kernels import TorchConv
 
     verify = TorchConv.verify
 
