@@ -1,6 +1,7 @@
 """One engine start per configuration and session, shared by every test that asks for it."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -10,10 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines import process
+from qnext_plugin import process
+from qnext_plugin.verify.comparison import Result, to_result
+from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs
 from tests.engines.checkpoints import write_checkpoint
 from tests.engines.installed import ENGINE, MUTANTS
-from tests.engines.scenarios import CONFIGS, ENGINES, Result, pairs, to_result
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 # Files of tests that hold for one engine only carry its name.
 collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENGINE]
@@ -39,14 +52,13 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
                 {
                     "model": str(checkpoint(CONFIGS[config].checkpoint)),
                     "config": asdict(CONFIGS[config]),
-                    "scenarios": [scenario for name, scenario in pairs(ENGINE) if name == config],
-                    "mutants": [name for name, mutant in MUTANTS.items() if mutant.config == config],
+                    "runs": runs(config),
                     "expect_module": f"{ENGINE}_ext",
                 }
             )
         )
         try:
-            status = process.run(["-m", f"tests.engines.{ENGINE}_worker", str(spec), str(out)], log)
+            status = process.run(["-m", f"{ENGINE}_ext.verify", str(spec), str(out)], log)
             assert status == 0, f"engine {config!r} ended with status {status}\n{process.tail(log)}"
         except AssertionError as e:
             return e
@@ -59,6 +71,16 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
         return result
 
     return served
+
+
+def runs(config: str) -> list[dict[str, Any]]:
+    """The scenarios of a configuration, then its mutants', as a worker reads them."""
+    scenarios = [{"key": s, "scenario": asdict(SCENARIOS[s]), "mutant": ""} for c, s in pairs(ENGINE) if c == config]
+    return scenarios + [
+        {"key": name, "scenario": asdict(SCENARIOS[mutant.scenario]), "mutant": mutant.path}
+        for name, mutant in MUTANTS.items()
+        if mutant.config == config
+    ]
 
 
 class Served:

@@ -3,11 +3,10 @@
 from importlib import import_module
 from importlib.util import find_spec
 
-from tests.engines.mutants import Mutant
-from tests.engines.scenarios import ENGINES
+from qnext_plugin.verify.scenarios import ENGINES
+from tests.mutants import Mutant
 
 ENGINE = next((engine for engine in ENGINES if find_spec(engine)), "")
 assert ENGINE, f"none of {', '.join(ENGINES)} is installed; run these tests in an environment that scripts/setup makes"
 
-_own = "mutants" if ENGINE == "vllm" else f"{ENGINE}_mutants"
-MUTANTS: dict[str, Mutant] = import_module(f"tests.engines.{_own}").MUTANTS
+MUTANTS: dict[str, Mutant] = import_module(f"tests.mutants.{ENGINE}").MUTANTS

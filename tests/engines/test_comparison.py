@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from tests.engines.scenarios import Completion, EngineConfig, Result, Scenario, check_conditions, compare
+from qnext_plugin.verify.comparison import Completion, Result, check_conditions, compare
+from qnext_plugin.verify.scenarios import EngineConfig, Scenario
 
 PROMPT, GENERATED = (3, 1, 4), (1, 5)
 

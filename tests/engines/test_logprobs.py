@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.reference import ReferenceModel
+from qnext_plugin.verify.comparison import Difference, check_conditions, compare, requests
+from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.scenarios import CONFIGS, SCENARIOS, configs, pairs
 from tests.engines.installed import ENGINE, MUTANTS
-from tests.engines.reference import reference
-from tests.engines.scenarios import CONFIGS, SCENARIOS, Difference, check_conditions, compare, configs, pairs, requests
 from tests.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine

@@ -5,8 +5,8 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qnext_plugin import process
 from qnext_plugin.random_checkpoint import write_random_checkpoint
-from tests.engines import process
 
 pytestmark = pytest.mark.engine
 

@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 from openai import OpenAI
 
-from tests.engines import process
+from qnext_plugin import process
 
 pytestmark = pytest.mark.engine
 

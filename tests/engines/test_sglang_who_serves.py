@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.engines import process
+from qnext_plugin import process
 
 pytestmark = pytest.mark.engine
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qnext_plugin import process
 from qnext_plugin.random_checkpoint import write_random_checkpoint
-from tests.engines import process
 
 pytestmark = pytest.mark.engine
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from qnext_plugin import process
 from qnext_plugin.random_checkpoint import write_random_checkpoint
-from tests.engines import process
 
 pytestmark = pytest.mark.engine
 

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Sequence
 import pytest
 import torch
 
-from tests.engines import process
-from tests.engines.scenarios import tokens
+from qnext_plugin import process
+from qnext_plugin.verify.scenarios import tokens
 
 pytestmark = pytest.mark.engine
 

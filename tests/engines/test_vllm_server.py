@@ -20,10 +20,10 @@ import pytest
 import torch
 from openai import OpenAI
 
+from qnext_plugin import process
 from qnext_plugin.random_checkpoint import write_random_checkpoint
-from tests.engines import process
-from tests.engines.reference import reference
-from tests.engines.scenarios import tokens
+from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.scenarios import tokens
 from tests.tolerances import LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine

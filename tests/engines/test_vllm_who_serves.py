@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.engines import process
+from qnext_plugin import process
 
 pytestmark = pytest.mark.engine
 

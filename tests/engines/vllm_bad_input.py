@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.engines.scenarios import EngineConfig
-from tests.engines.vllm_worker import engine_args
+from qnext_plugin.verify.scenarios import EngineConfig
+from vllm_ext.verify import engine_args
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 

@@ -8,10 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from tests.engines.mutants import MUTANTS
-from tests.engines.scenarios import EngineConfig
-from tests.engines.vllm_inside import set_drafts
-from tests.engines.vllm_worker import Engine
+from qnext_plugin.verify.scenarios import EngineConfig
+from tests.mutants.vllm import MUTANTS
+from vllm_ext.verify import Engine
+from vllm_ext.verify_inside import set_drafts
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.0}
 

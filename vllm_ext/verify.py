@@ -1,20 +1,22 @@
-"""Run scenarios in one vLLM engine: ``python -m tests.engines.vllm_worker SPEC.json OUT.json``.
+"""Run scenarios in one vLLM engine: ``python -m vllm_ext.verify SPEC.json OUT.json``.
 
-``SPEC`` holds ``model`` (a checkpoint directory), ``config`` (the fields of an ``EngineConfig``), ``scenarios`` and
-``mutants`` (names) and ``expect_module`` (start of the module name of the class that must serve). ``OUT`` is written
-only if everything ran.
+``SPEC`` holds ``model`` (a checkpoint directory), ``config`` (the fields of an ``EngineConfig``), ``runs`` (each a
+``key``, the fields of a ``scenario``, and a ``mutant``: empty, or the ``module:function`` that breaks the model for it)
+and ``expect_module`` (start of the module name of the class that must serve). ``OUT`` is written only if all of it ran.
 """
 
 import json
 import os
+import pkgutil
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario
-from tests.engines.vllm_inside import kernels_ran, record_draft, serving_modules, set_drafts
+from qnext_plugin.verify.scenarios import MAX_MODEL_LEN, EngineConfig, Scenario
+from vllm_ext.verify_inside import kernels_ran, record_draft, serving_modules, set_drafts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions we run in workers
@@ -161,19 +163,11 @@ def main(spec_file: str, out_file: str) -> None:
     assert all(m.startswith(spec["expect_module"]) for m in modules), f"{modules} serve, not {spec['expect_module']}"
     out: dict[str, Any] = {"modules": sorted(modules), "seconds": {"start": time.monotonic() - begin}, "results": {}}
 
-    def run(key: str, scenario: str) -> None:
+    for run in spec["runs"]:
         begin = time.monotonic()
-        out["results"][key] = engine.run(SCENARIOS[scenario])
-        out["seconds"][key] = time.monotonic() - begin
-
-    for name in spec["scenarios"]:
-        run(name, name)
-    if spec["mutants"]:
-        from tests.engines.mutants import MUTANTS
-
-        for name in spec["mutants"]:
-            with MUTANTS[name].applied(engine.worker):
-                run(name, MUTANTS[name].scenario)
+        with pkgutil.resolve_name(run["mutant"])(engine.worker) if run["mutant"] else nullcontext():
+            out["results"][run["key"]] = engine.run(Scenario(**run["scenario"]))
+        out["seconds"][run["key"]] = time.monotonic() - begin
     if spec["expect_module"] == "vllm_ext":
         out["kernels"] = sorted(set().union(*engine.llm.collective_rpc(kernels_ran)))
     Path(out_file).write_text(json.dumps(out))

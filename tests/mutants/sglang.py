@@ -1,12 +1,11 @@
-"""Breakages of what SGLang does with recurrent states; see ``mutants``."""
+"""Breakages of what SGLang does with recurrent states; see ``tests.mutants``."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
-from tests.engines import mutants
-from tests.engines.mutants import Mutant
+from tests.mutants import Mutant, layers
 
 
 def _after_copy(broken: Callable[[Any, Any], None]) -> AbstractContextManager[Any]:
@@ -41,17 +40,8 @@ def slot_not_zeroed(worker: Any) -> AbstractContextManager[Any]:
     return patch.object(MambaPool, "clear_slots", lambda self, indices: None)
 
 
-# Those of our own layers are the same on both engines.
-COMMON = (
-    "conv_window_off_by_one_in_decode",
-    "conv_window_off_by_one_in_prefill",
-    "value_heads_swapped",
-    "b_and_a_swapped",
-    "query_and_gate_swapped",
-    "decay_sign",
-)
 MUTANTS = {
-    **{name: mutants.MUTANTS[name] for name in COMMON},
+    **layers.MUTANTS,
     "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
     "conv_window_not_restored": Mutant(conv_window_not_restored, "prefix_aba"),
     "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),

@@ -1,7 +1,8 @@
-"""Run scenarios in one SGLang engine: ``python -m tests.engines.sglang_worker SPEC.json OUT.json``.
+"""Run scenarios in one SGLang engine: ``python -m sglang_ext.verify SPEC.json OUT.json``.
 
-``SPEC`` and ``OUT`` as in ``vllm_worker``. The model lives in SGLang's scheduler process, which ``run_scheduler``
-starts in SGLang's place: each flush of the cache also reads from a file which mutant to apply, and writes what serves.
+``SPEC`` holds ``model`` (a checkpoint directory), ``config`` (the fields of an ``EngineConfig``), ``runs`` (each a
+``key``, the fields of a ``scenario``, and a ``mutant``: empty, or the ``module:function`` that breaks the model for it)
+and ``expect_module`` (start of the module name of the class that must serve). ``OUT`` is written only if all of it ran.
 """
 
 import json
@@ -10,13 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.engines.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario
+from qnext_plugin.verify.scenarios import MAX_MODEL_LEN, EngineConfig, Scenario
+from sglang_ext.verify_inside import CONTROL, run_scheduler
 
-CONTROL = "QNEXT_TEST_CONTROL"
 BLOCK_SIZE = 64  # tokens between the states that SGLang can keep of a prefill
 
 
@@ -39,41 +39,6 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         args["mamba_radix_cache_strategy"] = config.snapshots
         args["disable_overlap_schedule"] = config.snapshots == "no_buffer"
     return args
-
-
-def run_scheduler(*args: Any, **kwargs: Any) -> Any:
-    from sglang.srt.managers import scheduler
-
-    flush_cache, broken = scheduler.Scheduler.flush_cache, ExitStack()
-    retract_decode, num_retractions = scheduler.ScheduleBatch.retract_decode, 0
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal num_retractions
-        num_retractions += 1
-        return retract_decode(self, *args, **kwargs)
-
-    def controlled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        control = Path(os.environ[CONTROL])
-        broken.close()
-        if name := control.read_text():
-            from tests.engines.sglang_mutants import MUTANTS
-
-            broken.enter_context(MUTANTS[name].applied(self.tp_worker))
-        says = serving(self.tp_worker.model_runner.model) | {"retractions": num_retractions}
-        control.with_suffix(".serving").write_text(json.dumps(says))
-        return flush_cache(self, *args, **kwargs)
-
-    scheduler.Scheduler.flush_cache = controlled
-    scheduler.ScheduleBatch.retract_decode = counted
-    return scheduler.run_scheduler_process(*args, **kwargs)
-
-
-def serving(model: Any) -> dict[str, Any]:
-    kernels = sys.modules.get("sglang_ext.kernels")
-    return {
-        "modules": [type(model).__module__],
-        "kernels": sorted(kernels.KERNELS_RAN) if kernels else [],
-    }
 
 
 def distributions(rows: list[list[tuple[float, int, Any]]]) -> list[list[float]]:
@@ -160,20 +125,16 @@ class Engine:
 
 
 def main(spec_file: str, out_file: str) -> None:
-    from tests.engines.sglang_mutants import MUTANTS
-
     spec = json.loads(Path(spec_file).read_text())
     begin = time.monotonic()
     engine = Engine(spec["model"], EngineConfig(**spec["config"]))
     modules = engine.flush()["modules"]
     assert modules[0].startswith(spec["expect_module"]), f"{modules} serve, expected {spec['expect_module']}"
     out: dict[str, Any] = {"modules": modules, "seconds": {"start": time.monotonic() - begin}, "results": {}}
-    runs = [(name, name, "") for name in spec["scenarios"]]
-    runs += [(name, MUTANTS[name].scenario, name) for name in spec["mutants"]]
-    for key, scenario, mutant in runs:
+    for run in spec["runs"]:
         begin = time.monotonic()
-        out["results"][key] = engine.run(SCENARIOS[scenario], mutant)
-        out["seconds"][key] = time.monotonic() - begin
+        out["results"][run["key"]] = engine.run(Scenario(**run["scenario"]), run["mutant"])
+        out["seconds"][run["key"]] = time.monotonic() - begin
     out["kernels"] = engine.flush()["kernels"]
     Path(out_file).write_text(json.dumps(out))
     sys.stdout.flush()

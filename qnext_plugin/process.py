@@ -11,19 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
-ROOT = Path(__file__).parents[2]
-
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
 
 def tail(log: Path, lines: int = 40) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
@@ -39,8 +26,7 @@ def started(
             [sys.executable, *command],
             stdout=out,
             stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT | dict(env),
+            env=os.environ | dict(env),
             start_new_session=True,
         )
     try:
