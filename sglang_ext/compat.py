@@ -58,9 +58,15 @@ def install_cpu_kernels() -> None:
     No CPU can run what they replace, so no other model can depend on it. They can go when SGLang lets an out-of-tree
     platform provide these (0.5.23 does not).
     """
+    from sglang.kernels.fused_op import BaseFusedOp
+    from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_ext import kernels
+    from sglang_ext import cpu_gemm, kernels
+
+    BaseFusedOp.register_oot_forward(
+        UnquantizedFusedMoEMethod, cpu_gemm.moe_forward, current_platform.get_dispatch_key_name()
+    )
 
     backend = "sglang.srt.layers.attention.linear.gdn_backend."
     states = "sglang.kernels.ops.mamba.mamba_state_scatter_triton."

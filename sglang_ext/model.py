@@ -27,6 +27,7 @@ from qnext_plugin.checkpoint import check_stream
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext.compat import ON_CPU, check_engine_version, check_platform, install_cpu_kernels
 from sglang_ext.config import qnext_config
+from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
 from sglang_ext.sparse_moe import MLP, SparseMoeBlock
@@ -219,7 +220,8 @@ class Qwen3NextForCausalLM(nn.Module):
             weights, self._check_stream = check_stream(weights, self.qnext_config), False
         quant_method = None if self.quant_config is None else self.quant_config.get_name()
         complete, self._first_load = self._first_load and quant_method is None, False
-        return load_weights(self, self.qnext_config, weights, quant_method, complete=complete)
+        with plain_weights(self):
+            return load_weights(self, self.qnext_config, weights, quant_method, complete=complete)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

@@ -1,0 +1,105 @@
+"""Matrix products on CPU: bfloat16 weights packed once for oneDNN, as torch ships it, and experts one product each.
+
+Left as they are, such weights are packed anew in every call, which for a few tokens costs as much as the product.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput, StandardDispatchOutput
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from sglang.srt.runtime_context import get_exec
+from torch import Tensor, nn
+
+from sglang_ext.compat import ON_CPU
+
+PACKS: bool = ON_CPU and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether bfloat16 weights are packed in this process; a CPU without the instructions for them takes them as they are."""
+
+
+@contextmanager
+def plain_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model``'s weights are as they were declared, so that some or all can be loaded; outside, packed."""
+    for param in model.parameters():
+        if packed := param.__dict__.pop("packed", None):
+            param.data = torch.stack([weight.to_dense() for weight in packed]).view(param.plain_shape)
+    try:
+        yield
+    finally:
+        _pack_all(model)
+
+
+def _pack_all(model: nn.Module) -> None:
+    for module in model.modules() if PACKS else ():
+        method = type(getattr(module, "quant_method", None))
+        if method is UnquantizedFusedMoEMethod:
+            pack(module.w13_weight)
+            pack(module.w2_weight)
+        elif method in (UnquantizedLinearMethod, PackedLinearMethod) or is_head(module):
+            pack(module.weight)
+            module.quant_method = PackedLinearMethod()
+
+
+def pack(param: nn.Parameter) -> None:
+    """Keep a bfloat16 [out, in] or [experts, out, in] as ``param.packed``, one for each matrix, and no longer itself."""
+    if param.dtype == torch.bfloat16:
+        param.plain_shape = param.shape
+        param.packed = [
+            torch.ops.mkldnn._reorder_linear_weight(matrix) for matrix in param.data.view(-1, *param.shape[-2:])
+        ]
+        param.data = param.data.new_empty(0)
+
+
+def is_head(module: nn.Module) -> bool:
+    """A head of its own, in the model's dtype: a tied one is an embedding, whose rows are looked up."""
+    method = type(getattr(module, "quant_method", None))
+    untied = type(module) is ParallelLMHead and method is UnquantizedEmbeddingMethod
+    return untied and not get_exec().features.enable_fp32_lm_head
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, also with a packed ``weight``."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        (weight,) = getattr(layer.weight, "packed", [layer.weight])
+        return linear(x, weight, bias)
+
+
+def moe_forward(_: UnquantizedFusedMoEMethod, layer: nn.Module, dispatch_output: StandardDispatchOutput) -> Any:
+    """What SGLang's ``moe_forward_native`` does of it for this model: SiLU, no biases."""
+    topk_weights, topk_ids, _ = dispatch_output.topk_output
+    w13, w2 = (getattr(weight, "packed", weight) for weight in (layer.w13_weight, layer.w2_weight))
+    out = routed_experts(dispatch_output.hidden_states, w13, w2, topk_weights, topk_ids)
+    return StandardCombineInput(hidden_states=out)
+
+
+def routed_experts(
+    x: Tensor, w13: Sequence[Tensor] | Tensor, w2: Sequence[Tensor] | Tensor, topk_weights: Tensor, topk_ids: Tensor
+) -> Tensor:
+    """``sum_k topk_weights[:, k] * w2[e] (silu(gate) * up)`` where ``[gate | up] = w13[e] x`` and ``e = topk_ids[:, k]``.
+
+    ``x`` [T, H]; ``w13`` [2 I, H] and ``w2`` [H, I] for each expert; ``topk_weights``, ``topk_ids`` [T, K].
+    Returns [T, H].
+    """
+    flat_ids = topk_ids.flatten()
+    order = flat_ids.argsort()
+    counts = flat_ids.bincount(minlength=len(w13)).tolist()
+    used = [(expert, count) for expert, count in enumerate(counts) if count]
+
+    def products(rows: Tensor, weights: Sequence[Tensor] | Tensor) -> Tensor:
+        parts = rows.split([count for _, count in used])
+        return torch.cat([linear(part, weights[expert]) for part, (expert, _) in zip(parts, used, strict=True)])
+
+    gate, up = products(x[order // topk_ids.shape[1]], w13).float().chunk(2, dim=-1)
+    # The rest is linear, so the routing weights may come before it, to be rounded together with what they multiply.
+    hidden = F.silu(gate).mul_(up).mul_(topk_weights.flatten()[order, None])
+    return F.embedding_bag(order.argsort().view_as(topk_ids), products(hidden.to(x.dtype), w2), mode="sum")
