@@ -16,9 +16,10 @@ from sglang.srt.runtime_context import get_exec
 from torch import Tensor, nn
 
 from sglang_ext.compat import ON_CPU
+from sglang_ext.kernels import KERNELS_RAN
 
 PACKS: bool = ON_CPU and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether bfloat16 weights are packed in this process; a CPU without the instructions for them takes them as they are."""
+"""Whether bfloat16 weights are packed in this process; a CPU without the instructions for it takes them as they are."""
 
 
 @contextmanager
@@ -39,13 +40,13 @@ def _pack_all(model: nn.Module) -> None:
         if method is UnquantizedFusedMoEMethod:
             pack(module.w13_weight)
             pack(module.w2_weight)
-        elif method in (UnquantizedLinearMethod, PackedLinearMethod) or is_head(module):
+        elif method in (UnquantizedLinearMethod, PackedLinearMethod) or is_untied_head(module):
             pack(module.weight)
             module.quant_method = PackedLinearMethod()
 
 
 def pack(param: nn.Parameter) -> None:
-    """Keep a bfloat16 [out, in] or [experts, out, in] as ``param.packed``, one for each matrix, and no longer itself."""
+    """Keep a bfloat16 [out, in] or [experts, out, in] as ``param.packed``, a list of matrices, and not as it is."""
     if param.dtype == torch.bfloat16:
         param.plain_shape = param.shape
         param.packed = [
@@ -54,8 +55,8 @@ def pack(param: nn.Parameter) -> None:
         param.data = param.data.new_empty(0)
 
 
-def is_head(module: nn.Module) -> bool:
-    """A head of its own, in the model's dtype: a tied one is an embedding, whose rows are looked up."""
+def is_untied_head(module: nn.Module) -> bool:
+    """And one that computes in the model's dtype. A tied head is an embedding, whose rows are looked up."""
     method = type(getattr(module, "quant_method", None))
     untied = type(module) is ParallelLMHead and method is UnquantizedEmbeddingMethod
     return untied and not get_exec().features.enable_fp32_lm_head
@@ -64,6 +65,7 @@ def is_head(module: nn.Module) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, also with a packed ``weight``."""
     if weight.is_mkldnn:
+        KERNELS_RAN.add("packed")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -85,7 +87,7 @@ def moe_forward(_: UnquantizedFusedMoEMethod, layer: nn.Module, dispatch_output:
 def routed_experts(
     x: Tensor, w13: Sequence[Tensor] | Tensor, w2: Sequence[Tensor] | Tensor, topk_weights: Tensor, topk_ids: Tensor
 ) -> Tensor:
-    """``sum_k topk_weights[:, k] * w2[e] (silu(gate) * up)`` where ``[gate | up] = w13[e] x`` and ``e = topk_ids[:, k]``.
+    """``sum_k topk_weights[:, k] w2[e] (silu(gate) up)`` where ``[gate | up] = w13[e] x`` and ``e = topk_ids[:, k]``.
 
     ``x`` [T, H]; ``w13`` [2 I, H] and ``w2`` [H, I] for each expert; ``topk_weights``, ``topk_ids`` [T, K].
     Returns [T, H].
@@ -99,7 +101,7 @@ def routed_experts(
         parts = rows.split([count for _, count in used])
         return torch.cat([linear(part, weights[expert]) for part, (expert, _) in zip(parts, used, strict=True)])
 
-    gate, up = products(x[order // topk_ids.shape[1]], w13).float().chunk(2, dim=-1)
+    gate, up = products(x.index_select(0, order // topk_ids.shape[1]), w13).float().chunk(2, dim=-1)
     # The rest is linear, so the routing weights may come before it, to be rounded together with what they multiply.
     hidden = F.silu(gate).mul_(up).mul_(topk_weights.flatten()[order, None])
     return F.embedding_bag(order.argsort().view_as(topk_ids), products(hidden.to(x.dtype), w2), mode="sum")

@@ -20,7 +20,7 @@ CHUNK = 64
 """Tokens between the states that SGLang keeps of a prefill for its prefix cache."""
 
 KERNELS_RAN: set[str] = set()
-"""Phases of a batch that these kernels have served in this process."""
+"""Phases of a batch that these kernels have served in this process, and ``packed`` for products of ``cpu_gemm``."""
 
 
 def causal_conv1d_fn(
@@ -83,7 +83,7 @@ class TorchGDNKernel(LinearAttnKernelBase):
     ) -> Tensor:
         g, beta = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
         out, state = ops.recurrent_gated_delta_rule(
-            q[0], k[0], v[0], g=g, beta=beta, initial_state=ssm_states[cache_indices]
+            q[0], k[0], v[0], g=g, beta=beta, initial_state=ssm_states.index_select(0, cache_indices)
         )
         ssm_states[cache_indices] = state
         KERNELS_RAN.add("decode")

@@ -3,10 +3,12 @@
 import logging
 import os
 import sys
+from importlib.metadata import entry_points
 
 MODELS = "sglang_ext.models"
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 REGISTRY = "sglang.srt.models.registry"
+PLATFORMS = "sglang.srt.platforms"
 CPU_PLATFORM = "sglang_ext.cpu_platform:CpuPlatform"
 
 
@@ -22,6 +24,11 @@ def register() -> None:
     if disabled():
         logging.getLogger(__name__).info("qnext-plugin: off (QNEXT_DISABLE is set); SGLang's own model serves")
         return
+    if platform() and not entry_points(group=PLATFORMS):
+        raise SystemExit(
+            "qnext-plugin: there is no accelerator, and the distribution with the CPU platform is not installed; "
+            "install it (qnext-plugin-sglang-cpu, the folder sglang_cpu of the repository)"
+        )
     try:
         register_config()
         register_models()

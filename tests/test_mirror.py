@@ -15,6 +15,7 @@ ONLY = {
     "vllm_ext/mtp.py": "there is no draft for SGLang yet",
     "sglang_ext/cpu_platform.py": "vLLM has a CPU platform of its own",
     "sglang_ext/cpu_attention.py": "vLLM has attention for CPU of its own",
+    "sglang_ext/cpu_gemm.py": "vLLM packs weights for CPU itself",
     "vllm_ext/model.py: ExpertBookkeeping": "SGLang's load balancer asks for one property of the model",
     "sglang_ext/config.py: Qwen3NextConfig": "vLLM takes the configuration class of transformers",
     "sglang_ext/gated_delta_net.py: RMSNormGated": "vLLM's own has a CPU path",

@@ -80,7 +80,8 @@ def test_expected_kernels_ran(serve, config):
 
 def expected_kernels(engine, config):
     if engine == "sglang":
-        return ["decode", "extend"]
+        packed = config.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return ["decode", "extend", *(["packed"] if packed else [])]
     fast = config.dtype == "bfloat16"
     conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"
     delta = "cpp" if fast else "torch"

@@ -87,6 +87,34 @@ def test_external_models_of_the_user_stay(registry, tmp_path):
     assert models[ARCHITECTURE] == "sglang_ext.model"
 
 
+def test_model_stays_on_another_platform(registry, tmp_path):
+    info = tmp_path / "other-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.platforms]\nother = other:activate\n")
+    (tmp_path / "other.py").write_text(
+        "from sglang_ext.cpu_platform import CpuPlatform\n"
+        "class Other(CpuPlatform): ...\n"
+        "def activate(): return 'other:Other'\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    served = registry("other", SGLANG_PLATFORM="other", PYTHONPATH=path)
+    assert served["platform"] == "other"
+    assert served["models"][ARCHITECTURE] == "sglang_ext.model"
+    assert served["configs"]["qwen3_next"] == "sglang_ext.config"
+
+
+def test_missing_platform_ends_the_process(tmp_path):
+    code = (
+        "from importlib import metadata; found = metadata.entry_points\n"
+        "metadata.entry_points = lambda group: () if group.endswith('platforms') else found(group=group)\n"
+        "from sglang.srt.plugins import load_plugins; load_plugins(); print('still here')"
+    )
+    assert process.run(["-c", code], tmp_path / "log") == 1
+    text = (tmp_path / "log").read_text()
+    assert "qnext-plugin-sglang-cpu" in text and "still here" not in text
+
+
 def test_failure_to_register_ends_the_process(tmp_path):
     """SGLang would log it and serve its own model."""
     code = (
