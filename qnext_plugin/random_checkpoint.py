@@ -132,9 +132,10 @@ def random_tensor(name: str, shape: Shape, seed: int, tied: bool = False) -> tor
     """The float32 weight of one tensor, scaled to keep projections near variance 1 and logits near a deviation of 3.
 
     Embeddings start the residual stream at variance 1, and each layer adds a fraction of that: enough to matter, while
-    rounding does not grow into another answer. ``tied``: the embedding is also the head, so the last norm scales. The
-    DeltaNet decay is ``exp(-A * softplus(a + dt_bias))`` with A uniform in [0.1, 16] and the step log-uniform in
-    [0.001, 0.03], the scheme of Mamba 2 (arXiv:2405.21060) with smaller steps.
+    rounding does not grow into another answer. ``tied``: the embedding is also the head, so the last norm scales, and
+    flips signs, or every token would follow itself. The DeltaNet decay is ``exp(-A * softplus(a + dt_bias))`` with A
+    uniform in [0.1, 16] and the step log-uniform in [0.001, 0.03], the scheme of Mamba 2 (arXiv:2405.21060) with
+    smaller steps.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -147,7 +148,7 @@ def random_tensor(name: str, shape: Shape, seed: int, tied: bool = False) -> tor
     noise = torch.randn(shape, generator=generator)
     if len(shape) == 1:  # zero-centred norms and biases, but the gated norm multiplies by its weight as it is
         if tied and name in ("model.norm.weight", "mtp.norm.weight"):
-            return noise.mul_(0.1).add_(1.0).mul_(3.0 * shape[0] ** -0.5).sub_(1.0)
+            return noise.sign().add_(noise, alpha=0.1).mul_(3.0 * shape[0] ** -0.5).sub_(1.0)
         return noise.mul_(0.1).add_(1.0 if name.endswith(".linear_attn.norm.weight") else 0.0)
     if module == "embed_tokens":
         return noise
