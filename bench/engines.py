@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from native import DECODE, DECODE_PROMPT, DECODE_TOKENS, PREFILL
+from native import DECODE, DECODE_PROMPT, DECODE_TOKENS, PREFILL  # the same workloads
 
 ENGINES = ("sglang", "vllm")
 MAX_MODEL_LEN = 4096  # also the tokens of one step, so that every prompt batch is one
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     for engine in ENGINES:
-        parser.add_argument(f"--{engine}", metavar="PYTHON")
+        parser.add_argument(f"--{engine}", metavar="PYTHON", default=sys.executable, help="default: this one")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path)
