@@ -33,6 +33,11 @@ def check_engine_version(version: str | None = None) -> None:
         )
 
 
+def has_fused_mtp_decode() -> bool:
+    """Whether this build of vLLM has the CUDA kernel from the convolution's output to the gated norm's."""
+    return hasattr(torch.ops._C, "fused_gdn_decode_post_conv_mtp")
+
+
 def repair_cpu_backend(vllm_config: VllmConfig) -> None:
     """Make this configuration run on a CPU, where vLLM 0.32 and 0.33 have gaps; idempotent."""
     if not current_platform.is_cpu():

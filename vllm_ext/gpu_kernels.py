@@ -19,7 +19,9 @@ from vllm.third_party.flash_linear_attention.ops.layernorm_guard import layer_no
 from vllm.third_party.flash_linear_attention.ops.utils import FLA_CHUNK_SIZE
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 
+from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
+from vllm_ext.compat import has_fused_mtp_decode
 from vllm_ext.kernels import record, split_heads
 from vllm_ext.state import conv_view, state_dtypes
 
@@ -34,7 +36,7 @@ def fused_mtp_decode_serves(dims: GatedDeltaNetDims, vllm_config: VllmConfig) ->
         envs.VLLM_GDN_DECODE_KERNEL == "cuda"
         and current_platform.is_cuda()
         and current_platform.has_device_capability(80)
-        and hasattr(torch.ops._C, "fused_gdn_decode_post_conv_mtp")
+        and has_fused_mtp_decode()
         and vllm_config.model_config.dtype == conv_dtype == torch.bfloat16
         and recurrent_dtype in (torch.bfloat16, torch.float32)
         and dims.head_k_dim == dims.head_v_dim == 128
@@ -47,7 +49,12 @@ class GpuKernels:
     """In a full CUDA graph a batch is padded: rows past the real ones carry the null slot, which kernels skip."""
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
-        self.chunk_gated_delta_rule = ChunkGatedDeltaRule()
+        chunk = ChunkGatedDeltaRule()
+        self.prefill, self.prefill_backend = chunk, chunk.gdn_prefill_backend
+        if self.prefill_backend == "flashinfer" and not dims.head_k_dim == dims.head_v_dim == 128:
+            self.prefill, self.prefill_backend = chunk.forward_native, "triton"
+        if vllm_config.model_config.dtype == torch.float32:  # which none of them takes
+            self.prefill_backend = "torch"
         self.fused_mtp_decode = fused_mtp_decode_serves(dims, vllm_config)
         self.warm = False
 
@@ -62,7 +69,7 @@ class GpuKernels:
         dims, n, device = layer.dims, FLA_CHUNK_SIZE, mixed_qkvz.device
         cu_seqlens = torch.tensor([0, n], dtype=torch.int32, device=device)
         indices = offsets = None
-        if self.chunk_gated_delta_rule.gdn_prefill_backend == "cutedsl":
+        if self.prefill_backend == "cutedsl":
             from vllm.model_executor.layers.mamba.ops.gdn_chunk_cutedsl import prepare_metadata_cutedsl
 
             indices, offsets = prepare_metadata_cutedsl(cu_seqlens, n)
@@ -191,7 +198,7 @@ class GpuKernels:
         )
         out[d:] = core
         cache[slots] = state.to(cache.dtype)
-        record(f"prefill: triton, {self.chunk_gated_delta_rule.gdn_prefill_backend}")
+        record(f"prefill: triton, {self.prefill_backend}")
 
     def _chunk(
         self,
@@ -204,10 +211,17 @@ class GpuKernels:
         chunk_indices: Tensor | None,
         chunk_offsets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        if self.prefill_backend == "torch":
+            q, k, v = split_heads(layer.dims, mixed)
+            g, beta = ops.gating(a, b, A_log=layer.A_log, dt_bias=layer.dt_bias)
+            out, final_state = ops.chunk_gated_delta_rule(
+                q, k, v, g=g, beta=beta, initial_state=initial_state.mT.float(), cu_seqlens=cu_seqlens
+            )
+            return out, final_state.mT
         prepared = fused_post_conv_prep(
             conv_output=mixed,
-            a=a.contiguous(),
-            b=b.contiguous(),
+            a=a,
+            b=b,
             A_log=layer.A_log,
             dt_bias=layer.dt_bias,
             num_k_heads=layer.dims.num_k_heads,
@@ -217,7 +231,7 @@ class GpuKernels:
             output_g_exp=False,
         )
         q, k, v, g, beta = (x.unsqueeze(0) for x in prepared)
-        out, final_state = self.chunk_gated_delta_rule(
+        out, final_state = self.prefill(
             q=q,
             k=k,
             v=v,

@@ -1,0 +1,73 @@
+"""vLLM's Triton kernels on a CPU, in Triton's interpreter: slow, and right for small shapes."""
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+
+def enable() -> None:
+    """Before the first import of vLLM's kernels, and only in a process that does nothing else.
+
+    On a CPU vLLM turns Triton off and puts its C++ kernels in the place of the Triton ones, so it is told that there
+    is a driver, and that this CPU is a device it does not know.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.backends
+
+    class Driver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+        @staticmethod
+        def get_benchmarker() -> Any:
+            return lambda kernel, quantiles: [1.0] * len(quantiles)  # any configuration will do
+
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=Driver)
+
+    # vLLM's convolution replaces pointers in what it is handed to compute its grid; the compiler ignores that.
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _implicit_cvt
+
+    init = GridExecutor.__init__
+
+    def init_with_own_arguments(self: GridExecutor, fn: Any, arg_names: Any, grid: Any, *hooks: Any) -> None:
+        init(self, fn, arg_names, (lambda args: grid(dict(args))) if callable(grid) else grid, *hooks)
+
+    GridExecutor.__init__ = init_with_own_arguments
+
+    # A mask computed from a loop's index is an integer array, which the interpreter's own loads and stores refuse.
+    def boolean(mask: TensorHandle) -> TensorHandle:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    InterpreterBuilder.create_masked_load = lambda self, ptrs, mask, *rest: load(self, ptrs, boolean(mask), *rest)
+    InterpreterBuilder.create_masked_store = lambda self, ptrs, value, mask, *rest: store(
+        self, ptrs, value, boolean(mask), *rest
+    )
+
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms.interface import PlatformEnum
+
+    class Interpreted(CpuPlatform):
+        _enum = PlatformEnum.OOT
+
+        @classmethod
+        def num_compute_units(cls, device_id: int = 0) -> int:
+            return 1
+
+    vllm.platforms._current_platform = Interpreted()
+    from vllm.triton_utils import HAS_TRITON, tl
+
+    assert HAS_TRITON, "vLLM still has Triton turned off"
+
+    # The interpreter replaces `tl.exp` while a kernel runs, but not the names that these modules have given it.
+    from vllm.third_party.flash_linear_attention import ops
+
+    for module in [m for name, m in sys.modules.items() if name.startswith(f"{ops.__name__}.")]:
+        for name in ("exp", "exp2", "log", "log2"):
+            if hasattr(module, name):
+                setattr(module, name, lambda x, name=name: getattr(tl, name)(x))
+    # Nor are the indices of its loops tensors, as they are on a device.
+    ops.chunk_delta_h.range = lambda *bounds: map(_implicit_cvt, range(*bounds))
