@@ -5,6 +5,9 @@ import torch
 # Operators against the float64 recurrent oracle, relative to the largest magnitude of the expected tensor.
 OPS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
+# A Gated DeltaNet layer from convolution to gated norm, which in bfloat16 rounds after each of four kernels.
+LAYER = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
+
 # Log-probabilities of our reference against float32 transformers.
 LOGPROB_FLOAT32 = 1e-4
 

@@ -46,7 +46,11 @@ def fused_mtp_decode_serves(dims: GatedDeltaNetDims, vllm_config: VllmConfig) ->
 
 
 class GpuKernels:
-    """In a full CUDA graph a batch is padded: rows past the real ones carry the null slot, which kernels skip."""
+    """In a full CUDA graph a batch is padded: rows past the real ones carry the null slot, which kernels skip.
+
+    The packed decode makes such a row zero. The two that verify drafts leave it as it was, and it goes on to the
+    experts, so it must not be what happens to be in memory.
+    """
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
         chunk = ChunkGatedDeltaRule()
@@ -105,7 +109,9 @@ class GpuKernels:
             if self.fused_mtp_decode:
                 self._fused_verify(layer, metadata, mixed, z, b, a, out)
                 return
-            out.copy_(self._verify(layer, metadata, mixed, b, a))
+            verified = self._verify(layer, metadata, mixed, b, a)
+            padding = torch.arange(len(out), device=out.device) >= metadata.spec_query_start_loc[-1]
+            out.copy_(verified.masked_fill_(padding[:, None, None], 0))
         else:
             rows, rest = metadata.spec_token_indx, metadata.non_spec_token_indx
             mixed = self._conv_verify(layer, metadata, qkv[rows])
@@ -294,13 +300,14 @@ class GpuKernels:
         out: Tensor,
     ) -> None:
         n = metadata.num_spec_decodes
+        out.zero_()
         engine_ops.fused_gdn_decode_post_conv_mtp(
             mixed_qkv=mixed,
             a=a,
             b=b,
             A_log=layer.A_log,
             dt_bias=layer.dt_bias,
-            state_indices=metadata.spec_state_indices_tensor[:n],
+            state_indices=metadata.spec_state_indices_tensor[:n].contiguous(),  # columns of a wider block table
             cu_seqlens=metadata.spec_query_start_loc[: n + 1],
             num_accepted_tokens=metadata.num_accepted_tokens[:n],
             state=layer.kv_cache[1],

@@ -27,6 +27,7 @@ def enable() -> None:
     triton.backends.backends["cpu"] = SimpleNamespace(driver=Driver)
 
     # vLLM's convolution replaces pointers in what it is handed to compute its grid; the compiler ignores that.
+    import triton.language as tl
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _implicit_cvt
 
     init = GridExecutor.__init__
@@ -46,6 +47,22 @@ def enable() -> None:
         self, ptrs, value, boolean(mask), *rest
     )
 
+    # bfloat16 is kept as its bits, and the interpreter computes with those.
+    dot, binary_op = InterpreterBuilder.create_dot, InterpreterBuilder.binary_op
+
+    def to_float(self: InterpreterBuilder, x: TensorHandle) -> TensorHandle:
+        return self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    def float_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return dot(self, to_float(self, a), to_float(self, b), *rest)
+
+    def float_op(self: InterpreterBuilder, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        out = binary_op(self, to_float(self, lhs), to_float(self, rhs), op)
+        rounds = lhs.dtype.scalar == rhs.dtype.scalar == tl.bfloat16 and out.data.dtype != bool
+        return self.cast_impl(out, tl.bfloat16) if rounds else out
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.binary_op = float_dot, float_op
+
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
     from vllm.platforms.interface import PlatformEnum
@@ -58,7 +75,7 @@ def enable() -> None:
             return 1
 
     vllm.platforms._current_platform = Interpreted()
-    from vllm.triton_utils import HAS_TRITON, tl
+    from vllm.triton_utils import HAS_TRITON
 
     assert HAS_TRITON, "vLLM still has Triton turned off"
 

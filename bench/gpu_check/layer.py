@@ -216,7 +216,8 @@ class Layer:
         dims = self.dims
         metadata = self.metadata(turns, padded)
         width = dims.conv_dim + dims.value_dim + 2 * dims.num_v_heads
-        rows = [self.random(turn.length, width).to(self.dtype) for turn in turns]
+        # Shifted, so that q and k are not orthogonal: the gated norm would blow up the rounding of almost nothing.
+        rows = [(self.random(turn.length, width) + 0.5).to(self.dtype) for turn in turns]
         extra = padded * (1 + self.num_drafts) + 3  # piecewise graphs add rows past the metadata's
         inputs = torch.cat([*rows, torch.zeros(extra, width, dtype=self.dtype)]).to(self.device)
         mixed_qkvz, ba = inputs.split([dims.conv_dim + dims.value_dim, 2 * dims.num_v_heads], dim=-1)
