@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_check import report
+from bench.gpu_check.engines import STARTS, left_out
 from bench.gpu_check.report import FAILED, LEFT_OUT, OK, RESTART, RUNNING
 
 ENVIRONMENT = {
@@ -87,17 +89,16 @@ def workers(args: argparse.Namespace, folder: Path, gpu: bool) -> Iterator[Worke
     if args.engine == "vllm":
         yield Worker("kernels", "kernels", ["bench.gpu_check.kernels", *quick], folder)
     if gpu:
-        from bench.gpu_check.engines import STARTS
-
         for name, start in STARTS.items():
             if args.engine == start.engine and (start.quick or not args.quick):
                 yield Worker(name, "engines", ["bench.gpu_check.engines", name], folder)
     if gpu and args.engine == "vllm":
+        yield Worker("prepare", "engines", ["bench.gpu_check.serving", "--prepare"], folder)
         yield Worker("timing", "timing", ["bench.ops", *quick], folder)
         yield Worker("serving", "serving", ["bench.gpu_check.serving", *quick], folder)
 
 
-def run(todo: list[Worker], deadline: float, args: argparse.Namespace, state: "State") -> None:
+def run(todo: list[Worker], deadline: float, state: "State") -> None:
     """Run workers, a few at once, until all have ended or time is up."""
     waiting, running = list(todo), []
     while waiting or running:
@@ -145,6 +146,22 @@ def _record(section: str, check: str, status: str, reason: str) -> dict[str, Any
     return {"section": section, "check": check, "status": status, "seconds": 0.0, "reason": reason}
 
 
+def register(folder: Path) -> None:
+    """Let the engines find this clone's entry points, whether or not anything is installed."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    info = folder / "site-packages" / "qnext_plugin-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "".join(
+            f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in points.items())
+            for group, points in project["entry-points"].items()
+        )
+    )
+    path = [str(info.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+
+
 def machine() -> dict[str, Any]:
     """Asked of a process of its own: torch keeps what it opens of a GPU."""
     code = (
@@ -178,19 +195,23 @@ def main() -> int:
     }
     print(f"{about['gpu'] or 'no GPU: the kernels run in an interpreter'}, torch {about['torch']}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.keep or Path(temporary)
+        folder = (args.keep or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["QNEXT_GPU_CHECK"] = str(folder)
+        register(folder)
         state = State(about, folder, args.json)
         todo = list(workers(args, folder, gpu))
+        state.extra += [_record("engines", what, LEFT_OUT, reason) for what, reason in left_out()]
         for section in SECTIONS:
             if not any(worker.section == section for worker in todo):
                 reason = "no GPU" if not gpu else f"not written for {args.engine}"
                 state.extra.append(_record(section, section, LEFT_OUT, reason))
         try:
+            wanted = [w for w in todo if w.section in (args.only or SECTIONS)]
             for sections, share in PHASES:
-                chosen = [w for w in todo if w.section in sections and w.section in (args.only or SECTIONS)]
-                run(chosen, begin + 60 * args.minutes * share, args, state)
+                chosen = [w for w in wanted if w.section in sections]
+                last = chosen[-1:] == wanted[-1:]
+                run(chosen, begin + 60 * args.minutes * (1.0 if last else share), state)
         finally:
             for worker in todo:
                 if worker.process and worker.process.poll() is None:

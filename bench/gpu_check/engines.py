@@ -51,7 +51,9 @@ class Start:
     kernels: tuple[str, ...] = ()
 
 
-def _start(name: str, *scenarios: str, v2: bool, quick: bool = False, kernels: tuple[str, ...] = (), **more: Any) -> Any:
+def _start(
+    name: str, *scenarios: str, v2: bool, quick: bool = False, kernels: tuple[str, ...] = (), **more: Any
+) -> Any:
     config = EngineConfig(**{k: more.pop(k) for k in list(more) if k in EngineConfig.__dataclass_fields__})
     arguments = {"additional_config": {"gdn_prefill_backend": "triton"}} | more
     if config.compiled:
@@ -152,7 +154,10 @@ class Reference:
 def serving_modules(worker: Any) -> set[str]:
     """Modules of the model's and the draft's classes, in either of vLLM's model runners."""
     runner = worker.model_runner
-    models = [runner.model, *(getattr(getattr(runner, name, None), "model", None) for name in ("drafter", "speculator"))]
+    models = [
+        runner.model,
+        *(getattr(getattr(runner, name, None), "model", None) for name in ("drafter", "speculator")),
+    ]
     return {type(model).__module__ for model in models if model is not None}
 
 

@@ -1,6 +1,8 @@
-"""Every GPU kernel that a Gated DeltaNet layer calls, and every function of ``qnext_plugin.ops``, against the float64
-oracle: ``python -m bench.gpu_check.kernels [--quick] [--out FILE] [--deadline UNIX-TIME]``. Without a GPU, vLLM's Triton
-kernels run in Triton's interpreter, on few and small shapes."""
+"""Every GPU kernel that a Gated DeltaNet layer calls, and ``qnext_plugin.ops``, against the float64 oracle:
+``python -m bench.gpu_check.kernels [--quick] [--out FILE] [--deadline UNIX-TIME]``.
+
+Without a GPU, vLLM's Triton kernels run in Triton's interpreter, on few and small shapes.
+"""
 
 import argparse
 import time
@@ -177,9 +179,7 @@ def prologue(report: Report) -> None:
         qkv = torch.randn(num_tokens, width, generator=generator).to(BF16)
         q_weight, k_weight = 0.1 * torch.randn(2, dim, generator=generator).to(BF16)
         positions = torch.randint(0, 512, (num_tokens,), generator=generator)
-        frequencies, _ = formulas.rope_frequencies(
-            {"rope_type": "default", "rope_theta": 1e7}, rotary, torch.float64
-        )
+        frequencies, _ = formulas.rope_frequencies({"rope_type": "default", "rope_theta": 1e7}, rotary, torch.float64)
         angles = torch.arange(512, dtype=torch.float64)[:, None] * frequencies
         table = torch.cat([angles.cos(), angles.sin()], -1)
         q_gate, k, _ = qkv.to(DEVICE).split([2 * heads * dim, kv_heads * dim, kv_heads * dim], -1)

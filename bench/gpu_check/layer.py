@@ -24,7 +24,7 @@ from qnext_plugin.reference import formulas
 from tests.tolerances import assert_close
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.gpu_kernels import GpuKernels
-from vllm_ext.state import conv_view, state_dtypes, state_shapes
+from vllm_ext.state import state_dtypes, state_shapes
 
 PREFIX = "model.layers.0.linear_attn"
 EPS = 1e-6
@@ -159,9 +159,7 @@ class Layer:
         states, offset = [], 0
         for shape, dtype, size in zip(shapes, dtypes, sizes, strict=True):
             strides = (page // dtype.itemsize, *torch.empty(shape).stride())
-            states.append(
-                raw.view(dtype).as_strided((self.num_slots, *shape), strides, offset // dtype.itemsize)
-            )
+            states.append(raw.view(dtype).as_strided((self.num_slots, *shape), strides, offset // dtype.itemsize))
             offset += size
         assert all(state.isnan().all() for state in states)
         return states
@@ -180,7 +178,9 @@ class Layer:
         lengths = torch.tensor([turn.length for turn in turns] + [0] * padded)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
         computed = torch.tensor([len(turn.request.tokens) for turn in turns] + [0] * padded)
-        prefilling = torch.tensor([t.drafts is None and t.num_tokens > 1 or len(t.request.tokens) == 0 for t in turns])
+        prefilling = torch.tensor(
+            [(t.drafts is None and t.num_tokens > 1) or len(t.request.tokens) == 0 for t in turns]
+        )
         # The runner's block table is wider than the columns in use.
         table = torch.zeros(len(lengths), 1 + self.num_drafts + 3, dtype=torch.int32)
         for i, turn in enumerate(turns):
@@ -196,7 +196,7 @@ class Layer:
             max_seq_len=int((computed + lengths).max()),
             block_table_tensor=table.to(self.device),
             slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
-            is_prefilling=torch.cat([prefilling, torch.zeros(padded, dtype=torch.bool)]),
+            is_prefilling=torch.tensor(prompt + [False] * padded),
             seq_lens_cpu_upper_bound=(computed + lengths).int(),
         )
         more = {}
@@ -275,6 +275,3 @@ def poisoned_memory() -> Iterator[None]:
 def _error(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> float:
     assert_close(actual, expected, tolerance, what)
     return float((actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
-__all__ = ["Layer", "Request", "Turn", "conv_view"]

@@ -1,0 +1,89 @@
+"""The tables of measured results in README.md, written from ``bench/results/*.json``.
+
+    scripts/results [--check]
+
+A table stands between ``<!-- results: FILE -->`` and ``<!-- end of results -->``; ``--check`` changes nothing and fails
+where README.md says something else than the file.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+REGION = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def table(rows: list[list[str]]) -> str:
+    head, *rest = rows
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rest])
+
+
+def native(found: dict[str, Any]) -> str:
+    """Of ``bench/native.py``: tokens per second, ours and vLLM's own."""
+    rows = [["Workload", "ours", "vLLM's own", "ratio"]]
+    for name, row in found["workloads"].items():
+        ratios = [a / b for a, b in zip(row["ours"], row["native"], strict=True)]
+        spread = f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        rows.append([name, *(f"{statistics.median(row[side]):.0f}" for side in ("ours", "native")), spread])
+    return table(rows)
+
+
+def gpu_check(found: dict[str, Any]) -> str:
+    """Of ``scripts/gpu-check``: what was checked, then what was measured."""
+    checks = found["checks"]
+    sections = sorted({check["section"] for check in checks if check["section"] in ("kernels", "engines")})
+    rows = [["Checked", "ok", "failed", "left out", "largest error or difference"]]
+    for section in sections:
+        mine = [check for check in checks if check["section"] == section]
+        counts = [str(sum(c["status"] == status for c in mine)) for status in ("ok", "FAILED", "left out")]
+        errors = [c[name] for c in mine for name in ("error", "difference") if name in c]
+        rows.append([section, *counts, f"{max(errors):.2g}" if errors else ""])
+    parts = [f"{found['gpu']}, torch {found['torch']}:\n", table(rows)]
+
+    steps = [["One layer", "us", "against native", "share of the ceiling"]]
+    for check in checks:
+        if check["section"] == "timing" and "ours_us" in check:
+            speedup = f"{check['speedup']:.2f}" if "speedup" in check else ""
+            share = f"{check['of_peak']:.0%}" if "of_peak" in check else ""
+            steps.append([check["check"], f"{check['ours_us']:.0f}", speedup, share])
+    if len(steps) > 1:
+        parts.append(table(steps))
+
+    last = {check["check"].split(",")[0]: check for check in checks if "workloads" in check}
+    for mtp, check in last.items():
+        parts += [f"{mtp}, tokens per second end to end:\n", native(check)]
+    return "\n".join(parts)
+
+
+def written(readme: str) -> str:
+    """``readme`` with every table as its file has it."""
+
+    def region(match: re.Match[str]) -> str:
+        found = json.loads((ROOT / match["file"]).read_text())
+        made = gpu_check(found) if "checks" in found else native(found)
+        return f"{match[1]}\n{made}\n{match[3]}"
+
+    return REGION.sub(region, readme)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if written(text) == text:
+        return 0
+    if check:
+        print("README.md differs from bench/results; run scripts/results")
+        return 1
+    readme.write_text(written(text))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
