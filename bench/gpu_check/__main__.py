@@ -36,6 +36,7 @@ ENVIRONMENT = {
 }
 # Engines that start beside each other; each wants a few cores and 8 GiB of the GPU.
 AT_ONCE = 5
+GRACE = 5  # seconds past its deadline in which a worker may end by itself
 SECTIONS = ("kernels", "engines", "timing", "serving")
 # By when, as a share of all the time, a phase has to end; what it does not use goes to the next.
 PHASES = ((("kernels", "engines"), 0.6), (("timing",), 0.8), (("serving",), 1.0))
@@ -67,7 +68,7 @@ class Worker:
         """Whether it is over, having killed it past its deadline and started it again where that helps."""
         assert self.process is not None
         status = self.process.poll()
-        if status is None and time.time() < self.deadline + 5:
+        if status is None and time.time() < self.deadline + GRACE:
             return False
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # and what it started

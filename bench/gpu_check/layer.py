@@ -178,9 +178,7 @@ class Layer:
         lengths = torch.tensor([turn.length for turn in turns] + [0] * padded)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
         computed = torch.tensor([len(turn.request.tokens) for turn in turns] + [0] * padded)
-        prefilling = torch.tensor(
-            [(t.drafts is None and t.num_tokens > 1) or len(t.request.tokens) == 0 for t in turns]
-        )
+        prompt = [turn.drafts is None and (turn.num_tokens > 1 or len(turn.request.tokens) == 0) for turn in turns]
         # The runner's block table is wider than the columns in use.
         table = torch.zeros(len(lengths), 1 + self.num_drafts + 3, dtype=torch.int32)
         for i, turn in enumerate(turns):
@@ -196,7 +194,7 @@ class Layer:
             max_seq_len=int((computed + lengths).max()),
             block_table_tensor=table.to(self.device),
             slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
-            is_prefilling=torch.tensor(prompt + [False] * padded),
+            is_prefilling=torch.tensor([*prompt, *[False] * padded]),
             seq_lens_cpu_upper_bound=(computed + lengths).int(),
         )
         more = {}
@@ -248,7 +246,7 @@ class Layer:
         dims, layer = self.dims, self.layer
 
         def double(x: Tensor) -> Tensor:
-            return x.detach().cpu().double()
+            return x.detach().to(self.device).double()
 
         qkv, z, b, a = double(tokens).split([dims.conv_dim, dims.value_dim, dims.num_v_heads, dims.num_v_heads], -1)
         start = qkv.new_zeros(dims.conv_dim, dims.conv_kernel_size - 1)
@@ -259,7 +257,8 @@ class Layer:
         g, beta = formulas.gating(a, b, double(layer.A_log), double(layer.dt_bias))
         state = v.new_zeros(dims.num_v_heads, dims.head_k_dim, dims.head_v_dim)
         out, states = formulas.gated_delta_rule(q, k, v, g, beta, state)
-        return formulas.rms_norm_gated(out, z, double(layer.norm.weight), EPS)[-last:], states[-last:]
+        out = formulas.rms_norm_gated(out, z, double(layer.norm.weight), EPS)
+        return out[-last:].cpu(), states[-last:].cpu()
 
 
 @contextlib.contextmanager
