@@ -3,7 +3,8 @@
 ======  =======================================================  ==================================================
 device  condition                                                serves
 ======  =======================================================  ==================================================
-GPU     any                                                      ``gpu_kernels``: vLLM's Triton and prefill backends
+GPU     float32 prefill, which vLLM's backends refuse            ``qnext_plugin.ops`` behind vLLM's convolution
+GPU     otherwise                                                ``gpu_kernels``: vLLM's Triton, CUDA and FlashInfer
 CPU     convolution: bfloat16, width 4, AVX512-BF16 or Arm bf16  ``cpp``: vLLM's C++ convolution
 CPU     delta rule: bfloat16, K = V in (64, 128)                 ``cpp``: vLLM's C++ delta rule
 CPU     otherwise, each on its own                               ``torch``: ``qnext_plugin.ops``, any dtype and size
