@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
     interpreter.enable()
 
-from bench.gpu_check.layer import Layer, Turn
+from bench.gpu_check.layer import Layer, OneLaunch, Turn
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
 from qnext_plugin.reference import formulas
@@ -101,6 +101,7 @@ def layers(report: Report, quick: bool) -> None:
                 f"{drafts} drafts {name}",
                 lambda n=drafts, m=more: served(draft, layer(num_drafts=n, **m), lengths, rounds),
             )
+    one_launch(report, lengths, rounds)
     if DEVICE == "cuda":
         triton_verify(report, lengths, rounds)
         for backend in ("flashinfer", "auto"):  # compiled on first use, which may take long or have no compiler
@@ -113,6 +114,17 @@ def layers(report: Report, quick: bool) -> None:
 
 def layer(**arguments: Any) -> Layer:
     return Layer(device=DEVICE, **arguments)
+
+
+def one_launch(report: Report, lengths: list[int], rounds: int) -> None:
+    """``ops.triton_step``, which nothing serves with yet."""
+    shapes = (SMALL,) if DEVICE == "cpu" else (QWEN3_NEXT, ODD)
+    for dims, (dtype, state) in product(shapes, ((BF16, "bfloat16"), (F32, "float32"))):
+        more: dict[str, Any] = {"dims": dims, "dtype": dtype, "state_dtype": state, "full_graph": True}
+        more["kernels"] = OneLaunch
+        name = f"one launch {dims.head_k_dim}/{dims.head_v_dim} {str(dtype)[6:]}"
+        report.run(f"{name}, decode", lambda m=more: served(grow, layer(**m), lengths))
+        report.run(f"{name}, 3 drafts", lambda m=more: served(draft, layer(num_drafts=3, **m), lengths, rounds))
 
 
 def triton_verify(report: Report, lengths: list[int], rounds: int) -> None:
