@@ -33,13 +33,14 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "TORCHINDUCTOR_COMPILE_THREADS": "4",
+    "OMP_NUM_THREADS": "4",
 }
 # Engines that start beside each other; each wants a few cores and 8 GiB of the GPU.
 AT_ONCE = 5
 GRACE = 5  # seconds past its deadline in which a worker may end by itself
 SECTIONS = ("kernels", "engines", "timing", "serving")
 # By when, as a share of all the time, a phase has to end; what it does not use goes to the next.
-PHASES = ((("kernels", "engines"), 0.6), (("timing",), 0.8), (("serving",), 1.0))
+PHASES = ((("kernels", "engines"), 0.5), (("timing",), 0.7), (("serving",), 1.0))
 
 
 @dataclass
