@@ -1,9 +1,11 @@
 """What ``scripts/gpu-check`` does with its workers' results; what it checks: ``engines/test_vllm_gpu_check.py``."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -114,7 +116,8 @@ def test_readme_says_what_the_result_files_say():
     assert tables.written((tables.ROOT / "README.md").read_text()) == (tables.ROOT / "README.md").read_text()
 
 
-def test_without_a_gpu_it_says_what_it_left_out(tmp_path):
+def test_without_a_gpu_it_says_what_it_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     command = ["scripts/gpu-check", "--only", "timing", "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=tables.ROOT, capture_output=True, text=True)
     checks = {c["check"]: c for c in json.loads((tmp_path / "out.json").read_text())["checks"]}
