@@ -18,18 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-
-def workloads(gpu: bool) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-    """Prefills (batch, prompt tokens) and decodes (batch, tokens after the first)."""
-    if gpu:
-        return (
-            {"prefill 8x2048": (8, 2048), "prefill 1x8000": (1, 8000)},
-            {f"decode batch {n}": (n, 128) for n in (1, 8, 64)},
-        )
-    return (
-        {"prefill 4x512": (4, 512), "prefill 1x2000": (1, 2000)},
-        {f"decode batch {n}": (n, 32) for n in (1, 4, 8)},
-    )
+# Prompts (batch, tokens of each), and batches of decodes after a short prompt; on a GPU larger ones.
+PREFILL = {"prefill 4x512": (4, 512), "prefill 1x2000": (1, 2000)}
+DECODE = {"decode batch 1": 1, "decode batch 4": 4, "decode batch 8": 8}
+DECODE_PROMPT, DECODE_TOKENS = 32, 32
+GPU_PREFILL = {"prefill 8x2048": (8, 2048), "prefill 1x8000": (1, 8000)}
+GPU_DECODE = {"decode batch 1": 1, "decode batch 8": 8, "decode batch 64": 64}
+GPU_DECODE_TOKENS = 128
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -70,10 +65,12 @@ def serve(args: argparse.Namespace) -> None:
         return min(generate(*workload) for _ in range(2))
 
     for _ in sys.stdin:
-        prefills, decodes = workloads(gpu)
+        prefills, decodes = (GPU_PREFILL, GPU_DECODE) if gpu else (PREFILL, DECODE)
+        tokens = GPU_DECODE_TOKENS if gpu else DECODE_TOKENS
         rates = {name: batch * prompt / best(batch, prompt, 1) for name, (batch, prompt) in prefills.items()}
-        for name, (batch, tokens) in decodes.items():
-            rates[name] = batch * tokens / (best(batch, 32, tokens + 1) - best(batch, 32, 1))
+        for name, batch in decodes.items():
+            steps = best(batch, DECODE_PROMPT, tokens + 1) - best(batch, DECODE_PROMPT, 1)
+            rates[name] = batch * tokens / steps
         found = {"class": type(runner.model).__module__, "start-up seconds": started, "tokens per second": rates}
         print(json.dumps(found), file=answers, flush=True)
 
