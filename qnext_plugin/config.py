@@ -127,14 +127,7 @@ class QNextConfig:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
         """Read ``config.json`` in a local checkpoint directory."""
-        file = Path(path) / "config.json"
-        try:
-            raw = json.loads(file.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise ValueError(f"{file}: not a readable config.json ({e})") from e
-        if not isinstance(raw, dict):
-            raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-        return cls.from_dict(raw)
+        return cls.from_dict(read_config(Path(path) / "config.json"))
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -155,6 +148,16 @@ class QNextConfig:
     def rotary_dim(self) -> int:
         """Leading dimensions of each attention head that RoPE rotates."""
         return int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+
+    def check_tensor_parallel(self, tp_size: int) -> None:
+        """``ValueError`` for a tensor-parallel size that does not split the heads."""
+        self.gdn.shard(tp_size)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % tp_size or max(kv_heads, tp_size) % min(kv_heads, tp_size):
+            raise ValueError(
+                f"tensor parallel size {tp_size} cannot split num_attention_heads {heads} with "
+                f"num_key_value_heads {kv_heads}; it must divide the first and divide, or be a multiple of, the second"
+            )
 
     def is_sparse(self, layer_idx: int) -> bool:
         """Whether the layer's feed-forward is a mixture of experts (else a dense MLP)."""
@@ -203,6 +206,17 @@ class QNextConfig:
                 f"partial_rotary_factor {self.rope_parameters['partial_rotary_factor']} rotates {self.rotary_dim} "
                 f"of head_dim {self.head_dim}, expected an even number up to head_dim"
             )
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Parse a ``config.json``; ``ValueError`` where it is none."""
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{file}: not a readable config.json ({e})") from e
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
+    return raw
 
 
 _REQUIRED = (

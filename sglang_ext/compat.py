@@ -8,25 +8,8 @@ import sglang
 import torch
 from sglang.srt.platforms import current_platform
 
-SUPPORTED = ((0, 5, 22), (0, 5, 24))
-
 ON_CPU: bool = current_platform.device_type == "cpu"
 """Whether this process computes on a CPU, and so with kernels of ours."""
-
-
-def check_engine_version(version: str | None = None) -> None:
-    """``ValueError`` outside the range of SGLang versions this package is tested with."""
-    version = sglang.__version__ if version is None else version
-    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
-    try:
-        found = tuple(int(part) for part in version.split(".")[:3])
-    except ValueError:
-        found = (0,)
-    if not SUPPORTED[0] <= found < SUPPORTED[1]:
-        raise ValueError(
-            f"SGLang {version} found; qnext-plugin supports >= {low}, < {high}. "
-            "Install a supported SGLang, or set QNEXT_DISABLE=1 to serve SGLang's own model"
-        )
 
 
 def check_platform() -> None:
@@ -49,6 +32,24 @@ def unpadded(values: dict[str, Any]) -> dict[str, Any]:
     if "total_num_kv_heads" in originals:
         originals["num_key_value_heads"] = originals.pop("total_num_kv_heads")
     return values | {name: value for name, value in originals.items() if name in values}
+
+
+def bind_topk(topk: Any, experts: Any) -> None:
+    """Tell the router which kernels run the experts, whose input it prepares.
+
+    SGLang 0.5.22 asks the server's arguments instead. The question can go with its support.
+    """
+    if hasattr(topk, "bind_runner_backend"):
+        topk.bind_runner_backend(experts.runner_backend, routing_method_type=experts.routing_method_type)
+
+
+def is_prefill_alone(forward_batch: Any) -> bool:
+    """Whether the linear-attention kernels run on prompts only, also where a decode step is labelled as one.
+
+    SGLang 0.5.22 does not say, so False there. ``logical_forward_mode`` is enough when its support goes.
+    """
+    mode = getattr(forward_batch, "logical_forward_mode", None)
+    return mode is not None and bool(mode.is_extend_without_speculative())
 
 
 @cache

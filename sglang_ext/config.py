@@ -50,11 +50,5 @@ def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
     ``ValueError`` for inconsistent values, or a tensor-parallel size that they do not allow.
     """
     view = QNextConfig.from_dict(unpadded(config.to_dict()))
-    view.gdn.shard(tp_size)
-    heads, kv_heads = view.num_attention_heads, view.num_key_value_heads
-    if heads % tp_size or max(kv_heads, tp_size) % min(kv_heads, tp_size):
-        raise ValueError(
-            f"tensor parallel size {tp_size} cannot split num_attention_heads {heads} with "
-            f"num_key_value_heads {kv_heads}; it must divide the first and divide, or be a multiple of, the second"
-        )
+    view.check_tensor_parallel(tp_size)
     return view

@@ -13,7 +13,7 @@ from torch import nn
 
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
-from sglang_ext.compat import ON_CPU
+from sglang_ext.compat import ON_CPU, is_prefill_alone
 
 
 class CausalConv1d(nn.Module):
@@ -105,7 +105,7 @@ class GatedDeltaNet(nn.Module):
         else:
             qkv, z = qkvz.split([self.dims.conv_dim, self.dims.value_dim], dim=-1)
             b, a = ba.chunk(2, dim=-1)
-            if not ON_CPU and not forward_batch.logical_forward_mode.is_extend_without_speculative():
+            if not ON_CPU and not is_prefill_alone(forward_batch):
                 # Of SGLang's GPU kernels only those for prefill are known to take strides.
                 qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
             out = self.attn(forward_batch, qkv, a, b)

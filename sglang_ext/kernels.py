@@ -161,3 +161,18 @@ def track_states_all_layers(
 def track_states(conv_states: Tensor, ssm_states: Tensor, *args: Any, **kwargs: Any) -> None:
     """``track_states_all_layers`` for one layer's [slots, ...]."""
     track_states_all_layers(conv_states[None], ssm_states[None], *args, **kwargs)
+
+
+def describe(dtype: torch.dtype) -> dict[str, tuple[str, str]]:
+    """What serves on CPU, by phase of a layer (convolution, delta rule), and why not something faster."""
+    from sglang_ext.cpu_gemm import PACKS
+
+    found = {
+        phase: ("torch, torch", "SGLang's package from PyPI has no CPU kernels")
+        for phase in ("prefill", "decode", "verify")
+    }
+    packed = PACKS and dtype == torch.bfloat16
+    reason = (
+        "" if packed else f"weights are packed in bfloat16 only, on a CPU with instructions for it; this is {dtype}"
+    )
+    return found | {"experts": ("onednn" if packed else "torch", reason)}

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from qnext_plugin import __version__
 from qnext_plugin.checkpoint import check_stream
 from qnext_plugin.config import FULL, QNextConfig
-from sglang_ext.compat import ON_CPU, check_engine_version, check_platform, install_cpu_kernels
+from sglang_ext.compat import ON_CPU, check_platform, install_cpu_kernels
 from sglang_ext.config import qnext_config
 from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.gated_attention import GatedAttention
@@ -148,7 +148,6 @@ class Qwen3NextForCausalLM(nn.Module):
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        check_engine_version()
         check_platform()
         if ON_CPU:
             install_cpu_kernels()

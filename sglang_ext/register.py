@@ -4,6 +4,14 @@ import logging
 import os
 import sys
 from importlib.metadata import entry_points
+from multiprocessing import parent_process
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qnext_plugin.coupling.policy import Verdict
+
+TESTED = ">=0.5.22,<0.5.24"
+"""The versions of SGLang that this package is tested with."""
 
 MODELS = "sglang_ext.models"
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
@@ -12,8 +20,20 @@ PLATFORMS = "sglang.srt.platforms"
 CPU_PLATFORM = "sglang_ext.cpu_platform:CpuPlatform"
 
 
+logger = logging.getLogger(__name__)
+
+
 def disabled() -> bool:
     return os.environ.get("QNEXT_DISABLE", "0") not in ("", "0")
+
+
+def verdict() -> "Verdict":
+    """Outside the tested range we serve only where SGLang has everything that we use."""
+    from sglang.version import __version__ as engine_version  # SGLang asks for a platform while it is being imported
+
+    from qnext_plugin.coupling.policy import judge
+
+    return judge("sglang_ext", "sglang", engine_version, TESTED)
 
 
 def register() -> None:
@@ -22,7 +42,11 @@ def register() -> None:
     SGLang logs an error of a plugin and goes on with its own model. ``SystemExit`` ends the process instead.
     """
     if disabled():
-        logging.getLogger(__name__).info("qnext-plugin: off (QNEXT_DISABLE is set); SGLang's own model serves")
+        logger.info("qnext-plugin: off (QNEXT_DISABLE is set); SGLang's own model serves")
+        return
+    if verdict().message and parent_process() is None:
+        logger.log(logging.WARNING if verdict().serves else logging.ERROR, verdict().message)
+    if not verdict().serves:
         return
     if platform() and not entry_points(group=PLATFORMS):
         raise SystemExit(
@@ -67,6 +91,6 @@ def platform() -> str | None:
     import torch
 
     own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1"
-    if disabled() or own_engine or torch.accelerator.is_available():
+    if disabled() or own_engine or torch.accelerator.is_available() or not verdict().serves:
         return None
     return CPU_PLATFORM

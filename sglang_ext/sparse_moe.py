@@ -17,6 +17,7 @@ from sglang.srt.utils import add_prefix, is_cuda
 from torch import nn
 
 from qnext_plugin.config import QNextConfig
+from sglang_ext.compat import bind_topk
 
 
 class MLP(nn.Module):
@@ -85,7 +86,7 @@ class SparseMoeBlock(nn.Module):
             # The shared expert's gate reads the input afterwards.
             inplace=False,
         )
-        self.topk.bind_runner_backend(self.experts.runner_backend, routing_method_type=self.experts.routing_method_type)
+        bind_topk(self.topk, self.experts)
         # With an all-to-all backend a rank's output is complete, not a partial sum.
         self.shared_expert = MLP(
             config.hidden_size,

@@ -128,9 +128,11 @@ def main(spec_file: str, out_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
     begin = time.monotonic()
     engine = Engine(spec["model"], EngineConfig(**spec["config"]))
-    modules = engine.flush()["modules"]
+    says = engine.flush()
+    modules = says["modules"]
     assert modules[0].startswith(spec["expect_module"]), f"{modules} serve, expected {spec['expect_module']}"
-    out: dict[str, Any] = {"modules": modules, "seconds": {"start": time.monotonic() - begin}, "results": {}}
+    out: dict[str, Any] = {"modules": modules, "memory": says["memory"], "results": {}}
+    out["seconds"] = {"start": time.monotonic() - begin}
     for run in spec["runs"]:
         begin = time.monotonic()
         out["results"][run["key"]] = engine.run(Scenario(**run["scenario"]), run["mutant"])

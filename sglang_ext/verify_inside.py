@@ -31,7 +31,8 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
         broken.close()
         if mutant := control.read_text():
             broken.enter_context(pkgutil.resolve_name(mutant)(self.tp_worker))
-        says = serving(self.tp_worker.model_runner.model) | {"retractions": num_retractions}
+        runner = self.tp_worker.model_runner
+        says = serving(runner.model) | {"retractions": num_retractions, "memory": memory(runner)}
         control.with_suffix(".serving").write_text(json.dumps(says))
         return flush_cache(self, *args, **kwargs)
 
@@ -45,4 +46,16 @@ def serving(model: Any) -> dict[str, Any]:
     return {
         "modules": [type(model).__module__],
         "kernels": sorted(kernels.KERNELS_RAN) if kernels else [],
+    }
+
+
+def memory(runner: Any) -> dict[str, Any]:
+    """Sizes of this rank's caches and weights, in bytes, as they are."""
+    states, keys = runner.req_to_token_pool.mamba_pool.mamba_cache, runner.token_to_kv_pool.full_kv_pool
+    return {
+        "states": sum(t.numel() * t.itemsize for t in (*states.conv, states.temporal)),
+        "slots": states.temporal.shape[1],
+        "keys_and_values": sum(t.numel() * t.itemsize for t in (*keys.k_buffer, *keys.v_buffer)),
+        "tokens": keys.k_buffer[0].shape[0],
+        "weights": sum(getattr(p, "plain_shape", p.shape).numel() * p.itemsize for p in runner.model.parameters()),
     }

@@ -1,4 +1,4 @@
-"""Everything that depends on the version of vLLM: the supported range, and repairs of what its CPU backend lacks.
+"""Everything that depends on the version of vLLM: repairs of what its CPU backend lacks.
 
 A repair is applied when a model that needs it is built, checks that its target is what it expects, and leaves GPUs
 alone. Each says when it can go.
@@ -14,23 +14,7 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-SUPPORTED = ((0, 32), (0, 34))
 PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
-
-
-def check_engine_version(version: str | None = None) -> None:
-    """``ValueError`` outside the range of vLLM versions this package is tested with."""
-    version = vllm.__version__ if version is None else version
-    low, high = SUPPORTED
-    try:
-        found = tuple(int(part) for part in version.split(".")[:2])
-    except ValueError:
-        found = (0, 0)
-    if not low <= found < high:
-        raise ValueError(
-            f"vLLM {version} found; qnext-plugin supports >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}. "
-            "Install a supported vLLM, or set QNEXT_DISABLE=1 to serve vLLM's own model"
-        )
 
 
 def has_fused_mtp_decode() -> bool:

@@ -54,21 +54,42 @@ class Drafts:
         return cls(slots, accepted, cu_seqlens, torch.minimum(rows, end - 1), rows < end)
 
 
+def cpp_conv_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
+    """Why vLLM's C++ convolution cannot serve; empty where it can."""
+    arm = current_platform.get_cpu_architecture() == CpuArchEnum.ARM
+    has_bf16 = torch.cpu.get_capabilities().get("bf16", False) if arm else torch.cpu._is_avx512_bf16_supported()
+    obstacles = {
+        f"it takes bfloat16, not {dtype}": dtype != torch.bfloat16,
+        f"it takes width 4, not {dims.conv_kernel_size}": dims.conv_kernel_size != 4,
+        "it wants the channels of the cache last": is_conv_state_dim_first(),
+        f"this CPU has no {'bfloat16 instructions' if arm else 'AVX512-BF16'}": not has_bf16,
+    }
+    return "; ".join(text for text, holds in obstacles.items() if holds)
+
+
+def cpp_delta_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
+    """Why vLLM's C++ delta rule cannot serve; empty where it can."""
+    k, v = dims.head_k_dim, dims.head_v_dim
+    obstacles = {
+        f"it takes bfloat16, not {dtype}": dtype != torch.bfloat16,
+        f"it takes heads of 64 or 128, not {k} and {v}": k != v or k not in (64, 128),
+    }
+    return "; ".join(text for text, holds in obstacles.items() if holds)
+
+
 class CpuKernels:
     """Each phase of a batch goes through its convolution and its delta rule; one norm ends them all."""
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
-        bfloat16 = vllm_config.model_config.dtype == torch.bfloat16
-        arm = current_platform.get_cpu_architecture() == CpuArchEnum.ARM
-        conv = (
-            bfloat16
-            and dims.conv_kernel_size == 4
-            and not is_conv_state_dim_first()
-            and (torch.cpu.get_capabilities().get("bf16", False) if arm else torch.cpu._is_avx512_bf16_supported())
-        )
-        delta = bfloat16 and dims.head_k_dim == dims.head_v_dim and dims.head_k_dim in (64, 128)
-        self.conv = CppConv() if conv else TorchConv()
-        self.delta = CppDelta() if delta else TorchDelta()
+        dtype = vllm_config.model_config.dtype
+        self.obstacles = {"convolution": cpp_conv_obstacle(dims, dtype), "delta rule": cpp_delta_obstacle(dims, dtype)}
+        self.conv = TorchConv() if self.obstacles["convolution"] else CppConv()
+        self.delta = TorchDelta() if self.obstacles["delta rule"] else CppDelta()
+
+    def describe(self) -> dict[str, tuple[str, str]]:
+        """By phase: what ``record`` will say of it, and why not something faster."""
+        reason = "; ".join(f"no C++ {what}: {why}" for what, why in self.obstacles.items() if why)
+        return {phase: (f"{self.conv.name}, {self.delta.name}", reason) for phase in ("prefill", "decode", "verify")}
 
     def prepare_weights(self, layer: "GatedDeltaNet") -> None:
         self.conv.prepare_weights(layer)

@@ -29,20 +29,26 @@ if TYPE_CHECKING:
     from vllm_ext.gated_delta_net import GatedDeltaNet
 
 
-def fused_mtp_decode_serves(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> bool:
-    """The conditions of vLLM's fused kernel from the convolution's output to the gated norm's."""
+def fused_mtp_decode_obstacle(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> str:
+    """Why vLLM's fused kernel from the convolution's output to the gated norm's cannot serve; empty where it can."""
     conv_dtype, recurrent_dtype = state_dtypes(vllm_config)
-    return (
-        envs.VLLM_GDN_DECODE_KERNEL == "cuda"
-        and current_platform.is_cuda()
-        and current_platform.has_device_capability(80)
-        and has_fused_mtp_decode()
-        and vllm_config.model_config.dtype == conv_dtype == torch.bfloat16
-        and recurrent_dtype in (torch.bfloat16, torch.float32)
-        and dims.head_k_dim == dims.head_v_dim == 128
-        and dims.heads_per_group in (1, 2, 3, 4, 8)
-        and 0 < vllm_config.num_speculative_tokens < 8
-    )
+    dtypes = {vllm_config.model_config.dtype, conv_dtype}
+    obstacles = {
+        "VLLM_GDN_DECODE_KERNEL says otherwise": envs.VLLM_GDN_DECODE_KERNEL != "cuda",
+        "it needs CUDA with capability 8.0": not (
+            current_platform.is_cuda() and current_platform.has_device_capability(80)
+        ),
+        "this vLLM was built without it": not has_fused_mtp_decode(),
+        "model and convolution cache have to be bfloat16": dtypes != {torch.bfloat16},
+        f"it takes states in bfloat16 or float32, not {recurrent_dtype}": recurrent_dtype
+        not in (torch.bfloat16, torch.float32),
+        f"it takes heads of 128, not {dims.head_k_dim} and {dims.head_v_dim}": {dims.head_k_dim, dims.head_v_dim}
+        != {128},
+        f"it takes 1, 2, 3, 4 or 8 value heads a key head, not {dims.heads_per_group}": dims.heads_per_group
+        not in (1, 2, 3, 4, 8),
+        "it takes 1 to 7 drafts": not 0 < vllm_config.num_speculative_tokens < 8,
+    }
+    return "; ".join(text for text, holds in obstacles.items() if holds)
 
 
 class GpuKernels:
@@ -54,13 +60,24 @@ class GpuKernels:
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
         chunk = ChunkGatedDeltaRule()
-        self.prefill, self.prefill_backend = chunk, chunk.gdn_prefill_backend
+        self.prefill, self.prefill_backend, self.prefill_obstacle = chunk, chunk.gdn_prefill_backend, ""
         if self.prefill_backend == "flashinfer" and not dims.head_k_dim == dims.head_v_dim == 128:
             self.prefill, self.prefill_backend = chunk.forward_native, "triton"
-        if vllm_config.model_config.dtype == torch.float32:  # which none of them takes
-            self.prefill_backend = "torch"
-        self.fused_mtp_decode = fused_mtp_decode_serves(dims, vllm_config)
+            self.prefill_obstacle = f"FlashInfer takes heads of 128, not {dims.head_k_dim} and {dims.head_v_dim}"
+        if vllm_config.model_config.dtype == torch.float32:
+            self.prefill_backend, self.prefill_obstacle = "torch", "vLLM's kernels take no float32"
+        self.obstacle = fused_mtp_decode_obstacle(dims, vllm_config)
+        self.fused_mtp_decode = not self.obstacle
         self.warm = False
+
+    def describe(self) -> dict[str, tuple[str, str]]:
+        """By phase: what ``record`` will say of it, and why not something faster."""
+        reason = f"no fused kernel: {self.obstacle}" if self.obstacle else "in a batch without prefills"
+        return {
+            "prefill": (f"triton, {self.prefill_backend}", self.prefill_obstacle),
+            "decode": ("triton, triton", ""),
+            "verify": ("triton, triton" if self.obstacle else "triton, cuda fused with the norm", reason),
+        }
 
     def prepare_weights(self, layer: "GatedDeltaNet") -> None:
         pass

@@ -32,7 +32,7 @@ from vllm.sequence import IntermediateTensors
 from qnext_plugin import __version__
 from qnext_plugin.checkpoint import check_stream
 from qnext_plugin.config import FULL, QNextConfig
-from vllm_ext.compat import check_engine_version, repair_cpu_backend
+from vllm_ext.compat import repair_cpu_backend
 from vllm_ext.config import qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
@@ -150,6 +150,16 @@ class ExpertBookkeeping(MixtureOfExperts):
             experts.update_expert_map()
 
 
+def check_speculation(vllm_config: VllmConfig) -> None:
+    """``ValueError`` for any draft but the model's own."""
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):
+        raise ValueError(
+            f"speculative method {speculative.method!r} found, expected 'qwen3_next_mtp': the state of a Gated "
+            "DeltaNet layer is kept right with the model's own MTP draft only; change or drop --speculative-config"
+        )
+
+
 class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping, SupportsEagle3, SupportsPP):
     packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -160,15 +170,9 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        check_engine_version()
         repair_cpu_backend(vllm_config)
         self.config = qnext_config(vllm_config)
-        speculative = vllm_config.speculative_config
-        if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):
-            raise ValueError(
-                f"speculative method {speculative.method!r} found, expected 'qwen3_next_mtp': the state of a Gated "
-                "DeltaNet layer is kept right with the model's own MTP draft only; change or drop --speculative-config"
-            )
+        check_speculation(vllm_config)
         # A reload may bring a few tensors only, and expert parallelism may leave out other ranks' experts.
         self._check_stream = not (
             check_checkpoint(self.config, vllm_config) or vllm_config.parallel_config.enable_ep_weight_filter

@@ -78,6 +78,14 @@ class Engine:
         """The worker itself: only where it is this process."""
         return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
+    def memory(self) -> dict[str, Any]:
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return {
+            "block_size": cache.block_size,
+            "num_blocks": cache.num_gpu_blocks,
+            "concurrency": cache.kv_cache_max_concurrency,
+        }
+
     def counts(self) -> dict[str, Any]:
         metrics = {m.name: m for m in self.llm.get_metrics()}
         counts = {"num_preemptions": metrics["vllm:num_preemptions"].value, "num_drafts": 0, "num_accepted": []}
@@ -161,7 +169,8 @@ def main(spec_file: str, out_file: str) -> None:
     engine = Engine(spec["model"], EngineConfig(**spec["config"]))
     modules = set().union(*engine.llm.collective_rpc(serving_modules))
     assert all(m.startswith(spec["expect_module"]) for m in modules), f"{modules} serve, not {spec['expect_module']}"
-    out: dict[str, Any] = {"modules": sorted(modules), "seconds": {"start": time.monotonic() - begin}, "results": {}}
+    out: dict[str, Any] = {"modules": sorted(modules), "memory": engine.memory(), "results": {}}
+    out["seconds"] = {"start": time.monotonic() - begin}
 
     for run in spec["runs"]:
         begin = time.monotonic()

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qnext_plugin import __version__
-from qnext_plugin.cli import checkpoint
+from qnext_plugin.cli import checkpoint, doctor, plan
 
-_COMMANDS = (checkpoint,)
+_COMMANDS = (checkpoint, doctor, plan)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -16,17 +16,27 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a mistake of the user's prints one line to stderr and gives exit status 2."""
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command, also for tools that write completions for shells."""
     parser = _Parser(prog="qnext", description="Tools for serving Qwen3-Next with qnext-plugin.")
     parser.add_argument("--version", action="version", version=f"qnext {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; a mistake of the user's prints one line to stderr and gives 2.
+
+    A command that sets ``flags`` is given every argument that is not its own: they are an engine's.
+    """
+    args, flags = parser().parse_known_args(argv)
+    if flags and not hasattr(args, "flags"):
+        parser().error(f"unrecognized arguments: {' '.join(flags)}")
+    args.flags = flags
     try:
-        args.run(args)
+        return int(args.run(args) or 0)
     except (ValueError, OSError) as e:
         print(f"qnext: error: {e}", file=sys.stderr)
         return 2
-    return 0

@@ -84,11 +84,12 @@ def runs(config: str) -> list[dict[str, Any]]:
 
 
 class Served:
-    """A worker's output: ``modules`` (of the serving classes), ``kernels``, ``seconds`` and results by scenario."""
+    """A worker's output: ``modules`` (of the serving classes), ``kernels``, ``memory``, ``seconds``, and results."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self.modules: list[str] = raw["modules"]
         self.kernels: list[str] = raw["kernels"]
+        self.memory: dict[str, Any] = raw["memory"]
         self.seconds: dict[str, float] = raw["seconds"]
         self._results = raw["results"]
 

@@ -65,10 +65,3 @@ def test_server_exits_with_the_reason(tmp_path, edit, options, words):
     for word in words:
         assert word in text, process.tail(log)
     assert "The server is fired up" not in text
-
-
-def test_unsupported_engine():
-    from sglang_ext.compat import check_engine_version
-
-    with pytest.raises(ValueError, match=r"SGLang 0\.5\.21 found.*QNEXT_DISABLE=1"):
-        check_engine_version("0.5.21")

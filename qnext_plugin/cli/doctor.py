@@ -1,0 +1,93 @@
+"""``qnext doctor``: which class would serve, with which kernels, and what stands in the way."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
+TIMEOUT = 600  # seconds; an engine's imports alone take half a minute on a small machine
+
+
+def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="which class would serve a model here, with which kernels, and what stands in the way",
+        usage="%(prog)s [-h] [MODEL] [--engine {vllm,sglang}] [--json] [FLAGS OF THE ENGINE]",
+        description="Asks the engine itself, in a process of its own. Exit status 1: not ours, or not at all.",
+    )
+    doctor.set_defaults(run=_run, flags=[])
+    doctor.add_argument("model", metavar="MODEL", nargs="?", help="default: a configuration with the 80B's dimensions")
+    doctor.add_argument("--engine", choices=tuple(ENGINES), help="default: every one that is installed")
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+
+
+def _run(args: argparse.Namespace) -> int:
+    engines = [engine for engine in ENGINES if find_spec(engine) and args.engine in (None, engine)]
+    if not engines:
+        wanted = args.engine or " or ".join(ENGINES)
+        raise ValueError(f"{wanted} is not installed in this environment; install it, or activate the one that has it")
+    reports = [examine(engine, args.model, args.flags) for engine in engines]
+    print(json.dumps(reports, indent=2) if args.json else "\n\n".join(map(_text, reports)))
+    return 0 if all(report["serves"] for report in reports) else 1
+
+
+def examine(engine: str, model: str | None, flags: list[str]) -> dict[str, Any]:
+    """What the adapter's probe found, and ``serves``: whether our class would, without an error."""
+    from qnext_plugin import process
+
+    with tempfile.TemporaryDirectory() as scratch:
+        out, log = Path(scratch) / "report.json", Path(scratch) / "log"
+        target = model or str(_example(Path(scratch)))
+        try:
+            status = process.run(["-m", f"{engine}_ext.doctor", str(out), target, *flags], log, timeout=TIMEOUT)
+            failure = f"the probe ended with status {status}"
+        except AssertionError:
+            failure = f"the probe took more than {TIMEOUT} s"
+        if not out.exists():
+            text = process.tail(log, 5)
+            return {"engine": engine, "serves": False, "errors": [f"{failure}; the end of what it said:\n{text}"]}
+        report: dict[str, Any] = json.loads(out.read_text())
+        if report["errors"] and "SystemExit" in report["errors"][-1]:  # it said why
+            report["errors"][-1] += f"\n{process.tail(log, 3)}"
+    roles = ["target", "draft"] if "verify" in report["kernels"] else ["target"]
+    ours = all(report["classes"].get(role, "").startswith(f"{engine}_ext.") for role in roles)
+    return report | {"serves": ours and not report["errors"]}
+
+
+def _example(scratch: Path) -> Path:
+    from qnext_plugin.random_checkpoint import PRESETS
+
+    (scratch / "80b").mkdir()
+    (scratch / "80b" / "config.json").write_text(json.dumps(PRESETS["80b"] | {"dtype": "bfloat16"}))
+    return scratch / "80b"
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    lines = [f"{ENGINES[report['engine']]} {report.get('version', '')}: {_verdict(report)}"]
+    if "tested_range" in report:
+        lines.append(
+            f"  tested range  {report['tested_range']}{'' if report['in_tested_range'] else ': outside of it'}"
+        )
+    lines += [f"  {role:<12}  {name}" for role, name in report.get("classes", {}).items()]
+    lines += [
+        f"  {phase:<12}  {kernel}{f' ({reason})' if reason else ''}"
+        for phase, (kernel, reason) in report.get("kernels", {}).items()
+    ]
+    lines += [f"  error: {error}" for error in report["errors"]]
+    lines += [f"  note: {what}. {way_out}" for what, way_out in report.get("risks", [])]
+    return "\n".join(lines)
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    if report["serves"]:
+        return "qnext-plugin serves"
+    if report.get("switched_off_by"):
+        return f"the engine's own model serves: {' and '.join(report['switched_off_by'])} turned qnext-plugin off"
+    target = report.get("classes", {}).get("target", "")
+    if target and not target.startswith(f"{report['engine']}_ext."):
+        return "the engine's own model serves"
+    return "qnext-plugin does not serve"

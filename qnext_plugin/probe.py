@@ -1,0 +1,65 @@
+"""What an adapter's ``doctor`` module has in common with the other's: it runs beside the engine, and never fails."""
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from qnext_plugin.coupling.policy import is_tested, judge
+
+
+def write_report(
+    adapter: str,
+    engine: str,
+    hooks: Sequence[str],
+    switches: Sequence[str],
+    serving_classes: Callable[[], dict[str, str]],
+    examine: Callable[[str, list[str]], dict[str, Any]],
+    argv: Sequence[str],
+) -> None:
+    """``argv`` is OUT.json MODEL FLAGS. ``hooks`` are the entry point groups that name the adapter.
+
+    ``switches`` are environment variables that list the plugins to keep. ``serving_classes`` and ``examine`` ask the
+    engine, the second about a model and flags where our class serves; what they raise is an error of the report.
+    """
+    out, model, *flags = argv
+    version, tested = str(import_module(f"{engine}.version").__version__), import_module(f"{adapter}.register").TESTED
+    verdict = judge(adapter, engine, version, tested)
+    report: dict[str, Any] = {
+        "engine": engine,
+        "version": version,
+        "tested_range": tested,
+        "in_tested_range": is_tested(version, tested),
+        "switched_off_by": _switched_off_by(switches),
+        "classes": {},
+        "kernels": {},
+        "errors": [],
+        "risks": [],
+    }
+    if verdict.message and verdict.serves:
+        report["risks"].append((verdict.message, f"pip install '{engine}{tested}'"))
+    elif verdict.message:
+        report["errors"].append(verdict.message)
+    for group in hooks:
+        if not any(e.value.startswith(f"{adapter}.") for e in entry_points(group=group)):
+            report["errors"].append(f"no entry point {group!r} leads to {adapter}: install qnext-plugin again")
+    try:
+        import_module(f"{adapter}.model")
+        report["classes"] = serving_classes()
+        asked = examine(model, flags) if report["classes"]["target"].startswith(f"{adapter}.") else report
+    except (Exception, SystemExit) as e:
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        report["errors"].append(f"{type(e).__name__}: {e} ({where.filename}:{where.lineno})")
+    else:
+        report["kernels"] = asked["kernels"]
+        report |= {name: report[name] + asked[name] for name in ("errors", "risks") if asked is not report}
+    Path(out).write_text(json.dumps(report))
+
+
+def _switched_off_by(switches: Sequence[str]) -> list[str]:
+    disabled = ["QNEXT_DISABLE"] if os.environ.get("QNEXT_DISABLE", "0") not in ("", "0") else []
+    return disabled + [s for s in switches if s in os.environ and "qnext" not in os.environ[s].split(",")]

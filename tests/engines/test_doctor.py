@@ -1,0 +1,128 @@
+"""`qnext doctor` says what is true of this environment, and of ones that are broken on purpose."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.engines.installed import ENGINE
+
+pytestmark = pytest.mark.engine
+
+ADAPTER = f"{ENGINE}_ext"
+COMMAND = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
+NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.srt.models.qwen3_next."}
+DRAFT = {"vllm": ["--speculative-config", '{"method":"qwen3_next_mtp","num_speculative_tokens":2}'], "sglang": []}
+# A parameter that we name in a call and that is not looked at before there is a model.
+RENAMED = {
+    "vllm": ("model_executor/layers/rotary_embedding/__init__.py", "rope_parameters:", "rope:"),
+    "sglang": ("srt/layers/moe/topk.py", "renormalize:", "normalize:"),
+}
+
+
+def directory(package: str) -> Path:
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def doctor(*arguments: str, path: Path | None = None, **env: str) -> tuple[int, dict]:
+    """Exit status and report; what is in ``path`` is imported first."""
+    paths = [str(path)] if path else []
+    paths += os.environ["PYTHONPATH"].split(os.pathsep) if os.environ.get("PYTHONPATH") else []
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "doctor", "--engine", ENGINE, "--json", *arguments],
+        cwd=path,  # `python -m` imports from here first
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])} | env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("["), done.stderr
+    (report,) = json.loads(done.stdout)
+    return done.returncode, report
+
+
+def engine_with(path: Path, edits: dict[str, tuple[str, str]]) -> None:
+    """The installed engine's package once more in ``path``: links, and edited copies of some files."""
+    source = directory(ENGINE)
+    for file, (old, new) in edits.items():
+        folder, original = path / ENGINE, source
+        for part in Path(file).parts:
+            if folder.is_symlink():
+                folder.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            for entry in original.iterdir():
+                if not (folder / entry.name).exists() and entry.name != "__pycache__":
+                    (folder / entry.name).symlink_to(entry)
+            folder, original = folder / part, original / part
+        text = original.read_text()
+        assert old in text
+        folder.unlink()
+        folder.write_text(text.replace(old, new))
+
+
+def version_edit(version: str) -> dict[str, tuple[str, str]]:
+    text = (directory(ENGINE) / "_version.py").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("__version__ = "))
+    return {"_version.py": (line, f"__version__ = {version!r}")}
+
+
+def test_names_our_classes_and_the_kernels_that_then_serve(checkpoint, serve):
+    status, report = doctor(str(checkpoint("bfloat16")), "--dtype", "bfloat16", *DRAFT[ENGINE])
+    assert (status, report["serves"], report["errors"]) == (0, True, [])
+    assert report["in_tested_range"]
+    assert report["classes"]["target"] == f"{ADAPTER}.model.Qwen3NextForCausalLM"
+    assert {"prefill", "experts", "attention"} < report["kernels"].keys()
+    if ENGINE == "vllm":
+        assert report["classes"]["draft"] == "vllm_ext.mtp.Qwen3NextMTP"
+        ran = {tuple(line.split(": ")) for line in serve("bfloat16-mtp2").kernels}
+        assert ran == {(phase, report["kernels"][phase][0]) for phase in ("prefill", "verify")}
+
+
+def test_names_the_native_class_when_disabled():
+    status, report = doctor(QNEXT_DISABLE="1")
+    assert (status, report["serves"], report["switched_off_by"]) == (1, False, ["QNEXT_DISABLE"])
+    assert report["classes"]["target"].startswith(NATIVE[ENGINE])
+
+
+def test_adapter_that_cannot_be_imported(tmp_path):
+    shutil.copytree(directory(ADAPTER), tmp_path / ADAPTER)
+    with (tmp_path / ADAPTER / "gated_attention.py").open("a") as f:
+        f.write("\nraise ImportError('broken on purpose')\n")
+    status, report = doctor(path=tmp_path)
+    assert (status, report["serves"]) == (1, False)
+    assert any("broken on purpose" in error and "gated_attention.py" in error for error in report["errors"])
+
+
+def test_install_without_entry_points(tmp_path):
+    installed = Path(str(distribution("qnext-plugin").locate_file("")))
+    (metadata,) = installed.glob("qnext_plugin-*.dist-info")
+    shutil.copytree(metadata, tmp_path / metadata.name)
+    (tmp_path / metadata.name / "entry_points.txt").unlink()
+    status, report = doctor(path=tmp_path)
+    assert (status, report["serves"]) == (1, False)
+    assert any("no entry point" in error and "install qnext-plugin again" in error for error in report["errors"])
+    assert report["classes"]["target"].startswith(NATIVE[ENGINE])
+
+
+def test_newer_engine_that_has_everything_is_served_with_a_warning(tmp_path):
+    engine_with(tmp_path, version_edit("99.1.0"))
+    status, report = doctor(path=tmp_path)
+    assert (report["version"], report["in_tested_range"]) == ("99.1.0", False)
+    assert (status, report["serves"]) == (0, True), report["errors"]
+    assert any("answers may be wrong" in risk for risk, _ in report["risks"])
+
+
+def test_newer_engine_that_lacks_something_serves_its_own_model(tmp_path):
+    file, *renamed = RENAMED[ENGINE]
+    engine_with(tmp_path, version_edit("99.1.0") | {file: tuple(renamed)})
+    status, report = doctor(path=tmp_path)
+    assert (status, report["serves"]) == (1, False)
+    assert any("99.1.0, which lacks what it uses" in error for error in report["errors"])
+    assert report["classes"]["target"].startswith(NATIVE[ENGINE])

@@ -1,0 +1,56 @@
+"""`qnext plan` foretells what the engine allocates: every number within 1%, most of them to the byte."""
+
+import pytest
+import torch
+
+from qnext_plugin.checkpoint import read_headers
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.plan import DEVICES, SglangCache, VllmCache
+from qnext_plugin.sizes import Serving
+from qnext_plugin.verify.scenarios import CONFIGS, MAX_MODEL_LEN, configs
+from tests.engines.installed import ENGINE
+
+pytestmark = pytest.mark.engine
+
+CACHE_MEMORY = 2**30  # VLLM_CPU_KVCACHE_SPACE of every engine test
+NAMES = [name for name in configs(ENGINE) if CONFIGS[name].pipeline_parallel == 1]
+
+
+def within(found: float, foretold: float) -> bool:
+    return abs(found - foretold) <= 0.01 * foretold
+
+
+@pytest.fixture
+def case(request, serve, checkpoint):
+    config, directory = CONFIGS[request.param], checkpoint(CONFIGS[request.param].checkpoint)
+    dtype = getattr(torch, config.dtype)
+    model = QNextConfig.from_pretrained(directory)
+    serving = Serving(model, config.tensor_parallel, config.draft_tokens, dtype)
+    weights = sum(serving.weights(read_headers(directory)).values())
+    assert weights == sum(serving.weights().values()), "the headers say something else than config.json"
+    return config, serving, weights, serve(request.param).memory
+
+
+@pytest.mark.skipif(ENGINE != "vllm", reason="vLLM's cache")
+@pytest.mark.parametrize("case", NAMES, indirect=True)
+def test_vllm_blocks(case):
+    config, serving, _, memory = case
+    block_size = 32 if config.prefix_caching else None
+    cache = VllmCache(serving, torch.float32, DEVICES["cpu"], config.prefix_caching, block_size)
+    if config.dtype == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+        cache = VllmCache(serving, torch.bfloat16, DEVICES["cpu"], config.prefix_caching, block_size)
+    assert memory["block_size"] == cache.block_size
+    num_blocks = config.num_blocks or cache.num_blocks(CACHE_MEMORY)
+    assert within(memory["num_blocks"], num_blocks)
+    assert within(memory["concurrency"], num_blocks / cache.blocks(MAX_MODEL_LEN))
+
+
+@pytest.mark.skipif(ENGINE != "sglang", reason="SGLang's pools")
+@pytest.mark.parametrize("case", NAMES, indirect=True)
+def test_sglang_weights_and_pools(case):
+    """Weights on this engine only: on CPU vLLM packs them in forms of its own, and drops the parameters."""
+    config, serving, weights, memory = case
+    assert within(memory["weights"], weights)
+    cache = SglangCache(serving, torch.float32, config.prefix_caching)
+    assert within(memory["states"] / memory["slots"], cache.state_bytes)
+    assert within(memory["keys_and_values"] / memory["tokens"], serving.kv_bytes_per_token)

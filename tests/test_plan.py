@@ -1,0 +1,233 @@
+"""`qnext plan`: known figures of the 80B model, the arithmetic on odd sizes, and where the metadata comes from."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from qnext_plugin.checkpoint import read_headers
+from qnext_plugin.cli import main
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.plan import DEVICES, SglangCache, VllmCache
+from qnext_plugin.random_checkpoint import PRESETS, write_random_checkpoint
+from qnext_plugin.sizes import Serving
+
+GIB = 2**30
+CONFIG_80B = QNextConfig.from_dict(PRESETS["80b"])
+ODD = {"num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 333, "num_hidden_layers": 5}
+
+
+def serving(**changes) -> Serving:
+    return Serving(CONFIG_80B, **changes)
+
+
+def test_known_figures_of_the_80b():
+    plain = serving()
+    assert plain.kv_bytes_per_token == 24_576
+    state = plain.state(torch.bfloat16, torch.float32).page_bytes * plain.num_gdn_layers
+    assert state == 36 * (8192 * 3 * 2 + 32 * 128 * 128 * 4)
+    assert sum(plain.weights().values()) == pytest.approx(160e9, rel=0.01)
+    assert serving(num_draft_tokens=2).kv_bytes_per_token == 24_576 * 13 // 12
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "kv_bytes_per_token"), [(1, 24_576), (2, 12_288), (4, 12_288), (8, 12_288), (16, 12_288)]
+)
+def test_key_value_heads_are_repeated_where_there_are_more_ranks(tp_size, kv_bytes_per_token):
+    assert serving(tp_size=tp_size).kv_bytes_per_token == kv_bytes_per_token
+
+
+def test_tensor_parallel_size_that_does_not_split_the_heads():
+    with pytest.raises(ValueError, match="tensor parallel size 3 does not divide linear_num_key_heads 16"):
+        serving(tp_size=3)
+
+
+def test_ranks_share_what_is_split_and_repeat_the_rest():
+    whole, half, quarter = (serving(tp_size=n).weights() for n in (1, 2, 4))
+    for kind in ("experts", "shared experts", "embedding and head"):
+        assert half[kind] == whole[kind] / 2
+    assert half["routers and norms"] == whole["routers and norms"]
+    assert whole["gated attention"] / 2 < 2 * quarter["gated attention"] < half["gated attention"] * 1.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_headers_and_config_agree_on_odd_sizes(tmp_path, dtype):
+    write_random_checkpoint(tmp_path / "odd", dtype=dtype, overrides=ODD)
+    config = QNextConfig.from_pretrained(tmp_path / "odd")
+    for drafts in (0, 3):
+        odd = Serving(config, num_draft_tokens=drafts, dtype=getattr(torch, dtype))
+        assert odd.weights(read_headers(tmp_path / "odd")) == odd.weights()
+    file_size = (tmp_path / "odd" / "model.safetensors").stat().st_size
+    padding = 2 * (384 - 333) * config.hidden_size * odd.dtype.itemsize
+    assert sum(odd.weights().values()) - padding == pytest.approx(file_size, rel=0.03)  # the rest is the header
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "drafts", "block_size", "state_blocks"),
+    [
+        (torch.bfloat16, 0, 544, 3 * 2),
+        (torch.float32, 0, 1056, 3 * 2),
+        (torch.bfloat16, 2, 560, 3 * 4),
+    ],
+)
+def test_vllm_blocks_of_the_80b_on_a_gpu(state_dtype, drafts, block_size, state_blocks):
+    cache = VllmCache(serving(num_draft_tokens=drafts), state_dtype)
+    assert (cache.block_size, cache.state_blocks) == (block_size, state_blocks)
+    layers = 13 if drafts else 12
+    assert cache.block_bytes == layers * block_size * 2048
+    assert cache.blocks(block_size + 1) == state_blocks + 2
+    memory = 20 * GIB
+    assert cache.concurrency(memory, 1000) == cache.num_blocks(memory) / cache.blocks(1000)
+    longest = cache.longest(memory)
+    assert cache.concurrency(memory, longest) >= 1 > cache.concurrency(memory, longest + 1)
+
+
+def test_vllm_blocks_follow_what_the_user_and_the_device_ask_for():
+    plain = VllmCache(serving(), torch.bfloat16, DEVICES["cpu"])
+    assert plain.block_size == 640
+    assert VllmCache(serving(), torch.bfloat16, DEVICES["cpu"], user_block_size=32).block_size == 544
+    assert VllmCache(serving(), torch.bfloat16, user_block_size=4096).block_size == 4096
+    assert VllmCache(serving(), torch.bfloat16, prefix_caching=False).state_blocks == 3
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_sglang_pools_use_the_memory_and_no_more(drafts):
+    cache, memory = SglangCache(serving(num_draft_tokens=drafts), torch.float32), 30 * GIB
+    slots, tokens, requests = cache.num_slots(memory), cache.num_tokens(memory), cache.running_requests(memory)
+    verifying = (requests + 1) * cache.verified_tokens
+    used = (slots + 1 + verifying) * cache.state_bytes + tokens * cache.serving.kv_bytes_per_token
+    assert memory - cache.serving.kv_bytes_per_token < used <= memory
+    assert requests == slots // 5
+    assert cache.concurrency(memory, 2) == requests
+
+
+# Command line
+
+
+def plan(capsys, *arguments: str) -> tuple[int, dict]:
+    status = main(["plan", *arguments, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def published(tmp_path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["80b"] | {"torch_dtype": "bfloat16"}))
+    return str(tmp_path)
+
+
+def test_command_lines_and_numbers(capsys, published):
+    status, found = plan(capsys, published, "--tensor-parallel-size", "4", "--mtp", "2")
+    assert status == 0
+    assert sum(found["weights"].values()) / GIB == pytest.approx(38, rel=0.01)
+    vllm, sglang = found["engines"]["vllm"], found["engines"]["sglang"]
+    assert "--tensor-parallel-size 4 --max-model-len 262144" in vllm["command"]
+    assert '"num_speculative_tokens":2' in vllm["command"]
+    assert "--tp-size 4" in sglang["command"] and "--speculative-num-draft-tokens 3" in sglang["command"]
+    assert list(vllm["concurrency"]) == ["1024", "4096", "16384", "65536", "262144"]
+    for engine in (vllm, sglang):
+        falling = list(engine["concurrency"].values())
+        assert falling == sorted(falling, reverse=True) and falling[-1] >= 1
+
+
+def test_refused_sequences_and_lengths_are_named(capsys, published):
+    _, found = plan(capsys, published, "--tensor-parallel-size", "4", "--cache-memory", "2")
+    vllm = found["engines"]["vllm"]
+    assert vllm["max_num_seqs_refused"] and vllm["num_blocks"] < 1024
+    assert f"--max-num-seqs {vllm['num_blocks']}" in vllm["command"]
+    main(["plan", published, "--tensor-parallel-size", "4", "--cache-memory", "2"])
+    text = capsys.readouterr().out
+    assert f"--max-num-seqs 1024, its default, is refused: at most {vllm['num_blocks']}" in text
+    status = main(["plan", published, "--cache-memory", "1"])
+    text = capsys.readouterr().out
+    assert status == 1 and "--max-model-len 262144 is refused: at most" in text
+
+
+def test_weights_that_do_not_fit(capsys, published):
+    assert main(["plan", published, "--gpu-memory", "80"]) == 1
+    assert "the weights do not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mtp", "9"], "--mtp is 9, expected 0 to 7"),
+        (["--context-length", "0"], "--context-length is 0, expected more than 0"),
+        (["--tensor-parallel-size", "3"], "does not divide linear_num_key_heads"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, published, arguments, words):
+    assert main(["plan", published, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_neither_a_directory_nor_a_name(capsys):
+    assert main(["plan", "no-such-directory"]) == 2
+    assert "neither a local directory nor a name on the hub" in capsys.readouterr().err
+
+
+# The hub: a stand-in that answers as huggingface.co does, and counts
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    sent = 0
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        file = Path(self.directory, self.path.rpartition("/")[2])
+        if not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data, asked = file.read_bytes(), self.headers.get("Range")
+        if asked:
+            first, last = asked.removeprefix("bytes=").split("-")
+            data = data[int(first) : int(last) + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f'"{file.name}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            Hub.sent += len(data)
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_hub_name_fetches_metadata_only(tmp_path):
+    model = tmp_path / "model"
+    write_random_checkpoint(model, overrides={"num_experts": 64, "vocab_size": 4000})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Hub(*a, directory=str(model)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    command = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path), "NO_PROXY": "127.0.0.1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", command, "plan", "someone/a-model", "--json"],
+            env={k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | env,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["weights_from"] == "safetensors headers"
+    local = Serving(QNextConfig.from_pretrained(model)).weights(read_headers(model))
+    assert found["weights"] == local
+    assert 0 < Hub.sent < (model / "model.safetensors").stat().st_size / 2
