@@ -6,8 +6,6 @@ An ``EngineConfig`` is one engine start, a ``Scenario`` is a sequence of batches
 import random
 from dataclasses import dataclass
 
-from tests.engines import demo
-
 VOCAB_SIZE = 256  # every test vocabulary holds at least these ids
 MAX_MODEL_LEN = 1024
 ENGINES = ("vllm", "sglang")
@@ -77,8 +75,6 @@ CONFIGS = {
     "starved": EngineConfig(
         "tiny", prefix_caching=True, token_budget=64, num_blocks=44, num_tokens=1300, engines=ENGINES
     ),
-    "demo": EngineConfig("demo", prefix_caching=True, token_budget=256, engines=("sglang",)),
-    "demo-mtp2": EngineConfig("demo", draft_tokens=2, prefix_caching=True, token_budget=512, num_blocks=120),
     "tp2": EngineConfig("tiny", prefix_caching=True, tensor_parallel=2, engines=("sglang",)),
     "mtp1": EngineConfig("tiny", draft_tokens=1, num_blocks=48),
     "mtp2": EngineConfig("tiny", draft_tokens=2, num_blocks=200, prefix_caching=True),
@@ -102,12 +98,8 @@ _A, _B = tokens(500, seed=1), tokens(410, seed=2)
 _LENGTHS = tuple(tokens(length, seed=length) for length in (1, 7, 40, 130, 300, 700))
 
 _STARVED = ("starved", "mtp2-starved")
-_DEMO = ("demo", "demo-mtp2")
-_OTHERS = {name: config for name, config in CONFIGS.items() if name not in _STARVED + _DEMO}
-_PLAIN = tuple(name for name, config in _OTHERS.items() if not config.draft_tokens)
-_MTP = tuple(name for name, config in _OTHERS.items() if config.draft_tokens)
-# Notes and a question, then another question: pairs of prompts of which the second hits the prefix cache.
-RECALLED = demo.recall(MAX_MODEL_LEN - 100, 12)
+_PLAIN = tuple(name for name, config in CONFIGS.items() if name not in _STARVED and not config.draft_tokens)
+_MTP = tuple(name for name, config in CONFIGS.items() if name not in _STARVED and config.draft_tokens)
 
 SCENARIOS = {
     "mixed_lengths": Scenario((_LENGTHS,), configs=_PLAIN),
@@ -157,12 +149,6 @@ SCENARIOS = {
         max_tokens=60,
         drafts="cycle",
         preempts=True,
-    ),
-    "demo_recall": Scenario(
-        tuple(tuple(prompt.ids for prompt in turn) for turn in zip(*RECALLED, strict=True)),
-        configs=_DEMO,
-        max_tokens=8,
-        hits=tuple((1, i) for i in range(len(RECALLED))),
     ),
     "prefix_chunked": Scenario(((_A,), (_A[:490] + _B[:40],)), configs=_STARVED, drafts="cycle", hits=((1, 0),)),
 }

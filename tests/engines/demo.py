@@ -8,14 +8,15 @@ import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from qnext_plugin.demo_checkpoint import DIRECTORY
-from tests.engines.process import ROOT
+from qnext_plugin.verify.scenarios import MAX_MODEL_LEN, Scenario
 
-sys.path.append(str(ROOT / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 from demo_training.data import THOUGHT as THOUGHT
 from demo_training.data import Maker
@@ -97,3 +98,13 @@ def tool_calls() -> list[Prompt]:
 
 def _user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
+
+
+# For an engine without a server: notes and a question, then another question, which hits the prefix cache.
+RECALLED = recall(MAX_MODEL_LEN - 100, 12)
+RECALL = Scenario(
+    tuple(tuple(prompt.ids for prompt in turn) for turn in zip(*RECALLED, strict=True)),
+    configs=(),
+    max_tokens=8,
+    hits=tuple((1, i) for i in range(len(RECALLED))),
+)

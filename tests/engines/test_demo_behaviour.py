@@ -10,18 +10,21 @@ import re
 import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.engines import demo, process
+from qnext_plugin import process
+from qnext_plugin.verify.comparison import Result, check_conditions, compare, to_result
+from qnext_plugin.verify.reference import Reference, reference
+from qnext_plugin.verify.scenarios import EngineConfig
+from tests.engines import demo
 from tests.engines.demo import Messages, Prompt
 from tests.engines.installed import ENGINE, MUTANTS
-from tests.engines.reference import Reference, reference
-from tests.engines.scenarios import RECALLED, Result
+from tests.tolerances import SERVED_LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 
@@ -39,6 +42,10 @@ COMMANDS = {
         *("--context-length", "8192", "--max-running-requests", "8", "--chunked-prefill-size", "256"),
         *("--tool-call-parser", "qwen", "--reasoning-parser", "qwen3"),
     ],
+}
+OFFLINE = {
+    "vllm": EngineConfig("demo", draft_tokens=2, prefix_caching=True, token_budget=512, num_blocks=120),
+    "sglang": EngineConfig("demo", prefix_caching=True, token_budget=256),
 }
 SPECULATES = "--speculative-config" in COMMANDS[ENGINE]
 INSTRUCT, THINKING = ({"chat_template_kwargs": {"enable_thinking": on}} for on in (False, True))
@@ -252,20 +259,43 @@ def test_base_completes_raw_text(server):
         assert answer.text == f" {prompt.answer}"
 
 
-def test_recall_fails_without_the_recurrent_state(serve):
-    """Unbroken, the same engine recalls; with the state dropped at each prefix restore it clearly does not."""
-    mutant = "recall_without_the_recurrent_state"
-    served = serve(MUTANTS[mutant].config)
-    right, broken = (recalled(served[name]) for name in (MUTANTS[mutant].scenario, mutant))
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory, checkpoint) -> dict[str, Result]:
+    """Recall on prefix hits in one float32 engine, as it is and with the recurrent state dropped at each restore."""
+    root = tmp_path_factory.mktemp("offline")
+    spec, out, log = root / "spec.json", root / "out.json", root / "log"
+    mutants = {"intact": "", "dropped": MUTANTS["state_dropped_at_prefix_restore"].path}
+    content = {
+        "model": str(checkpoint("demo")),
+        "config": asdict(OFFLINE[ENGINE]),
+        "runs": [{"key": k, "scenario": asdict(demo.RECALL), "mutant": path} for k, path in mutants.items()],
+        "expect_module": f"{ENGINE}_ext",
+    }
+    spec.write_text(json.dumps(content))
+    status = process.run(["-m", f"{ENGINE}_ext.verify", str(spec), str(out)], log)
+    assert status == 0, process.tail(log)
+    results = json.loads(out.read_text())["results"]
+    return {key: to_result(results[key]) for key in mutants}
+
+
+def test_float32_is_what_transformers_computes(offline, exact):
+    """Also with MTP, whose drafts are mostly accepted here: the answer is the one without it."""
+    check_conditions(demo.RECALL, OFFLINE[ENGINE], offline["intact"])
+    difference = compare(offline["intact"], exact, SERVED_LOGPROB_FLOAT32[ENGINE])
+    print(f"largest log-probability difference {difference.value:.2g} at {difference.where}")
+    assert difference.value <= SERVED_LOGPROB_FLOAT32[ENGINE], difference.where
+    assert not difference.wrong_tokens
+
+
+def test_recall_fails_without_the_recurrent_state(offline):
+    right, broken = recalled(offline["intact"]), recalled(offline["dropped"])
     print(f"recall on prefix hits: {right:.0%}, without the recurrent state {broken:.0%}")
-    assert right >= 0.85
+    assert right >= 0.9
     assert broken <= 0.5
 
 
 def recalled(result: Result) -> float:
     """The share of right answers among those that began with a prefix hit."""
-    answers = [
-        (completion.token_ids, prompt.answer_ids)
-        for completion, (_, prompt) in zip(result.batches[1], RECALLED, strict=True)
-    ]
-    return sum(said[: len(right)] == right for said, right in answers) / len(answers)
+    answers = zip(result.batches[1], demo.RECALLED, strict=True)
+    right = [c.token_ids[: len(p.answer_ids)] == p.answer_ids for c, (_, p) in answers]
+    return sum(right) / len(right)

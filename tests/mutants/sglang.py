@@ -43,7 +43,6 @@ def slot_not_zeroed(worker: Any) -> AbstractContextManager[Any]:
 MUTANTS = {
     **layers.MUTANTS,
     "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
-    "recall_without_the_recurrent_state": Mutant(state_dropped_at_prefix_restore, "demo_recall", "demo"),
     "conv_window_not_restored": Mutant(conv_window_not_restored, "prefix_aba"),
     "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
 }

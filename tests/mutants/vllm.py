@@ -125,7 +125,6 @@ def state_not_copied_between_blocks(worker: Any) -> AbstractContextManager[Any]:
 MUTANTS = {
     **layers.MUTANTS,
     "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
-    "recall_without_the_recurrent_state": Mutant(state_dropped_at_prefix_restore, "demo_recall", "demo-mtp2"),
     "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
     "verify_commits_one_step_early": Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
     "state_in_the_wrong_slot": Mutant(state_in_the_wrong_slot, "drafts_in_every_pattern", "mtp3"),
