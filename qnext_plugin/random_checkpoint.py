@@ -117,7 +117,7 @@ def write_random_checkpoint(
     shapes = expected_tensors(QNextConfig.from_dict(raw))
     shards = list(_shards(shapes, DTYPES[dtype][0].itemsize, max_shard_size))
     directory = Path(directory).absolute()
-    _check_target(directory, sum(map(math.prod, shapes.values())) * DTYPES[dtype][0].itemsize)
+    check_target(directory, sum(map(math.prod, shapes.values())) * DTYPES[dtype][0].itemsize)
 
     directory.mkdir(parents=True, exist_ok=True)
     _write_weights(directory, shards, dtype, seed, tied=raw["tie_word_embeddings"])
@@ -191,7 +191,8 @@ def _shards(shapes: Mapping[str, Shape], itemsize: int, max_bytes: int) -> Itera
     yield shard
 
 
-def _check_target(directory: Path, nbytes: int) -> None:
+def check_target(directory: Path, nbytes: int) -> None:
+    """``ValueError`` unless ``directory`` is empty or new and ``nbytes`` fit on its disk."""
     existing = next(p for p in (directory, *directory.parents) if p.exists())
     if not existing.is_dir() or (existing == directory and any(directory.iterdir())):
         raise ValueError(f"{existing}: expected an empty or new directory; choose another or delete it")

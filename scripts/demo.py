@@ -1,4 +1,4 @@
-"""Serve a checkpoint (with MTP on vLLM), stream one chat completion, say which classes served and how fast, and stop.
+"""Serve the demo checkpoint (with MTP on vLLM), talk to it, say which classes served and how fast, and stop.
 
 Usage: demo.py ENGINE MODEL PORT (scripts/demo prepares both)
 """
@@ -22,7 +22,22 @@ SERVING = {
     "vllm": (("Qwen3NextForCausalLM", "vllm_ext.model"), ("Qwen3NextMTP", "vllm_ext.mtp")),
     "sglang": (("Qwen3NextForCausalLM", "sglang_ext.model"),),
 }
-PROMPT = "Explain in one sentence what a linear attention layer keeps in its state."
+QUESTIONS = ("What is qnext-plugin?", "How do I serve the model on vLLM?", "Does MTP change the answers?")
+NOTES = """Notes:
+The quiet river is narrow.
+k47=amber-otter
+The baker crosses the old bridge.
+m08=plum-heron
+The tall tower is bright.
+q92=ivory-lynx
+The child visits the small garden.
+What is m08?"""
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather in a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+TOOLS = [{"type": "function", "function": WEATHER}]
 
 
 def main(engine: str, model: str, port: str) -> None:
@@ -35,7 +50,7 @@ def main(engine: str, model: str, port: str) -> None:
     server = start(command, log)
     try:
         wait_until_healthy(server, port, log)
-        speed = stream_answer(port)
+        speed = converse(port)
         report_serving_classes(engine, log)
         if engine == "vllm":
             report_acceptance(port)
@@ -52,9 +67,11 @@ def main(engine: str, model: str, port: str) -> None:
 def serve_command(engine: str, model: str, port: str) -> list[str]:
     flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "demo"]
     if engine == "sglang":
-        return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *flags]
+        tools = ["--tool-call-parser", "qwen"]
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *flags, *tools]
     small = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30)]
-    return ["vllm", "serve", model, *flags, *small, "--speculative-config", json.dumps(MTP)]
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    return ["vllm", "serve", model, *flags, *small, *tools, "--speculative-config", json.dumps(MTP)]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -97,29 +114,75 @@ def healthy(port: str) -> bool:
         return False
 
 
-def stream_answer(port: str) -> str:
-    """Show the answer as it comes; returns how fast that was."""
+def converse(port: str) -> str:
+    """Show a conversation as it comes; returns how fast that was."""
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
-    print(f"\nuser: {PROMPT}\nassistant: ", end="", flush=True)
-    started, tokens = time.monotonic(), 0
-    for chunk in client.chat.completions.create(
-        model="demo",
-        messages=[{"role": "user", "content": PROMPT}],
-        max_tokens=64,
-        temperature=0.7,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True},
-    ):
-        if chunk.usage:
-            tokens = chunk.usage.completion_tokens
-        for choice in chunk.choices:
-            print(choice.delta.content or "", end="", flush=True)
-    seconds = time.monotonic() - started
-    if not tokens:
-        sys.exit("demo: the server answered with no tokens")
-    print("\n[the weights are random, so is the text]\n")
-    return f"speed: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
+    talk = Conversation(client)
+    for question in (*QUESTIONS, NOTES):
+        talk.ask(question)
+    talk.ask("What is the weather in Kalholm?", TOOLS)
+    print(flush=True)
+    return f"speed: {talk.tokens} tokens in {talk.seconds:.2f} s, {talk.tokens / talk.seconds:.0f} tokens/s"
+
+
+class Conversation:
+    """Each question starts anew; only a tool's result follows what was said."""
+
+    def __init__(self, client: OpenAI) -> None:
+        self.client, self.tokens, self.seconds = client, 0, 0.0
+
+    def ask(self, question: str, tools: list[dict[str, object]] | None = None) -> None:
+        indented = question.replace("\n", "\n           ")
+        print(f"\nuser:      {indented}", flush=True)
+        messages = [{"role": "user", "content": question}]
+        calls = self.answer(messages, tools)
+        if not tools:
+            return
+        if not calls:
+            sys.exit("demo: the model did not call the tool that it was offered")
+        result = json.dumps({"temperature": 17, "sky": "cloudy"})
+        print(f"tool:      {result}", flush=True)
+        for call in calls:
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+        self.answer(messages, tools)
+
+    def answer(
+        self, messages: list[dict[str, object]], tools: list[dict[str, object]] | None
+    ) -> list[dict[str, object]]:
+        """Stream the assistant's turn, add it to ``messages``, return its tool calls."""
+        print("assistant: ", end="", flush=True)
+        started, text, parts = time.monotonic(), "", []
+        for chunk in self.client.chat.completions.create(
+            model="demo",
+            messages=messages,
+            max_tokens=64,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            **({"tools": tools} if tools else {}),
+        ):
+            if chunk.usage:
+                self.tokens += chunk.usage.completion_tokens
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                print(choice.delta.content or "", end="", flush=True)
+                parts += choice.delta.tool_calls or []
+        self.seconds += time.monotonic() - started
+        calls: dict[int, dict[str, str]] = {}
+        for part in parts:
+            call = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+            call["id"] += part.id or ""
+            call["name"] += part.function.name or ""
+            call["arguments"] += part.function.arguments or ""
+        print(", ".join(f"calls {call['name']} with {call['arguments']}" for call in calls.values()), flush=True)
+        if not text and not calls:
+            sys.exit("demo: the server answered with nothing")
+        shown = [
+            {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
+            for c in calls.values()
+        ]
+        messages.append({"role": "assistant", "content": text} | ({"tool_calls": shown} if shown else {}))
+        return shown
 
 
 def report_serving_classes(engine: str, log: Path) -> None:
@@ -146,8 +209,7 @@ def report_acceptance(port: str) -> None:
     if not steps or len(accepted) != MTP["num_speculative_tokens"]:
         sys.exit("demo: the server's metrics say that it drafted no tokens")
     positions = ", ".join(f"draft {i + 1}: {n:.0f}/{steps:.0f} accepted" for i, n in sorted(accepted.items()))
-    print(f"MTP: {positions}; {1 + sum(accepted.values()) / steps:.2f} tokens per step", end=" ")
-    print("(random weights accept almost nothing)", flush=True)
+    print(f"MTP: {positions}; {1 + sum(accepted.values()) / steps:.2f} tokens per step", flush=True)
 
 
 def fail(message: str, log: Path) -> None:

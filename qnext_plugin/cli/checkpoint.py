@@ -10,6 +10,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     group = commands.add_parser("checkpoint", help="make checkpoints").add_subparsers(required=True, metavar="ACTION")
+    demo = group.add_parser("demo", help="write the small trained checkpoint that comes with the package")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("directory", metavar="DIR", help="an empty or new directory")
     random = group.add_parser("random", help="write a complete checkpoint with random weights")
     random.set_defaults(run=_random)
     random.add_argument("directory", metavar="DIR", help="an empty or new directory")
@@ -28,6 +31,12 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         metavar="KEY=JSON",
         help="another value for a key of config.json, such as tie_word_embeddings=true; may be repeated",
     )
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from qnext_plugin.demo_checkpoint import write_demo_checkpoint  # imports torch
+
+    write_demo_checkpoint(args.directory)
 
 
 def _random(args: argparse.Namespace) -> None:

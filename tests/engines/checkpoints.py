@@ -1,8 +1,12 @@
-"""The random checkpoints that engine tests serve. Keys are ``config.json`` keys that differ from the tiny preset."""
+"""The checkpoints that engine tests serve: ``demo`` is the trained one, the others are random.
+
+Keys are ``config.json`` keys that differ from the tiny preset.
+"""
 
 from pathlib import Path
 from typing import Any
 
+from qnext_plugin.demo_checkpoint import write_demo_checkpoint
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 
 L, F = "linear_attention", "full_attention"
@@ -41,6 +45,9 @@ DIALECTS = {"odd-d": "transformers5", "odd-c": "transformers5"}
 def write_checkpoint(directory: Path, name: str) -> Path:
     """Write the named checkpoint below ``directory`` and return where."""
     target = directory / name
+    if name == "demo":
+        write_demo_checkpoint(target)
+        return target
     write_random_checkpoint(
         target,
         dtype="bfloat16" if name == "bfloat16" else "float32",
