@@ -92,9 +92,9 @@ def check_coverage(
         if n in names and headers[n].dtype in FLOAT_DTYPES and headers[n].shape != shape
     ]
     problems = [
-        _listing("missing", missing),
-        _listing("unexpected", unexpected),
-        _listing("wrongly shaped", wrong),
+        listing("missing", missing),
+        listing("unexpected", unexpected),
+        listing("wrongly shaped", wrong),
     ]
     if any(problems):
         advice = "compare config.json with the checkpoint, then download or convert the weights again"
@@ -134,20 +134,20 @@ def read_headers(path: str | Path) -> dict[str, TensorInfo]:
     files = sorted(set(weight_map.values()))
     absent = [f for f in files if not (directory / f).is_file()]
     if absent:
-        raise ValueError(f"{_listing(f'{index}: missing shards:', absent)}; download them again")
+        raise ValueError(f"{listing(f'{index}: missing shards:', absent)}; download them again")
     headers: dict[str, TensorInfo] = {}
     for file in files:
         shard = _read_header(directory / file)
         duplicates = sorted(headers.keys() & shard.keys())
         if duplicates:
             found = f"{file} repeats tensors of {headers[duplicates[0]].file.name}"
-            raise ValueError(_listing(f"{directory}: {found}:", duplicates) + "; write the checkpoint again")
+            raise ValueError(listing(f"{directory}: {found}:", duplicates) + "; write the checkpoint again")
         headers |= shard
     disagree = sorted(
         n for n in weight_map.keys() | headers.keys() if n not in headers or weight_map.get(n) != headers[n].file.name
     )
     if disagree:
-        raise ValueError(_listing(f"{index}: disagrees with the shards on", disagree) + "; download both again")
+        raise ValueError(listing(f"{index}: disagrees with the shards on", disagree) + "; download both again")
     return headers
 
 
@@ -258,7 +258,8 @@ def _is_ignored(name: str) -> bool:
     return name.split(".")[-2:] == ["rotary_emb", "inv_freq"]
 
 
-def _listing(label: str, lines: list[str]) -> str:
+def listing(label: str, lines: list[str]) -> str:
+    """``label``, how many lines there are and the first few, alike ones merged; empty without lines."""
     if not lines:
         return ""
     patterns = collapse(lines)
