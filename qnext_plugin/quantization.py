@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qnext_plugin.checkpoint import (
+    CACHESCALES,
     FLOAT_DTYPES,
     PACKED_WEIGHTS,
     QUANT_COMPANIONS,
@@ -28,8 +29,17 @@ from qnext_plugin.checkpoint import (
 Leaves = Mapping[str, TensorInfo]
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in an AWQ word of each of its eight rows
-_SCALES = ("weight_scale_inv", "weight_scale", "scales")
+_WEIGHTS = frozenset(("weight", *PACKED_WEIGHTS))
+SCALES = ("weight_scale_inv", "weight_scale", "scales")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def layout_method(quantization_config: Mapping[str, Any]) -> str:
+    """The checkpoint's ``quant_method`` as ``layouts.LAYOUTS`` names it."""
+    method = str(quantization_config.get("quant_method")).lower()
+    if method in ("auto-round", "intel/auto-round"):
+        method = str(quantization_config.get("packing_format", "auto_gptq")).rpartition("auto_")[2]
+    return "modelopt" if method.startswith("modelopt") else method
 
 
 def stored_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
@@ -37,7 +47,7 @@ def stored_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, Ten
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in headers.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" or leaf in PACKED_WEIGHTS or leaf in QUANT_COMPANIONS:
+        if leaf in _WEIGHTS or (leaf in QUANT_COMPANIONS and leaf not in CACHESCALES):
             modules.setdefault(module, {})[leaf] = info
     return modules
 
@@ -57,7 +67,7 @@ def check_quantisation(headers: Mapping[str, TensorInfo], quantization_config: M
 
     Also where tensors are quantised and ``config.json`` has no ``quantization_config``.
     """
-    modules = {name: leaves for name, leaves in stored_modules(headers).items() if set(leaves) - _CACHE_ONLY}
+    modules = stored_modules(headers)
     quantised = {name: leaves for name, leaves in modules.items() if is_quantised(leaves)}
     if quantised and quantization_config is None:
         name, leaves = next(iter(quantised.items()))
@@ -65,20 +75,16 @@ def check_quantisation(headers: Mapping[str, TensorInfo], quantization_config: M
             f"checkpoint is quantised ({name}: {storage(leaves)}), but config.json has no quantization_config; "
             "take config.json from where the weights came from"
         )
-    weights = {"weight", *PACKED_WEIGHTS}
     problems = [
-        listing("without a scale", [n for n, leaves in quantised.items() if not set(leaves) & set(_SCALES)]),
-        listing("with two weights", [n for n, leaves in modules.items() if len(set(leaves) & weights) > 1]),
-        listing("without a weight", [n for n, leaves in modules.items() if not set(leaves) & weights]),
+        listing("without a scale", [n for n, leaves in quantised.items() if not set(leaves) & set(SCALES)]),
+        listing("with two weights", [n for n, leaves in modules.items() if len(set(leaves) & _WEIGHTS) > 1]),
+        listing("without a weight", [n for n, leaves in modules.items() if not set(leaves) & _WEIGHTS]),
         listing("experts of one layer stored in different ways:", _unlike_experts(modules)),
     ]
     if any(problems):
         raise ValueError(
             "\n".join(["quantised checkpoint is incomplete or mixed:", *filter(None, problems), "download it again"])
         )
-
-
-_CACHE_ONLY = {"q_scale", "k_scale", "v_scale"}
 
 
 def _unlike_experts(modules: Mapping[str, Leaves]) -> list[str]:

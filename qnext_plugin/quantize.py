@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor, pack_to_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from compressed_tensors.quantization.lifecycle.forward import quantize
-from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.compressors import BaseCompressor, pack_to_int32  # type: ignore[import-untyped]
+from compressed_tensors.quantization import (  # type: ignore[import-untyped]
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+)
+from compressed_tensors.quantization.lifecycle.forward import quantize  # type: ignore[import-untyped]
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # type: ignore[import-untyped]
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -99,7 +103,9 @@ def quantize_checkpoint(
 
 def _check_groups(headers: Mapping[str, TensorInfo], chosen: Iterable[str], scheme: QuantizationScheme) -> None:
     size = scheme.weights.group_size or 1
-    odd = [f"{m} {list(headers[f'{m}.weight'].shape)}" for m in sorted(chosen) if headers[f"{m}.weight"].shape[1] % size]
+    odd = [
+        f"{m} {list(headers[f'{m}.weight'].shape)}" for m in sorted(chosen) if headers[f"{m}.weight"].shape[1] % size
+    ]
     if odd:
         raise ValueError(f"group size {size} does not divide the inputs of {odd[0]} and {len(odd) - 1} more modules")
 
