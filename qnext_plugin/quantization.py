@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qnext_plugin.checkpoint import (
-    CACHESCALES,
+    CACHE_SCALES,
     FLOAT_DTYPES,
     PACKED_WEIGHTS,
     QUANT_COMPANIONS,
@@ -47,7 +47,7 @@ def stored_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, Ten
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in headers.items():
         module, _, leaf = name.rpartition(".")
-        if leaf in _WEIGHTS or (leaf in QUANT_COMPANIONS and leaf not in CACHESCALES):
+        if leaf in _WEIGHTS or (leaf in QUANT_COMPANIONS and leaf not in CACHE_SCALES):
             modules.setdefault(module, {})[leaf] = info
     return modules
 

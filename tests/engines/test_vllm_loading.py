@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from qnext_plugin import process
 from qnext_plugin.quantize import FORMATS, IGNORE, quantize_checkpoint
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 
