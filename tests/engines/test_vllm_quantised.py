@@ -4,19 +4,18 @@ The bound is in terms of what `transformers` itself loses in bfloat16 and with t
 the activations' format: a wrong weight, scale or zero point is off by far more.
 """
 
-import json
 from contextlib import ExitStack
 
 import pytest
 import torch
 
-from qnext_plugin import process
 from qnext_plugin.quantize import FORMATS, quantize_checkpoint
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 from qnext_plugin.verify.comparison import Difference, check_conditions, compare, requests, to_result
 from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
 from tests.dequantised import write_dequantised
-from tests.engines.vllm_quantised import CONFIG, SCENARIO
+from tests.engines.several import case, serve
 from tests.tolerances import LOGPROB_QUANTISED_RATIO
 
 pytestmark = pytest.mark.engine
@@ -32,6 +31,8 @@ SIZES = {
     "shared_expert_intermediate_size": 128,
     "max_position_embeddings": 1024,
 }
+CONFIG = EngineConfig("", dtype="bfloat16", draft_tokens=2, num_blocks=64)
+SCENARIO = Scenario((tuple(tokens(length, seed=length) for length in (1, 7, 40, 130)),), configs=(), drafts="cycle")
 # Layers that vLLM's CPU kernels serve as stored, on a CPU without AMX; the experts of none are among them.
 PROJECTIONS = {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 AS_STORED = {
@@ -59,11 +60,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(checkpoints):
-    spec, out, log = (checkpoints / name for name in ("spec.json", "out.json", "log"))
-    spec.write_text(json.dumps({name: str(checkpoints / name) for name in FORMATS}))
-    status = process.run(["-m", "tests.engines.vllm_quantised", str(spec), str(out)], log, timeout=900)
-    assert status == 0, process.tail(log)
-    return json.loads(out.read_text())
+    return serve(checkpoints, {name: case(checkpoints / name, CONFIG, (SCENARIO,)) for name in FORMATS})
 
 
 def rounded_to(dtype):
@@ -86,7 +83,7 @@ def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, ch
     as_stored, plain = (served[name]["layers"][how] for how in ("as stored", "dequantised"))
     if not torch.cpu._is_amx_tile_supported():
         assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED[name], plain
-    result = to_result(served[name]["result"])
+    result = to_result(served[name]["results"][0])
     check_conditions(SCENARIO, CONFIG, result)
 
     directory = write_dequantised(checkpoints / name, checkpoints / f"{name}-dequantised")
