@@ -26,6 +26,7 @@ QUANT_COMPANIONS = (
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOAT_DTYPES = tuple(DTYPE_NAMES.values())
+BYTE_DTYPES = ("F8_E4M3", "I8")  # quantised, one number to an element
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _MAX_LISTED = 8
@@ -69,7 +70,7 @@ def check_coverage(
 
     Each layer may hold its input projections merged or split and its experts one by one or fused. ``mtp.*`` may be
     absent as a whole unless required, and so may a tied ``lm_head``. A module may be quantised: its packed weight and
-    scales are accepted, and only floating-point weights are checked for their shape.
+    scales are accepted, and only weights that are not packed are checked for their shape.
     """
     names = {name for name in headers if not _is_ignored(name)}
     expected = _expected_for(config, names, mtp == "required" or any(n.split(".")[0] == "mtp" for n in names))
@@ -89,7 +90,7 @@ def check_coverage(
     wrong = [
         f"{n} {list(headers[n].shape)}, expected {list(shape)}"
         for n, shape in expected.items()
-        if n in names and headers[n].dtype in FLOAT_DTYPES and headers[n].shape != shape
+        if n in names and headers[n].dtype in (*FLOAT_DTYPES, *BYTE_DTYPES) and headers[n].shape != shape
     ]
     problems = [
         listing("missing", missing),

@@ -94,9 +94,9 @@ def build(make: Callable[..., nn.Module], config: QNextConfig, vllm_config: Vllm
                 raise  # dequantised, most of the model would not fit where it was meant to
             obstacle = f"vLLM: {' '.join(str(e).split())}"
         else:
-            if not is_plain(layer):
+            if not is_plain(layer) and _has_kernel(layer):
                 return layer
-            obstacle = f"vLLM has no {quant_config.get_name()} method for it"
+            obstacle = f"vLLM has no {quant_config.get_name()} kernel for it"
     layer = make(prefix=prefix, quant_config=None)
     layer.dequantised = obstacle  # for report
     return layer
@@ -108,6 +108,12 @@ def is_plain(layer: nn.Module) -> bool:
     return method is None or isinstance(
         method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod | UnquantizedFusedMoEMethod
     )
+
+
+def _has_kernel(layer: nn.Module) -> bool:
+    """Without a backend for FP8 experts vLLM only fails once they are loaded."""
+    backend = getattr(getattr(getattr(layer, "routed_experts", layer), "quant_method", None), "fp8_backend", None)
+    return backend is None or backend.name != "NONE"
 
 
 def report(model: nn.Module) -> None:

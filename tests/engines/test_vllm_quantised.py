@@ -20,7 +20,10 @@ from tests.tolerances import LOGPROB_QUANTISED_RATIO
 
 pytestmark = pytest.mark.engine
 
+# Every expert is used: between two that tie, rounding decides in any implementation.
 SIZES = {
+    "num_experts": 4,
+    "num_experts_per_tok": 4,
     "num_hidden_layers": 4,
     "hidden_size": 256,
     "linear_key_head_dim": 128,

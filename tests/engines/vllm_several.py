@@ -21,6 +21,9 @@ from vllm_ext.verify_inside import serving_modules
 
 def layers(worker: Any) -> dict[str, list[str]]:
     """Names of the layers of model and draft, in the checkpoint's terms, by how they are served."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearBase
+
     from vllm_ext.quantization import is_plain
 
     runner, found = worker.model_runner, {"as stored": [], "dequantised": []}
@@ -30,7 +33,7 @@ def layers(worker: Any) -> dict[str, list[str]]:
             name = rename + name.removeprefix("model.")
             if hasattr(layer, "dequantised"):
                 found["dequantised"].append(name)
-            elif hasattr(layer, "quant_method") and not is_plain(layer):
+            elif isinstance(layer, LinearBase | RoutedExperts) and not is_plain(layer):
                 found["as stored"].append(name)
     return found
 
