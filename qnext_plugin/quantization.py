@@ -36,6 +36,8 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def layout_method(quantization_config: Mapping[str, Any]) -> str:
     """The checkpoint's ``quant_method`` as ``layouts.LAYOUTS`` names it."""
+    if "quantization" in quantization_config:  # ModelOpt's hf_quant_config.json
+        return "modelopt"
     method = str(quantization_config.get("quant_method")).lower()
     if method in ("auto-round", "intel/auto-round"):
         method = str(quantization_config.get("packing_format", "auto_gptq")).rpartition("auto_")[2]

@@ -104,6 +104,7 @@ def test_every_module_dequantises_as_compressed_tensors_does_and_close_to_its_so
 
 def test_layout_methods_are_those_of_the_layouts():
     assert layout_method({"quant_method": "modelopt_fp4"}) == "modelopt"
+    assert layout_method({"quantization": {"quant_algo": "NVFP4"}}) == "modelopt"
     assert layout_method({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}) == "gptq"
     assert layout_method({"quant_method": "compressed-tensors"}) == "compressed-tensors"
 

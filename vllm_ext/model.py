@@ -187,7 +187,7 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.describe_experts(self.model.layers)
-        report(self)
+        report(self, vllm_config, draft=False)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.describe_experts(self.model.layers)
-        report(self)
+        report(self, vllm_config, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextMTP is served by %s", __version__, type(self).__module__)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

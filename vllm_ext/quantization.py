@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -89,14 +89,16 @@ def build(make: Callable[..., nn.Module], config: QNextConfig, vllm_config: Vllm
     if obstacle is None:
         try:
             layer = make(prefix=prefix, quant_config=_without_exclusions(quant_config))
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, NotImplementedError, RuntimeError, AssertionError) as e:
             if prefix.endswith(".experts") and not current_platform.is_cpu():
                 raise  # dequantised, most of the model would not fit where it was meant to
             obstacle = f"vLLM: {' '.join(str(e).split())}"
         else:
-            if not is_plain(layer) and _has_kernel(layer):
+            if not is_plain(layer):
                 return layer
-            obstacle = f"vLLM has no {quant_config.get_name()} kernel for it"
+            obstacle = f"vLLM has no {quant_config.get_name()} method for it"
     layer = make(prefix=prefix, quant_config=None)
     layer.dequantised = obstacle  # for report
     return layer
@@ -110,20 +112,25 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _has_kernel(layer: nn.Module) -> bool:
-    """Without a backend for FP8 experts vLLM only fails once they are loaded."""
-    backend = getattr(getattr(getattr(layer, "routed_experts", layer), "quant_method", None), "fp8_backend", None)
-    return backend is None or backend.name != "NONE"
+def routed_experts(*args: Any, **kwargs: Any) -> RoutedExperts:
+    """vLLM's ``RoutedExperts``; ``ValueError`` without a kernel for FP8, where vLLM fails only once they are loaded."""
+    experts = RoutedExperts(*args, **kwargs)
+    backend = getattr(experts.quant_method, "fp8_backend", None)
+    if backend is not None and backend.name == "NONE":
+        raise ValueError("No Fp8 MoE backend supports the deployment configuration.")
+    return experts
 
 
-def report(model: nn.Module) -> None:
-    """Log which layers are dequantised while loading, by reason."""
+def report(model: nn.Module, vllm_config: VllmConfig, *, draft: bool) -> None:
+    """Log which modules are dequantised while loading, by reason."""
+    layers = dict(model.named_modules())
     reasons: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "dequantised"):
-            reasons.setdefault(module.dequantised, []).append(name)
+    for name, leaves in (stored_quantised(vllm_config) or {}).items():
+        layer = layers.get(_layer_name(name))
+        if is_quantised(leaves) and layer is not None and is_plain(layer) and name.startswith("mtp.") == draft:
+            reasons.setdefault(getattr(layer, "dequantised", "has no quantised form here"), []).append(name)
     for reason, names in reasons.items():
-        logger.info("dequantised while loading, %d layers: %s (%s)", len(names), "; ".join(collapse(names)), reason)
+        logger.info("dequantised while loading: %s (%s)", "; ".join(collapse(names)), reason)
 
 
 def dequantised(

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, Replic
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 
 from qnext_plugin.config import QNextConfig
-from vllm_ext.quantization import build
+from vllm_ext.quantization import build, routed_experts
 
 
 class MLP(nn.Module):
@@ -98,6 +98,7 @@ class SparseMoeBlock(nn.Module):
             enable_eplb=parallel.enable_eplb,
             num_redundant_experts=self.n_redundant_experts,
             is_sequence_parallel=self.is_sequence_parallel,
+            routed_experts_cls=routed_experts,
         )
         self.experts = build(experts, config, vllm_config, f"{prefix}.experts")
 

@@ -82,7 +82,7 @@ def served(checkpoints):
         "merged": case(checkpoints / "merged", CONFIG, (prompts(7, 300),), max_model_len=TRAINED),
         "long": case(checkpoints / "long", LONG, (prompts(20_000), prompts(200_000)), **long),
     }
-    return serve(checkpoints, cases)
+    return serve(checkpoints, cases, env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"})
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ the activations' format: a wrong weight, scale or zero point is off by far more.
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,11 @@ SIZES = {
 }
 CONFIG = EngineConfig("", dtype="bfloat16", draft_tokens=2, num_blocks=64)
 SCENARIO = Scenario((tuple(tokens(length, seed=length) for length in (1, 7, 40, 130)),), configs=(), drafts="cycle")
+PARALLEL = {
+    "TP 2": ("w4a16", replace(CONFIG, tensor_parallel=2)),
+    "EP 2": ("w8a8", replace(CONFIG, tensor_parallel=2, expert_parallel=True)),
+    "PP 2": ("gptq", replace(CONFIG, pipeline_parallel=2)),
+}
 # Layers that vLLM's CPU kernels serve as stored, on a CPU without AMX; the experts of none are among them.
 PROJECTIONS = {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 AS_STORED = {
@@ -63,7 +69,10 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(checkpoints):
-    return serve(checkpoints, {name: case(checkpoints / name, CONFIG, (SCENARIO,)) for name in FORMATS})
+    cases = {name: case(checkpoints / name, CONFIG, (SCENARIO,)) for name in FORMATS}
+    for name, (form, config) in PARALLEL.items():
+        cases[name] = case(checkpoints / form, config, (SCENARIO,))
+    return serve(checkpoints, cases)
 
 
 def rounded_to(dtype):
@@ -80,25 +89,40 @@ def rounded_to(dtype):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, name):
+def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, name):
+    check(served, checkpoints, name, name)
+    how = "as stored: all but the experts" if AS_STORED[name] else "dequantised while loading"
+    record_property("matrix", f"{name} | vLLM | one process, MTP | end to end on CPU, {how}")
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_a_quantised_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name):
+    form, _ = PARALLEL[name]
+    check(served, checkpoints, name, form)
+    record_property("matrix", f"{form} | vLLM | {name} | end to end on CPU, with MTP")
+
+
+def check(served, checkpoints, name, form):
     assert "error" not in served[name], served[name]["error"]
     assert served[name]["modules"] == ["vllm_ext.model", "vllm_ext.mtp"]
     as_stored, plain = (served[name]["layers"][how] for how in ("as stored", "dequantised"))
     if not torch.cpu._is_amx_tile_supported():
-        assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED[name], plain
+        assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED[form], plain
     result = to_result(served[name]["results"][0])
     check_conditions(SCENARIO, CONFIG, result)
 
-    directory = write_dequantised(checkpoints / name, checkpoints / f"{name}-dequantised")
+    directory = checkpoints / f"{form}-dequantised"
+    if not directory.exists():
+        write_dequantised(checkpoints / form, directory)
     exact, rounded = reference(directory), reference(directory, torch.bfloat16)
     ours, theirs = compare(result, exact), Difference()
     with ExitStack() as hooks:
-        for layer in as_stored if name in INPUTS else ():
+        for layer in as_stored if form in INPUTS else ():
             outer, _, last = layer.rpartition(".")
             if layer.startswith("model."):
                 for part in PARTS.get(last, (last,)):
                     module = rounded.model.get_submodule(f"{outer}.{part}")
-                    hooks.callback(module.register_forward_pre_hook(rounded_to(INPUTS[name])).remove)
+                    hooks.callback(module.register_forward_pre_hook(rounded_to(INPUTS[form])).remove)
         for where, completion in requests(result):
             ids = completion.prompt + completion.token_ids
             generated = slice(len(completion.prompt) - 1, -1)

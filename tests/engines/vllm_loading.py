@@ -21,7 +21,7 @@ from qnext_plugin.layouts import ungroup
 from qnext_plugin.quantization import dequantise
 from tests.dequantised import dequantised
 
-RANKS = [(size, rank) for size in (1, 8) for rank in range(size)]
+RANKS = [(size, rank) for size in (1, 2, 4, 8) for rank in range(size)]
 
 
 def expected(tensors: dict[str, Tensor], config: QNextConfig, rank: int, tp: int) -> dict[str, Tensor]:

@@ -57,7 +57,11 @@ def main(spec_file: str, out_file: str) -> None:
         try:
             engine = Engine(case["model"], EngineConfig(**case["config"]), **case["args"])
             modules = set().union(*engine.llm.collective_rpc(serving_modules))
-            out[name] = {"modules": sorted(modules), "layers": layers(engine.worker), "rope": rope_rows(engine.worker)}
+            out[name] = {
+                "modules": sorted(modules),
+                "layers": engine.llm.collective_rpc(layers)[-1],
+                "rope": engine.llm.collective_rpc(rope_rows)[-1],
+            }
             out[name]["results"], out[name]["memory"] = [], []
             for scenario in case["scenarios"]:
                 out[name]["results"].append(engine.run(Scenario(**scenario)))
