@@ -26,6 +26,7 @@ SIZES = {
     "num_experts": 4,
     "num_experts_per_tok": 4,
     "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,  # vLLM wants both in each pipeline stage
     "hidden_size": 256,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
