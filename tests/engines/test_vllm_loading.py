@@ -27,6 +27,14 @@ WIDE = {
 }
 # Quantised where the published ones are not, and the other way round.
 MIXED = r".*\.(shared_expert_gate|k_proj)|model\.embed_tokens|lm_head|mtp\..*\.experts\..*"
+TARGET = "Qwen3NextForCausalLM"
+SHARED = "model.layers.0.mlp.shared_expert"
+LAYERS = {
+    "model.layers.0.linear_attn.in_proj_qkvz",
+    "model.layers.0.linear_attn.out_proj",
+    "model.layers.1.self_attn.qkv_proj",
+    "model.layers.1.self_attn.o_proj",
+}
 SPARE = {"linear_num_value_heads": 24, "linear_key_head_dim": 16, "linear_value_head_dim": 8}
 
 
@@ -66,9 +74,14 @@ def test_each_rank_holds_its_shard_of_a_plain_checkpoint(loaded):
 def test_each_rank_holds_its_shard_of_a_quantised_checkpoint(loaded, record_property, name):
     assert len(loaded[name]) == 1 + 2 + 4 + 8
     for rank, as_stored in loaded[name].items():
-        plain = EVERY_LAYER - set(as_stored)
-        assert plain == DEQUANTISED.get((name, rank.split()[-1]), set()), rank
-    record_property("matrix", f"{name} | vLLM | TP 1, 2, 4, 8 | parameters match")
+        layers = {layer.split(".", 1)[1].removesuffix(".weight") for layer in as_stored if TARGET in layer}
+        if name != "nvfp4":  # vLLM has no kernel for it on a CPU, and so no such layer there
+            assert layers >= LAYERS, rank
+        # FP8 blocks of 128 rows, of which a rank of 8 would hold 64.
+        whole = (name, rank.split()[-1]) != ("fp8-block", "8") and name != "nvfp4"
+        assert (f"{SHARED}.gate_up_proj" in layers) == (f"{SHARED}.down_proj" in layers) == whole, rank
+    how = "dequantised parameters match" if name == "nvfp4" else "parameters match"
+    record_property("matrix", f"{name} | vLLM | TP 1, 2, 4, 8 | {how}")
 
 
 @pytest.mark.parametrize("name", FORMATS)
