@@ -26,6 +26,7 @@ QUANT_COMPANIONS = (
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOAT_DTYPES = tuple(DTYPE_NAMES.values())
+BYTE_DTYPES = ("F8_E4M3", "I8")  # quantised, one number to an element
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _MAX_LISTED = 8
@@ -69,7 +70,7 @@ def check_coverage(
 
     Each layer may hold its input projections merged or split and its experts one by one or fused. ``mtp.*`` may be
     absent as a whole unless required, and so may a tied ``lm_head``. A module may be quantised: its packed weight and
-    scales are accepted, and only floating-point weights are checked for their shape.
+    scales are accepted, and only weights that are not packed are checked for their shape.
     """
     names = {name for name in headers if not _is_ignored(name)}
     expected = _expected_for(config, names, mtp == "required" or any(n.split(".")[0] == "mtp" for n in names))
@@ -89,12 +90,12 @@ def check_coverage(
     wrong = [
         f"{n} {list(headers[n].shape)}, expected {list(shape)}"
         for n, shape in expected.items()
-        if n in names and headers[n].dtype in FLOAT_DTYPES and headers[n].shape != shape
+        if n in names and headers[n].dtype in (*FLOAT_DTYPES, *BYTE_DTYPES) and headers[n].shape != shape
     ]
     problems = [
-        _listing("missing", missing),
-        _listing("unexpected", unexpected),
-        _listing("wrongly shaped", wrong),
+        listing("missing", missing),
+        listing("unexpected", unexpected),
+        listing("wrongly shaped", wrong),
     ]
     if any(problems):
         advice = "compare config.json with the checkpoint, then download or convert the weights again"
@@ -134,20 +135,20 @@ def read_headers(path: str | Path) -> dict[str, TensorInfo]:
     files = sorted(set(weight_map.values()))
     absent = [f for f in files if not (directory / f).is_file()]
     if absent:
-        raise ValueError(f"{_listing(f'{index}: missing shards:', absent)}; download them again")
+        raise ValueError(f"{listing(f'{index}: missing shards:', absent)}; download them again")
     headers: dict[str, TensorInfo] = {}
     for file in files:
         shard = _read_header(directory / file)
         duplicates = sorted(headers.keys() & shard.keys())
         if duplicates:
             found = f"{file} repeats tensors of {headers[duplicates[0]].file.name}"
-            raise ValueError(_listing(f"{directory}: {found}:", duplicates) + "; write the checkpoint again")
+            raise ValueError(listing(f"{directory}: {found}:", duplicates) + "; write the checkpoint again")
         headers |= shard
     disagree = sorted(
         n for n in weight_map.keys() | headers.keys() if n not in headers or weight_map.get(n) != headers[n].file.name
     )
     if disagree:
-        raise ValueError(_listing(f"{index}: disagrees with the shards on", disagree) + "; download both again")
+        raise ValueError(listing(f"{index}: disagrees with the shards on", disagree) + "; download both again")
     return headers
 
 
@@ -258,7 +259,8 @@ def _is_ignored(name: str) -> bool:
     return name.split(".")[-2:] == ["rotary_emb", "inv_freq"]
 
 
-def _listing(label: str, lines: list[str]) -> str:
+def listing(label: str, lines: list[str]) -> str:
+    """``label``, how many lines there are and the first few, alike ones merged; empty without lines."""
     if not lines:
         return ""
     patterns = collapse(lines)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qnext_plugin.config import GatedDeltaNetDims
-from qnext_plugin.layouts import LAYOUTS, inverse_row_order, regroup, row_order, section_sizes, ungroup
+from qnext_plugin.layouts import LAYOUTS, can_ungroup, inverse_row_order, regroup, row_order, section_sizes, ungroup
 
 KINDS = ("qkvz", "ba")
 UNALIGNED = GatedDeltaNetDims(num_k_heads=4, num_v_heads=12, head_k_dim=5, head_v_dim=6)  # no segment fills a word
@@ -118,13 +118,16 @@ STORED = {
     ],
     "scales": [lambda values: values.T.half()],
     ("gptq", "qweight"): [lambda values: values.T.int()],
+    "weight_zero_point": [rows_as(torch.int8)],
+}
+# The same, several rows to an int32.
+PACKED = {
     ("gptq", "qzeros"): [lambda values: pack(values.T, 4, IN_ORDER), lambda values: pack(values.T, 8, IN_ORDER)],
     ("awq", "qweight"): [lambda values: pack(values.T, 4, AWQ)],
     ("awq", "qzeros"): [lambda values: pack(values.T, 4, AWQ)],
-    "weight_zero_point": [
+    ("compressed-tensors", "weight_zero_point"): [
         lambda values: pack(values.T, 4, IN_ORDER).T,
         lambda values: pack(values.T, 8, IN_ORDER).T,
-        rows_as(torch.int8),
     ],
 }
 UNCHANGED = {
@@ -141,22 +144,48 @@ UNCHANGED = {
 SUFFIXES = [(method, suffix) for method, layouts in LAYOUTS.items() for suffix in layouts]
 
 
-@pytest.mark.parametrize("method, suffix", [s for s in SUFFIXES if s[1] not in (*UNCHANGED, "weight_scale_inv")])
+def check_moves(store, dims, kind, method, suffix):
+    values = torch.randint(16, (sum(section_sizes(dims, kind)), 6), generator=torch.Generator().manual_seed(0))
+    grouped, flat = store(values), store(values[expected_order(dims, kind)])
+    before = grouped.clone()
+    assert can_ungroup({suffix: tuple(grouped.shape)}, dims, kind, method)
+    for _ in range(2):  # the second is a reload of the same checkpoint tensor
+        actual = ungroup(grouped, dims, kind, suffix, method)
+        assert actual.dtype == flat.dtype
+        assert actual.is_contiguous()
+        assert torch.equal(actual.double(), flat.double())
+    assert torch.equal(grouped.double(), before.double())
+    assert torch.equal(regroup(actual, dims, kind, suffix, method).double(), grouped.double())
+
+
+@pytest.mark.parametrize("method, suffix", [s for s in SUFFIXES if s in STORED or s[1] in STORED])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dims", (UNALIGNED, ALIGNED), ids=("unaligned", "aligned"))
 def test_every_stored_tensor_moves_with_its_rows(dims, kind, method, suffix):
-    rows = sum(section_sizes(dims, kind))
-    values = torch.randint(16, (rows, 6), generator=torch.Generator().manual_seed(0))
     for store in STORED.get((method, suffix)) or STORED[suffix]:
-        grouped, flat = store(values), store(values[expected_order(dims, kind)])
-        before = grouped.clone()
-        for _ in range(2):  # the second is a reload of the same checkpoint tensor
-            actual = ungroup(grouped, dims, kind, suffix, method)
-            assert actual.dtype == flat.dtype
-            assert actual.is_contiguous()
-            assert torch.equal(actual.double(), flat.double())
-        assert torch.equal(grouped.double(), before.double())
-        assert torch.equal(regroup(actual, dims, kind, suffix, method).double(), grouped.double())
+        check_moves(store, dims, kind, method, suffix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method, suffix", PACKED)
+def test_packed_words_move_whole(kind, method, suffix):
+    for store in PACKED[method, suffix]:
+        check_moves(store, ALIGNED, kind, method, suffix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method, suffix", PACKED)
+def test_packed_words_that_straddle_sections_are_refused(kind, method, suffix):
+    for store in PACKED[method, suffix]:
+        words = store(torch.zeros(sum(section_sizes(UNALIGNED, kind)), 6, dtype=torch.int64))
+        assert not can_ungroup({suffix: tuple(words.shape)}, UNALIGNED, kind, method)
+        with pytest.raises(ValueError, match=f"in_proj_{kind}: found .*expected multiples of .*dequantise it first"):
+            ungroup(words, UNALIGNED, kind, suffix, method)
+
+
+def test_every_suffix_is_tested():
+    tested = {s for s in SUFFIXES if s in STORED or s[1] in STORED or s in PACKED or s[1] in UNCHANGED}
+    assert set(SUFFIXES) - tested == {("fp8", "weight_scale_inv")}
 
 
 @pytest.mark.parametrize("method, suffix", [s for s in SUFFIXES if s[1] in UNCHANGED])
@@ -171,13 +200,6 @@ def test_tensors_without_rows_are_returned_as_they_are(method, suffix):
 def test_a_per_tensor_weight_scale_is_returned_as_it_is(method, shape):
     scale = torch.ones(shape)
     assert ungroup(scale, UNALIGNED, "qkvz", "weight_scale", method) is scale
-
-
-@pytest.mark.parametrize("bits", (4, 8))
-def test_words_with_the_sign_bit_set_survive_repacking(bits):
-    values = torch.full((sum(section_sizes(UNALIGNED, "ba")), 2), (1 << bits) - 1)
-    words = pack(values.T, bits, IN_ORDER)
-    assert torch.equal(ungroup(words, UNALIGNED, "ba", "qzeros", "gptq"), words)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +236,8 @@ def test_fp8_blocks_dequantise_to_the_permuted_weight(method, suffix, scale_shap
     ],
 )
 def test_fp8_blocks_that_straddle_sections_are_refused(dims, kind, scale_rows):
-    with pytest.raises(ValueError, match=f"in_proj_{kind}: .*multiples of 128.*keep this projection grouped"):
+    assert not can_ungroup({"weight_scale_inv": (scale_rows, 2)}, dims, kind, "fp8")
+    with pytest.raises(ValueError, match=rf"in_proj_{kind}: .*multiples of 128.*dequantise it first"):
         ungroup(torch.ones(scale_rows, 2), dims, kind, "weight_scale_inv", "fp8")
 
 
@@ -233,9 +256,9 @@ def test_unknown_names_are_refused_with_the_known_ones():
         (None, "weight", (1,), torch.float32, r"found shape \[1\], expected 24 along axis 0"),
         ("gptq", "scales", (24,), torch.half, r"found shape \[24\], expected 24 along axis 1"),
         ("fp8", "weight_scale", (2, 1), torch.float32, r"found shape \[2, 1\], expected 24 or 1 along axis 0"),
-        ("awq", "qweight", (2, 24), torch.int32, "found 24 packed words, expected 24 rows at 8 per word"),
-        ("awq", "qzeros", (2, 6), torch.int32, "found 6 packed words, expected 24 rows at 8 per word"),
-        ("gptq", "qzeros", (2, 5), torch.int32, "found 5 packed words, expected 24 rows at 4 or 8 per word"),
+        ("awq", "qweight", (2, 24), torch.int32, r"found shape \[2, 24\], expected 3 along axis 1"),
+        ("awq", "qzeros", (2, 6), torch.int32, r"found shape \[2, 6\], expected 3 along axis 1"),
+        ("gptq", "qzeros", (2, 5), torch.int32, r"found shape \[2, 5\], expected 6 or 3 along axis 1"),
     ],
 )
 def test_a_tensor_of_another_shape_is_refused(method, suffix, shape, dtype, found):

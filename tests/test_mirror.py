@@ -11,6 +11,7 @@ ONLY = {
     "vllm_ext/cpu_kernels.py": "SGLang's are few and stand in kernels.py",
     "vllm_ext/cpu_triton.py": "SGLang's are two of the functions in kernels.py",
     "vllm_ext/norm.py": "SGLang's norm has a path for CPU that rounds once",
+    "vllm_ext/quantization.py": "not there for SGLang yet",
     "vllm_ext/scheduler.py": "SGLang's scheduler serves drafts on pipelines itself",
     "vllm_ext/mtp.py": "there is no draft for SGLang yet",
     "sglang_ext/cpu_platform.py": "vLLM has a CPU platform of its own",

@@ -17,6 +17,9 @@ SERVED_LOGPROB_FLOAT32 = {"vllm": 1e-4, "sglang": 1e-5}
 # In bfloat16: largest error divided by the one `transformers` itself makes in bfloat16 on the same tokens.
 LOGPROB_BFLOAT16_RATIO = 1.2
 
+# The same with quantised weights, where `transformers` also rounds the inputs of the layers whose kernels do.
+LOGPROB_QUANTISED_RATIO = 1.3
+
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "tensor") -> None:
     """Fail naming the largest error and where it is; the error is relative to the largest expected magnitude."""

@@ -1,5 +1,7 @@
 """Softmax attention with per-head QK norm, partial RoPE and a sigmoid output gate."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -12,6 +14,7 @@ from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
 from vllm_ext.norm import ZeroCenteredRMSNorm
+from vllm_ext.quantization import build
 
 
 class GatedAttention(nn.Module):
@@ -27,23 +30,22 @@ class GatedAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // tp_size
         self.num_kv_heads = max(1, config.num_key_value_heads // tp_size)
-        quant_config = vllm_config.quant_config
-        self.qkv_proj = QKVParallelLinear(
+        qkv_proj = partial(
+            QKVParallelLinear,
             config.hidden_size,
             config.head_dim,
             2 * config.num_attention_heads,
             config.num_key_value_heads,
             bias=config.attention_bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.qkv_proj",
         )
-        self.o_proj = RowParallelLinear(
+        o_proj = partial(
+            RowParallelLinear,
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
             bias=config.attention_bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.o_proj",
         )
+        self.qkv_proj = build(qkv_proj, config, vllm_config, f"{prefix}.qkv_proj")
+        self.o_proj = build(o_proj, config, vllm_config, f"{prefix}.o_proj")
         self.q_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
@@ -58,7 +60,7 @@ class GatedAttention(nn.Module):
             config.head_dim**-0.5,
             num_kv_heads=self.num_kv_heads,
             cache_config=vllm_config.cache_config,
-            quant_config=quant_config,
+            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
         )
         self.fused_prologue = current_platform.is_cuda() and vllm_config.model_config.dtype in (

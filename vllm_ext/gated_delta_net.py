@@ -1,5 +1,7 @@
 """Gated DeltaNet on vLLM's mamba-style state cache, its weights flat: ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -15,7 +17,9 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
+from qnext_plugin.layouts import section_sizes
 from vllm_ext.kernels import select_kernels
+from vllm_ext.quantization import build
 from vllm_ext.state import state_dtypes, state_shapes
 
 
@@ -53,21 +57,13 @@ class GatedDeltaNet(nn.Module, MambaBase):
         self.head_k_dim, self.head_v_dim = dims.head_k_dim, dims.head_v_dim
         self.conv_kernel_size = dims.conv_kernel_size
 
-        quant_config = vllm_config.quant_config
-        self.in_proj_qkvz = MergedColumnParallelLinear(
-            config.hidden_size,
-            [dims.key_dim, dims.key_dim, dims.value_dim, dims.value_dim],
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.in_proj_qkvz",
-        )
-        self.in_proj_ba = MergedColumnParallelLinear(
-            config.hidden_size,
-            [dims.num_v_heads] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.in_proj_ba",
-        )
+        def linear(name: str, layer_class: type[nn.Module], *sizes: int | list[int]) -> nn.Module:
+            return build(partial(layer_class, *sizes, bias=False), config, vllm_config, f"{prefix}.{name}")
+
+        hidden_size = config.hidden_size
+        qkvz, ba = (list(section_sizes(dims, kind)) for kind in ("qkvz", "ba"))
+        self.in_proj_qkvz = linear("in_proj_qkvz", MergedColumnParallelLinear, hidden_size, qkvz)
+        self.in_proj_ba = linear("in_proj_ba", MergedColumnParallelLinear, hidden_size, ba)
         self.conv1d = CausalConv1d(dims, tp_rank, self.tp_size)
         self.A_log = nn.Parameter(torch.empty(self.dims.num_v_heads, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(self.dims.num_v_heads), requires_grad=False)
@@ -80,9 +76,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
             activation="silu",
             device=current_platform.current_device(),
         )
-        self.out_proj = RowParallelLinear(
-            dims.value_dim, config.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
-        )
+        self.out_proj = linear("out_proj", RowParallelLinear, dims.value_dim, hidden_size)
 
         self._state_shapes = state_shapes(dims, self.tp_size, vllm_config.num_speculative_tokens)
         self._state_dtypes = state_dtypes(vllm_config)

@@ -1,6 +1,7 @@
 """Qwen3-Next for vLLM: decoder layer, trunk and causal LM."""
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 
 import torch
@@ -37,6 +38,7 @@ from vllm_ext.config import qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.norm import ZeroCenteredRMSNorm
+from vllm_ext.quantization import build, report
 from vllm_ext.sparse_moe import MLP, SparseMoeBlock
 from vllm_ext.state import state_dtypes, state_shapes
 from vllm_ext.weights import check_checkpoint, load_weights
@@ -58,7 +60,7 @@ class DecoderLayer(nn.Module):
         self.mlp = (
             SparseMoeBlock(config, vllm_config, prefix=f"{prefix}.mlp")
             if sparse
-            else MLP(config.hidden_size, config.intermediate_size, vllm_config, prefix=f"{prefix}.mlp")
+            else MLP(config, config.intermediate_size, vllm_config, prefix=f"{prefix}.mlp")
         )
         self.input_layernorm = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -177,12 +179,11 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
         self._check_stream = not (
             check_checkpoint(self.config, vllm_config) or vllm_config.parallel_config.enable_ep_weight_filter
         )
-        self.quant_config = vllm_config.quant_config
+        self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
-            )
+            lm_head = partial(ParallelLMHead, self.config.vocab_size, self.config.hidden_size)
+            self.lm_head = build(lm_head, self.config, vllm_config, maybe_prefix(prefix, "lm_head"))
             if self.config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
@@ -190,6 +191,7 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.describe_experts(self.model.layers)
+        report(self, vllm_config, draft=False)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -211,8 +213,7 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         if self._check_stream:
             weights, self._check_stream = check_stream(weights, self.config), False
-        quant_method = None if self.quant_config is None else self.quant_config.get_name()
-        return load_weights(self, self.config, weights, quant_method)
+        return load_weights(self, self.config, self.vllm_config, weights)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:

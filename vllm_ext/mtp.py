@@ -1,6 +1,7 @@
 """The multi-token-prediction draft: one full-attention layer fed with the next token and the trunk's hidden state."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from qnext_plugin.checkpoint import check_stream
 from vllm_ext.config import qnext_config
 from vllm_ext.model import DecoderLayer, ExpertBookkeeping
 from vllm_ext.norm import ZeroCenteredRMSNorm
+from vllm_ext.quantization import build, report
 from vllm_ext.weights import check_checkpoint, load_draft_weights
 
 logger = init_logger("vllm.qnext_plugin")
@@ -37,15 +39,10 @@ class MultiTokenPredictor(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, hidden_size)
         self.pre_fc_norm_embedding = ZeroCenteredRMSNorm(hidden_size, eps=eps)
         self.pre_fc_norm_hidden = ZeroCenteredRMSNorm(hidden_size, eps=eps)
-        self.fc = ColumnParallelLinear(
-            2 * hidden_size,
-            hidden_size,
-            gather_output=True,
-            bias=False,
-            return_bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.fc",
+        fc = partial(
+            ColumnParallelLinear, 2 * hidden_size, hidden_size, gather_output=True, bias=False, return_bias=False
         )
+        self.fc = build(fc, config, vllm_config, f"{prefix}.fc")
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config, vllm_config, f"{prefix}.layers.{i}", full_attention=True, sparse=config.num_experts > 0
@@ -81,15 +78,15 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
             check_checkpoint(self.config, vllm_config, mtp="required")
             or vllm_config.parallel_config.enable_ep_weight_filter
         )
-        self.quant_config = vllm_config.quant_config
+        self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         self.model = MultiTokenPredictor(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp"))
-        self.lm_head = ParallelLMHead(
-            self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
-        )
+        lm_head = partial(ParallelLMHead, self.config.vocab_size, self.config.hidden_size)
+        self.lm_head = build(lm_head, self.config, vllm_config, maybe_prefix(prefix, "lm_head"))
         if self.config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.describe_experts(self.model.layers)
+        report(self, vllm_config, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextMTP is served by %s", __version__, type(self).__module__)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -113,4 +110,4 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         if self._check_stream:
             weights, self._check_stream = check_stream(weights, self.config, mtp="required"), False
-        return load_draft_weights(self, self.config, weights)
+        return load_draft_weights(self, self.config, self.vllm_config, weights)

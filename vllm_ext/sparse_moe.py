@@ -1,5 +1,7 @@
 """The feed-forward halves of a layer: mixture of experts with a gated shared expert, and the dense MLP."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -10,6 +12,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, Replic
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 
 from qnext_plugin.config import QNextConfig
+from vllm_ext.quantization import build, routed_experts
 
 
 class MLP(nn.Module):
@@ -17,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        config: QNextConfig,
         intermediate_size: int,
         vllm_config: VllmConfig,
         prefix: str,
@@ -26,23 +29,23 @@ class MLP(nn.Module):
         disable_tp: bool = False,
     ) -> None:
         super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size,
+        gate_up_proj = partial(
+            MergedColumnParallelLinear,
+            config.hidden_size,
             [intermediate_size] * 2,
             bias=False,
-            quant_config=vllm_config.quant_config,
             disable_tp=disable_tp,
-            prefix=f"{prefix}.gate_up_proj",
         )
-        self.down_proj = RowParallelLinear(
+        down_proj = partial(
+            RowParallelLinear,
             intermediate_size,
-            hidden_size,
+            config.hidden_size,
             bias=False,
-            quant_config=vllm_config.quant_config,
             reduce_results=reduce_results,
             disable_tp=disable_tp,
-            prefix=f"{prefix}.down_proj",
         )
+        self.gate_up_proj = build(gate_up_proj, config, vllm_config, f"{prefix}.gate_up_proj")
+        self.down_proj = build(down_proj, config, vllm_config, f"{prefix}.down_proj")
         self.act_fn = SiluAndMul()
         # In a tuple, so that the gate stays a parameter of the block that owns it.
         self._gate = (gate,)
@@ -75,7 +78,7 @@ class SparseMoeBlock(nn.Module):
             config.hidden_size, 1, bias=False, quant_config=None, prefix=f"{prefix}.shared_expert_gate"
         )
         self.shared_expert = MLP(
-            config.hidden_size,
+            config,
             config.shared_expert_intermediate_size,
             vllm_config,
             prefix=f"{prefix}.shared_expert",
@@ -83,7 +86,8 @@ class SparseMoeBlock(nn.Module):
             reduce_results=False,
             disable_tp=self.is_sequence_parallel,
         )
-        self.experts = FusedMoEFactory(
+        experts = partial(
+            FusedMoEFactory,
             shared_experts=self.shared_expert,
             gate=self.gate,
             num_experts=config.num_experts,
@@ -91,12 +95,12 @@ class SparseMoeBlock(nn.Module):
             hidden_size=config.hidden_size,
             intermediate_size=config.moe_intermediate_size,
             renormalize=config.norm_topk_prob,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.experts",
             enable_eplb=parallel.enable_eplb,
             num_redundant_experts=self.n_redundant_experts,
             is_sequence_parallel=self.is_sequence_parallel,
+            routed_experts_cls=routed_experts,
         )
+        self.experts = build(experts, config, vllm_config, f"{prefix}.experts")
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]

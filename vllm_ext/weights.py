@@ -1,7 +1,7 @@
 """From checkpoint names and rows to our parameters."""
 
+import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -9,9 +9,11 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from qnext_plugin.checkpoint import check_coverage, read_headers
+from qnext_plugin.checkpoint import check_coverage
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.layouts import ungroup
+from qnext_plugin.layouts import KINDS, ungroup
+from qnext_plugin.quantization import check_quantisation, layout_method
+from vllm_ext.quantization import checkpoint_headers, dequantised, quantization_config
 
 # Whole segments: each pattern starts at a dot and ends at one.
 STACKED = WeightsMapper(
@@ -34,37 +36,36 @@ STACKED = WeightsMapper(
 def check_checkpoint(
     config: QNextConfig, vllm_config: VllmConfig, mtp: Literal["required", "optional"] = "optional"
 ) -> bool:
-    """Compare a local safetensors checkpoint's headers with what the config promises, before a weight is read.
+    """Compare a checkpoint's safetensors headers with what the config promises, before a weight is read.
 
-    Returns whether there was such a checkpoint; one that the loader is yet to fetch is left to ``check_stream``.
+    Returns whether they could be had; otherwise ``check_stream`` compares what is loaded.
     """
-    directory = Path(vllm_config.model_config.model)
-    local = vllm_config.load_config.load_format in ("auto", "safetensors") and any(directory.glob("*.safetensors"))
-    if local:
-        check_coverage(config, read_headers(directory), mtp=mtp)
-    return local
+    headers = checkpoint_headers(vllm_config)
+    if headers is None:
+        return False
+    check_coverage(config, headers, mtp=mtp)
+    check_quantisation(headers, quantization_config(vllm_config))
+    return True
 
 
 def load_weights(
-    model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]], quant_method: str | None
+    model: nn.Module, config: QNextConfig, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> set[str]:
     """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded."""
     trunk = ((name, tensor) for name, tensor in weights if name.split(".")[0] != "mtp")
-    return _load(model, config, flatten(trunk, config, quant_method))
+    quantization = quantization_config(vllm_config)
+    quant_method = None if quantization is None else layout_method(quantization)
+    return _load(model, config, flatten(dequantised(trunk, model, vllm_config), config, quant_method))
 
 
-def load_draft_weights(model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def load_draft_weights(
+    model: nn.Module, config: QNextConfig, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]
+) -> set[str]:
     """Load ``mtp.*``, and the embedding and head that the draft shares with the trunk or holds a copy of."""
-
-    def draft() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            first, _, rest = name.partition(".")
-            if first == "mtp":
-                yield f"model.{rest}", tensor
-            elif name.startswith(("model.embed_tokens.", "lm_head.")):
-                yield name, tensor
-
-    return _load(model, config, draft())
+    own = ("mtp.", "model.embed_tokens.", "lm_head.")
+    draft = ((name, tensor) for name, tensor in weights if name.startswith(own))
+    renamed = ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in dequantised(draft, model, vllm_config))
+    return _load(model, config, renamed)
 
 
 def _load(model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -79,5 +80,5 @@ def flatten(
     """Reorder the rows of the input projections from grouped by key head to flat; pass everything else on."""
     for name, tensor in weights:
         module, _, suffix = name.rpartition(".")
-        kind = {"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}.get(module.rpartition(".")[2])
+        kind = KINDS.get(module.rpartition(".")[2])
         yield name, tensor if kind is None else ungroup(tensor, config.gdn, kind, suffix, quant_method)

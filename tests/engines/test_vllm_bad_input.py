@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qnext_plugin import process
+from qnext_plugin.quantize import quantize_checkpoint
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.engine
@@ -32,6 +33,30 @@ def _config(**changes):
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
     return edit
+
+
+def _quantised(change):
+    def edit(directory):
+        quantize_checkpoint(directory, directory / "quantised", format="fp8-block")
+        for file in (directory / "quantised").iterdir():
+            file.replace(directory / file.name)
+        (directory / "quantised").rmdir()
+        change(directory)
+
+    return edit
+
+
+def _unlike_expert(tensors):
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    del tensors[f"{name}_scale_inv"]
+    tensors[name] = tensors[name].bfloat16()
+
+
+def _without_quantization_config(directory):
+    file = directory / "config.json"
+    raw = json.loads(file.read_text())
+    del raw["quantization_config"]
+    file.write_text(json.dumps(raw))
 
 
 def _remove_expert(tensors):
@@ -102,6 +127,26 @@ CASES = {
         _tensors(lambda t: t.pop("mtp.fc.weight")),
         {},
         ["missing", "mtp.fc.weight"],
+    ),
+    "quantised, scale missing": (
+        _quantised(_tensors(lambda t: t.pop(f"{MIXER}.in_proj_qkvz.weight_scale_inv"))),
+        {"dtype": "bfloat16"},
+        ["incomplete or mixed", "without a scale 1", f"{MIXER}.in_proj_qkvz", "download it again"],
+    ),
+    "quantised, experts unlike": (
+        _quantised(_tensors(_unlike_expert)),
+        {"dtype": "bfloat16"},
+        ["experts of one layer stored in different ways", "experts.2.down_proj: weight BF16"],
+    ),
+    "quantised, not said so": (
+        _quantised(_without_quantization_config),
+        {"dtype": "bfloat16"},
+        ["checkpoint is quantised", "weight F8_E4M3", "config.json has no quantization_config"],
+    ),
+    "quantised, draft missing": (
+        _quantised(_tensors(_remove_draft)),
+        {"dtype": "bfloat16", "speculative_config": MTP},
+        ["missing", "mtp.fc.weight", "mtp.layers.0."],
     ),
     "another kind of speculation": (
         lambda directory: None,

@@ -1,0 +1,51 @@
+"""Write the README's table of quantised checkpoints from test results: ``python scripts/quantization_table.py XML...``.
+
+The arguments are JUnit files (``pytest --junitxml``). A passed test fills cells with properties named ``matrix``, each
+``format | engine | column | what was shown``; a cell that no passed test fills is unproven.
+"""
+
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- quantised checkpoints: scripts/quantization_table.py -->\n", "<!-- end -->\n"
+FORMATS = ("fp8-block", "fp8-channel", "w8a8", "w4a16", "awq", "gptq", "nvfp4")
+ENGINES = ("vLLM", "SGLang")
+COLUMNS = ("one process, MTP", "TP 1, 2, 4, 8", "TP 2", "EP 2", "PP 2")
+UNPROVEN = "unproven"
+
+
+def cells(files: Iterable[str]) -> dict[tuple[str, str, str], str]:
+    found = {}
+    for file in files:
+        for case in ET.parse(file).getroot().iter("testcase"):
+            if any(case.find(outcome) is not None for outcome in ("failure", "error", "skipped")):
+                continue
+            for prop in case.iter("property"):
+                if prop.get("name") == "matrix":
+                    form, engine, column, shown = (part.strip() for part in prop.get("value").split("|"))
+                    assert form in FORMATS and engine in ENGINES and column in COLUMNS, prop.get("value")
+                    found[form, engine, column] = shown
+    return found
+
+
+def table(found: dict[tuple[str, str, str], str]) -> str:
+    rows = [["format", "engine", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
+    rows += [
+        [f"`{form}`", engine, *(found.get((form, engine, column), UNPROVEN) for column in COLUMNS)]
+        for engine in ENGINES
+        for form in FORMATS
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def main(*files: str) -> None:
+    before, rest = README.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    README.write_text(before + BEGIN + table(cells(files)) + END + after)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

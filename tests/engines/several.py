@@ -1,0 +1,31 @@
+"""The test's side of ``vllm_several``."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from qnext_plugin import process
+from qnext_plugin.verify.scenarios import EngineConfig, Scenario
+
+
+def case(model: Path, config: EngineConfig, scenarios: tuple[Scenario, ...], **args: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "config": asdict(config),
+        "args": args,
+        "scenarios": [asdict(scenario) for scenario in scenarios],
+    }
+
+
+def serve(
+    directory: Path, cases: Mapping[str, Any], env: Mapping[str, str] = MappingProxyType({}), timeout: float = 900
+) -> dict[str, Any]:
+    """What the engines answered, by case."""
+    spec, out, log = (directory / name for name in ("spec.json", "out.json", "log"))
+    spec.write_text(json.dumps(cases))
+    status = process.run(["-m", "tests.engines.vllm_several", str(spec), str(out)], log, env=env, timeout=timeout)
+    assert status == 0, process.tail(log)
+    return json.loads(out.read_text())

@@ -1,0 +1,132 @@
+"""Quantised checkpoints served by vLLM, with MTP, against `transformers` with the same dequantised weights.
+
+The bound is in terms of what `transformers` itself loses in bfloat16 and with the inputs of the same layers rounded to
+the activations' format: a wrong weight, scale or zero point is off by far more.
+"""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qnext_plugin.quantize import FORMATS, quantize_checkpoint
+from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.verify.comparison import Difference, check_conditions, compare, requests, to_result
+from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
+from tests.dequantised import write_dequantised
+from tests.engines.several import case, serve
+from tests.tolerances import LOGPROB_QUANTISED_RATIO
+
+pytestmark = pytest.mark.engine
+
+# Every expert is used: between two that tie, rounding decides in any implementation.
+SIZES = {
+    "num_experts": 4,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,  # vLLM wants both in each pipeline stage
+    "hidden_size": 256,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_attention_heads": 2,
+    "head_dim": 128,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "max_position_embeddings": 1024,
+}
+CONFIG = EngineConfig("", dtype="bfloat16", draft_tokens=2, num_blocks=64)
+SCENARIO = Scenario((tuple(tokens(length, seed=length) for length in (1, 7, 40, 130)),), configs=(), drafts="cycle")
+PARALLEL = {
+    "TP 2": ("w4a16", replace(CONFIG, tensor_parallel=2)),
+    "EP 2": ("w8a8", replace(CONFIG, tensor_parallel=2, expert_parallel=True)),
+    "PP 2": ("gptq", replace(CONFIG, pipeline_parallel=2)),
+}
+# Layers that vLLM's CPU kernels serve as stored, on a CPU without AMX; the experts of none are among them.
+PROJECTIONS = {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+AS_STORED = {
+    "fp8-block": set(),
+    "fp8-channel": PROJECTIONS,
+    "w8a8": PROJECTIONS,
+    "w4a16": PROJECTIONS,
+    "awq": PROJECTIONS,
+    "gptq": PROJECTIONS,
+    "nvfp4": set(),
+}
+# Largest value of the format that inputs are rounded to, one scale for each token; None where they are not.
+INPUTS = {"fp8-channel": torch.float8_e4m3fn, "w8a8": torch.int8}
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantised")
+    write_random_checkpoint(root / "source", overrides=SIZES)
+    for name in FORMATS:
+        quantize_checkpoint(root / "source", root / name, format=name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(checkpoints):
+    cases = {name: case(checkpoints / name, CONFIG, (SCENARIO,)) for name in FORMATS}
+    for name, (form, config) in PARALLEL.items():
+        cases[name] = case(checkpoints / form, config, (SCENARIO,))
+    return serve(checkpoints, cases)
+
+
+def rounded_to(dtype):
+    """A hook that rounds a layer's input as a kernel with inputs in ``dtype`` does, one scale for each token."""
+    info = torch.iinfo(dtype) if dtype == torch.int8 else torch.finfo(dtype)
+
+    def hook(module, args):
+        x = args[0].float()
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / info.max
+        values = (x / scale).round() if dtype == torch.int8 else (x / scale).to(dtype).float()
+        return ((values * scale).to(args[0].dtype),)
+
+    return hook
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, name):
+    check(served, checkpoints, name, name)
+    how = "as stored: all but the experts" if AS_STORED[name] else "dequantised while loading"
+    record_property("matrix", f"{name} | vLLM | one process, MTP | end to end on CPU, {how}")
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_a_quantised_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name):
+    form, _ = PARALLEL[name]
+    check(served, checkpoints, name, form)
+    record_property("matrix", f"{form} | vLLM | {name} | end to end on CPU, with MTP")
+
+
+def check(served, checkpoints, name, form):
+    assert "error" not in served[name], served[name]["error"]
+    assert served[name]["modules"] == ["vllm_ext.model", "vllm_ext.mtp"]
+    as_stored, plain = (served[name]["layers"][how] for how in ("as stored", "dequantised"))
+    if not torch.cpu._is_amx_tile_supported():
+        assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED[form], plain
+    result = to_result(served[name]["results"][0])
+    check_conditions(SCENARIO, CONFIG, result)
+
+    directory = checkpoints / f"{form}-dequantised"
+    if not directory.exists():
+        write_dequantised(checkpoints / form, directory)
+    exact, rounded = reference(directory), reference(directory, torch.bfloat16)
+    ours, theirs = compare(result, exact), Difference()
+    with ExitStack() as hooks:
+        for layer in as_stored if form in INPUTS else ():
+            outer, _, last = layer.rpartition(".")
+            if layer.startswith("model."):
+                for part in PARTS.get(last, (last,)):
+                    module = rounded.model.get_submodule(f"{outer}.{part}")
+                    hooks.callback(module.register_forward_pre_hook(rounded_to(INPUTS[form])).remove)
+        for where, completion in requests(result):
+            ids = completion.prompt + completion.token_ids
+            generated = slice(len(completion.prompt) - 1, -1)
+            theirs.add(rounded(ids)[generated] - exact(ids)[generated], where)
+    print(f"{name}: {ours.value:.3g} at {ours.where}; transformers {theirs.value:.3g}; as stored {len(as_stored)}")
+    assert ours.value <= LOGPROB_QUANTISED_RATIO * theirs.value, f"{ours.value:.3g} at {ours.where}"

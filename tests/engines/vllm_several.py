@@ -1,0 +1,79 @@
+"""Serve checkpoints one after the other in one process: ``python -m tests.engines.vllm_several SPEC.json OUT.json``.
+
+``SPEC`` maps names to ``{"model", "config", "args", "scenarios"}``: a checkpoint directory, fields of an
+``EngineConfig``, further arguments of ``vllm.LLM`` and fields of each ``Scenario``. ``OUT`` maps them to the modules of
+the serving classes, the layers served as stored and those dequantised while loading, and for each scenario the results
+and the largest resident memory so far in bytes; or to ``error`` where the engine did not start.
+"""
+
+import gc
+import json
+import resource
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from qnext_plugin.verify.scenarios import EngineConfig, Scenario
+from vllm_ext.verify import Engine
+from vllm_ext.verify_inside import serving_modules
+
+
+def layers(worker: Any) -> dict[str, list[str]]:
+    """Names of the layers of model and draft, in the checkpoint's terms, by how they are served."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.linear import LinearBase
+
+    from vllm_ext.quantization import is_plain
+
+    runner, found = worker.model_runner, {"as stored": [], "dequantised": []}
+    draft = getattr(getattr(runner, "drafter", None), "model", None)
+    for model, rename in ((runner.model, "model."), (draft, "mtp.")):
+        for name, layer in model.named_modules() if model is not None else ():
+            name = rename + name.removeprefix("model.")
+            if hasattr(layer, "dequantised"):
+                found["dequantised"].append(name)
+            elif isinstance(layer, LinearBase | RoutedExperts) and not is_plain(layer):
+                found["as stored"].append(name)
+    return found
+
+
+def rope_rows(worker: Any) -> dict[str, list[float]]:
+    """Some rows of the table of the first full attention layer, ``[cos | sin]``, by position."""
+    attention = next(m for m in worker.model_runner.model.modules() if type(m).__name__ == "GatedAttention")
+    table = attention.rotary_emb.cos_sin_cache
+    return {str(p): table[p].float().tolist() for p in ROPE_POSITIONS if p < len(table)}
+
+
+ROPE_POSITIONS = (0, 1, 511, 512, 1023, 262_143, 262_144, 524_287, 1_000_003, 1_009_999)
+
+
+def main(spec_file: str, out_file: str) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    out: dict[str, Any] = {}
+    for name, case in json.loads(Path(spec_file).read_text()).items():
+        print(f"--- {name}", flush=True)
+        try:
+            engine = Engine(case["model"], EngineConfig(**case["config"]), **case["args"])
+            modules = set().union(*engine.llm.collective_rpc(serving_modules))
+            out[name] = {
+                "modules": sorted(modules),
+                "layers": engine.llm.collective_rpc(layers)[-1],
+                "rope": engine.llm.collective_rpc(rope_rows)[-1],
+            }
+            out[name]["results"], out[name]["memory"] = [], []
+            for scenario in case["scenarios"]:
+                out[name]["results"].append(engine.run(Scenario(**scenario)))
+                out[name]["memory"].append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            del engine
+        except Exception as e:
+            traceback.print_exc()
+            out[name] = {"error": f"{type(e).__name__}: {e}"}
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        Path(out_file).write_text(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,179 @@
+"""Quantised checkpoints: written in the published forms, read back, and refused when they are not whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qnext_plugin.checkpoint import check_coverage, read_headers
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.quantization import (
+    check_quantisation,
+    dequantise,
+    is_quantised,
+    layout_method,
+    storage,
+    stored_modules,
+)
+from qnext_plugin.quantize import FORMATS, quantize_checkpoint
+from qnext_plugin.random_checkpoint import write_random_checkpoint
+from tests.dequantised import dequantised
+
+SIZES = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_experts": 8,
+    "hidden_size": 160,  # not a whole number of FP8 blocks
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+}
+EVERYTHING = r".*\.shared_expert_gate"  # one row cannot be packed
+LINEAR, EXPERT = "model.layers.0.linear_attn", "model.layers.0.mlp.experts"
+# How `in_proj_qkvz` of each format is stored, which tells it apart from every other.
+STORED = {
+    "fp8-block": "weight F8_E4M3, weight_scale_inv BF16",
+    "fp8-channel": "weight F8_E4M3, weight_scale BF16",
+    "w8a8": "weight I8, weight_scale BF16",
+    "w4a16": "weight_packed I32, weight_scale BF16, weight_shape I64",
+    "awq": "qweight I32, qzeros I32, scales F16",
+    "gptq": "g_idx I32, qweight I32, qzeros I32, scales F16",
+    "nvfp4": "input_scale F32, weight U8, weight_scale F8_E4M3, weight_scale_2 F32",
+}
+# Root mean square of rounding, as a share of the weights': a quarter of a step and more is another weight.
+ROUNDING = {"fp8-block": 0.04, "fp8-channel": 0.04, "w8a8": 0.01}
+INT4_OR_FP4 = 0.12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("source") / "checkpoint"
+    write_random_checkpoint(directory, overrides=SIZES)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory, source):
+    root = tmp_path_factory.mktemp("quantised")
+    for name in FORMATS:
+        quantize_checkpoint(source, root / name, format=name)
+        quantize_checkpoint(source, root / f"{name}-everything", format=name, ignore=EVERYTHING)
+    return root
+
+
+def raw_config(directory):
+    return json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_complete_and_in_the_published_form(quantised, source, name):
+    headers = read_headers(quantised / name)
+    config = raw_config(quantised / name)
+    check_coverage(QNextConfig.from_dict(config), headers, mtp="required")
+    check_quantisation(headers, config["quantization_config"])
+    modules = stored_modules(headers)
+    assert storage(modules[f"{LINEAR}.in_proj_qkvz"]) == STORED[name]
+    for plain in (f"{LINEAR}.in_proj_ba", "mtp.fc", "lm_head", "model.layers.1.mlp.gate", "model.norm"):
+        assert storage(modules[plain]) == "weight BF16"
+    without = {key: value for key, value in config.items() if key != "quantization_config"}
+    assert without == raw_config(source)
+
+
+@pytest.mark.parametrize("everything", ("", "-everything"))
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_module_dequantises_as_compressed_tensors_does_and_close_to_its_source(
+    quantised, source, name, everything
+):
+    directory = quantised / f"{name}{everything}"
+    stored, plain = load_file(directory / "model.safetensors"), load_file(source / "model.safetensors")
+    config = raw_config(directory)["quantization_config"]
+    expected = dequantised(directory)
+    assert expected.keys() == plain.keys()
+    count = 0
+    for module, leaves in stored_modules(read_headers(directory)).items():
+        if is_quantised(leaves):
+            actual = dequantise({leaf: stored[f"{module}.{leaf}"] for leaf in leaves}, config)
+            # Theirs rounds where a scale is a product of two.
+            torch.testing.assert_close(actual, expected[f"{module}.weight"], rtol=1e-6, atol=0, msg=module)
+            weight = plain[f"{module}.weight"].float()
+            error = (actual - weight).square().mean() / weight.square().mean()
+            assert error.sqrt() < ROUNDING.get(name, INT4_OR_FP4), module
+            count += 1
+    assert count > (40 if everything else 30)
+
+
+def test_layout_methods_are_those_of_the_layouts():
+    assert layout_method({"quant_method": "modelopt_fp4"}) == "modelopt"
+    assert layout_method({"quantization": {"quant_algo": "NVFP4"}}) == "modelopt"
+    assert layout_method({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}) == "gptq"
+    assert layout_method({"quant_method": "compressed-tensors"}) == "compressed-tensors"
+
+
+def edited(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return read_headers(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(
+            lambda t: t.pop(f"{LINEAR}.in_proj_qkvz.weight_scale_inv"),
+            ["without a scale 1", f"{LINEAR}.in_proj_qkvz"],
+            id="scale-missing",
+        ),
+        pytest.param(
+            lambda t: t.update({f"{LINEAR}.out_proj.qweight": torch.zeros(2, 2, dtype=torch.int32)}),
+            ["with two weights 1", f"{LINEAR}.out_proj"],
+            id="two-weights",
+        ),
+        pytest.param(
+            lambda t: t.pop("model.layers.1.self_attn.o_proj.weight"),
+            ["without a weight 1", "self_attn.o_proj"],
+            id="weight-missing",
+        ),
+        pytest.param(
+            lambda t: (
+                t.pop(f"{EXPERT}.1.up_proj.weight_scale_inv"),
+                t.update({f"{EXPERT}.1.up_proj.weight": t[f"{EXPERT}.1.up_proj.weight"].bfloat16()}),
+            ),
+            [f"{EXPERT} (", f"{EXPERT}.1.up_proj: weight BF16"],
+            id="unlike-experts",
+        ),
+    ],
+)
+def test_an_incomplete_or_mixed_checkpoint_is_refused_by_name(source, tmp_path, change, words):
+    quantize_checkpoint(source, tmp_path / "checkpoint", format="fp8-block")
+    headers = edited(tmp_path / "checkpoint", change)
+    with pytest.raises(ValueError, match="incomplete or mixed") as error:
+        check_quantisation(headers, {"quant_method": "fp8"})
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_quantised_tensors_without_a_quantization_config_are_refused(quantised):
+    with pytest.raises(ValueError, match=r"config\.json has no quantization_config"):
+        check_quantisation(read_headers(quantised / "fp8-block"), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "int3"}, "format is 'int3', expected one of fp8-block"),
+        (
+            {"format": "gptq", "group_size": 64},
+            r"group size 64 does not divide the inputs of .* \[640, 160\]",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_refused(source, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_checkpoint(source, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_source_is_refused(quantised, tmp_path):
+    with pytest.raises(ValueError, match="has a quantization_config already"):
+        quantize_checkpoint(quantised / "w8a8", tmp_path / "out", format="gptq")
