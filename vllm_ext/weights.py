@@ -49,7 +49,7 @@ def load_weights(
     model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]], quant_method: str | None
 ) -> set[str]:
     """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded."""
-    trunk = ((name, tensor) for name, tensor in weights if name.split(".")[0] != "mtp")
+    trunk = ((name, tensor) for name, tensor in weights if is_trunk(name))
     return _load(model, config, flatten(trunk, config, quant_method))
 
 
@@ -58,19 +58,42 @@ def load_draft_weights(model: nn.Module, config: QNextConfig, weights: Iterable[
 
     def draft() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            first, _, rest = name.partition(".")
-            if first == "mtp":
-                yield f"model.{rest}", tensor
-            elif name.startswith(("model.embed_tokens.", "lm_head.")):
-                yield name, tensor
+            if is_draft(name):
+                yield (name if is_trunk(name) else f"model.{name.removeprefix('mtp.')}"), tensor
 
     return _load(model, config, draft())
 
 
+def is_trunk(name: str) -> bool:
+    return name.split(".")[0] != "mtp"
+
+
+def is_draft(name: str) -> bool:
+    return not is_trunk(name) or name.startswith(("model.embed_tokens.", "lm_head."))
+
+
+def unit(name: str) -> str:
+    """Our module, or parameter of its own, that a checkpoint's tensor is a part of."""
+    if ".mlp.experts." in name:
+        return name[: name.index(".mlp.experts.")] + ".mlp.experts"
+    for part, (whole, _) in STACKED.orig_to_new_stacked.items():
+        name = name.replace(part, whole)
+    module = name.rpartition(".")[0]
+    return name if module.endswith(".linear_attn") else module
+
+
 def _load(model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    # A tied head may be stored all the same; it is the embedding.
-    ignored = ["lm_head."] if config.tie_word_embeddings else []
-    return AutoWeightsLoader(model, ignore_unexpected_prefixes=ignored).load_weights(weights, mapper=STACKED)
+    stored = _tied(weights) if config.tie_word_embeddings else weights
+    return AutoWeightsLoader(model).load_weights(stored, mapper=STACKED)
+
+
+def _tied(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The head is the embedding, stored or not; loaded by name too, because vLLM packs it apart on CPU."""
+    for name, tensor in weights:
+        if name.split(".")[0] != "lm_head":
+            yield name, tensor
+        if name == "model.embed_tokens.weight":
+            yield "lm_head.weight", tensor
 
 
 def flatten(
