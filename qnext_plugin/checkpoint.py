@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,32 +74,37 @@ def check_coverage(
     """
     names = {name for name in headers if not _is_ignored(name)}
     expected = _expected_for(config, names, mtp == "required" or any(n.split(".")[0] == "mtp" for n in names))
-    # Only matrices are quantised: not norms, the convolution or A_log.
-    linear = {n.removesuffix(".weight") for n, shape in expected.items() if n.endswith(".weight") and len(shape) == 2}
-    attention = {m.removesuffix(".q_proj") for m in linear if m.endswith(".self_attn.q_proj")}
+    linear, attention = _quantisable(expected)
 
     missing = [f"{n} {list(shape)}" for n, shape in expected.items() if not _is_present(n, shape, names)]
-    unexpected = []
-    for name in sorted(names - expected.keys()):
-        module, _, leaf = name.rpartition(".")
-        if not (
-            (module in linear and leaf in (*PACKED_WEIGHTS, *QUANT_COMPANIONS))
-            or (module in attention and leaf in CACHE_SCALES)
-        ):
-            unexpected.append(name)
-    wrong = [
-        f"{n} {list(headers[n].shape)}, expected {list(shape)}"
-        for n, shape in expected.items()
-        if n in names and headers[n].dtype in (*FLOAT_DTYPES, *BYTE_DTYPES) and headers[n].shape != shape
-    ]
-    problems = [
-        listing("missing", missing),
-        listing("unexpected", unexpected),
-        listing("wrongly shaped", wrong),
-    ]
-    if any(problems):
+    unexpected = [n for n in sorted(names - expected.keys()) if not _is_quantised(n, linear, attention)]
+    if problems := _problems(missing, unexpected, _misshapen(expected, headers)):
         advice = "compare config.json with the checkpoint, then download or convert the weights again"
-        raise ValueError("\n".join(["checkpoint does not match config.json:", *filter(None, problems), advice]))
+        raise ValueError(f"checkpoint does not match config.json:\n{problems}\n{advice}")
+
+
+class RefusedUpdate(ValueError):
+    """New weights that do not fit, found before they were copied."""
+
+
+class UpdateCheck:
+    """Call it with new weights for a running model, which need not be all of them, before any is copied.
+
+    It raises one ``RefusedUpdate`` that lists every tensor no checkpoint of this configuration holds in that shape.
+    """
+
+    def __init__(self, config: QNextConfig) -> None:
+        self.expected: dict[str, Shape] = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+        for other in (False, True):  # each layer may be stored in either form
+            self.expected |= expected_tensors(config, split_in_proj=other, fused_experts=other)
+        self._linear, self._attention = _quantisable(self.expected)
+
+    def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        headers = {name: describe(tensor) for name, tensor in weights if not _is_ignored(name)}
+        unknown = headers.keys() - self.expected.keys()
+        unexpected = sorted(n for n in unknown if not _is_quantised(n, self._linear, self._attention))
+        if problems := _problems([], unexpected, _misshapen(self.expected, headers)):
+            raise RefusedUpdate(f"new weights do not match config.json:\n{problems}\nsend them again in its shapes")
 
 
 def check_stream(
@@ -112,9 +117,14 @@ def check_stream(
     for name, tensor in weights:
         if name in seen:
             raise ValueError(f"tensor {name} comes twice in this checkpoint; write the checkpoint again")
-        seen[name] = TensorInfo(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
+        seen[name] = describe(tensor)
         yield name, tensor
     check_coverage(config, seen, mtp=mtp)
+
+
+def describe(tensor: torch.Tensor) -> TensorInfo:
+    """What a header would say of a tensor that comes from no file."""
+    return TensorInfo(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
 
 
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:
@@ -245,6 +255,31 @@ def _expected_for(config: QNextConfig, names: set[str], mtp: bool) -> dict[str, 
         fused = {f"{layer.prefix}mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")} & names
         tensors |= _layer_tensors(config, layer, bool(split and not merged), bool(fused))
     return tensors
+
+
+def _quantisable(expected: Mapping[str, Shape]) -> tuple[set[str], set[str]]:
+    """Linear modules and attention modules. Only matrices are quantised: not norms, the convolution or A_log."""
+    linear = {n.removesuffix(".weight") for n, shape in expected.items() if n.endswith(".weight") and len(shape) == 2}
+    return linear, {m.removesuffix(".q_proj") for m in linear if m.endswith(".self_attn.q_proj")}
+
+
+def _is_quantised(name: str, linear: Container[str], attention: Container[str]) -> bool:
+    module, _, leaf = name.rpartition(".")
+    in_linear = module in linear and leaf in (*PACKED_WEIGHTS, *QUANT_COMPANIONS)
+    return in_linear or (module in attention and leaf in CACHE_SCALES)
+
+
+def _misshapen(expected: Mapping[str, Shape], headers: Mapping[str, TensorInfo]) -> list[str]:
+    return [
+        f"{n} {list(found.shape)}, expected {list(expected[n])}"
+        for n, found in headers.items()
+        if n in expected and found.dtype in (*FLOAT_DTYPES, *BYTE_DTYPES) and found.shape != expected[n]
+    ]
+
+
+def _problems(missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+    found = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
+    return "\n".join(listing(label, lines) for label, lines in found.items() if lines)
 
 
 def _is_present(name: str, shape: Shape, names: set[str]) -> bool:

@@ -8,6 +8,8 @@ import sglang
 import torch
 from sglang.srt.platforms import current_platform
 
+from qnext_plugin.checkpoint import RefusedUpdate
+
 ON_CPU: bool = current_platform.device_type == "cpu"
 """Whether this process computes on a CPU, and so with kernels of ours."""
 
@@ -87,6 +89,77 @@ def install_cpu_kernels() -> None:
     if missing:
         raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))} to replace on CPU")
     unpin_memory()
+
+
+@cache
+def guard_weight_updates() -> None:
+    """Tell our models that an update begins, and answer one that they refuse; idempotent.
+
+    SGLang 0.5.23 ends the scheduler process where tensors do not fit, and goes back to the old weights by reading the
+    new files again. It can go when an update is refused before it changes anything.
+    """
+    Around = Callable[..., Any]
+
+    def loading(updater: Any) -> Any:
+        return getattr(updater.get_model(), "loading", None)
+
+    def begin(original: Around, updater: Any, *args: Any, **kwargs: Any) -> Any:
+        if loading(updater) is not None:
+            loading(updater).begin()
+        return original(updater, *args, **kwargs)
+
+    def from_disk(original: Around, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            if loading(updater) is not None:
+                loading(updater).begin(model_path)
+        except ValueError as e:
+            return False, f"{e}; the old weights serve on"
+        return original(updater, model_path, *args, **kwargs)
+
+    def from_tensor(original: Around, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except RefusedUpdate as e:
+            return False, str(e)
+
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
+    _wrap(
+        {
+            updater + "begin_weight_update": begin,
+            updater + "update_weights_from_disk": from_disk,
+            updater + "update_weights_from_tensor": from_tensor,
+        }
+    )
+
+
+@cache
+def guard_vocabulary() -> None:
+    """Answer a request with ids outside the vocabulary, or for more log-probabilities than it has ids; idempotent.
+
+    With SGLang 0.5.23 either ends the scheduler process. It can go when SGLang checks them.
+    """
+
+    def validate(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = req.origin_input_ids
+        if ids and not 0 <= min(ids) <= max(ids) < req.vocab_size:
+            return f"token ids from {min(ids)} to {max(ids)} found, expected 0 to {req.vocab_size - 1}"
+        if req.logprob.top_logprobs_num > req.vocab_size:
+            return f"{req.logprob.top_logprobs_num} log-probabilities asked for, of {req.vocab_size} token ids"
+        return original(req, *args, **kwargs)
+
+    _wrap({"sglang.srt.managers.scheduler.validate_input_length": validate})
+
+
+def _wrap(hooks: dict[str, Callable[..., Any]]) -> None:
+    """Each hook is called with what it wraps, then with its arguments."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook in hooks.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    missing = hooks.keys() - HookRegistry._patched
+    if missing:
+        raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))} to wrap")
 
 
 def unpin_memory() -> None:

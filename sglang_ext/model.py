@@ -17,21 +17,27 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
-from sglang.srt.runtime_context import get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import get_parallel, get_spec
 from sglang.srt.utils import LazyValue, add_prefix, make_pp_layers
 from torch import nn
 from transformers import PretrainedConfig
 
 from qnext_plugin import __version__
-from qnext_plugin.checkpoint import check_stream
 from qnext_plugin.config import FULL, QNextConfig
-from sglang_ext.compat import ON_CPU, check_platform, install_cpu_kernels
+from sglang_ext.compat import (
+    ON_CPU,
+    check_platform,
+    guard_vocabulary,
+    guard_weight_updates,
+    install_cpu_kernels,
+)
 from sglang_ext.config import qnext_config
 from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
+from sglang_ext.loading import Loading
 from sglang_ext.sparse_moe import MLP, SparseMoeBlock
-from sglang_ext.weights import check_checkpoint, load_weights
+from sglang_ext.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -158,9 +164,9 @@ class Qwen3NextForCausalLM(nn.Module):
             )
         self.config = config
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
-        # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
-        self._first_load = get_model().load_format != "dummy"
-        self._check_stream = self._first_load and not check_checkpoint(self.qnext_config)
+        guard_vocabulary()
+        guard_weight_updates()
+        self.loading = Loading(self.qnext_config)
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config
@@ -207,6 +213,7 @@ class Qwen3NextForCausalLM(nn.Module):
         input_embeds: torch.Tensor | None = None,
         pp_proxy_tensors: PPProxyTensors | None = None,
     ) -> Any:
+        self.loading.check_complete()
         hidden_states, aux_hidden_states = self.model(
             input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
         )
@@ -215,12 +222,14 @@ class Qwen3NextForCausalLM(nn.Module):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch, aux_hidden_states or None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        if self._check_stream:
-            weights, self._check_stream = check_stream(weights, self.qnext_config), False
         quant_method = None if self.quant_config is None else self.quant_config.get_name()
-        complete, self._first_load = self._first_load and quant_method is None, False
-        with plain_weights(self):
-            return load_weights(self, self.qnext_config, weights, quant_method, complete=complete)
+
+        def copy(weights: Iterable[tuple[str, torch.Tensor]], *, complete: bool) -> set[str]:
+            complete = complete and quant_method is None
+            with plain_weights(self):
+                return load_weights(self, self.qnext_config, weights, quant_method, complete=complete)
+
+        return self.loading.load(weights, copy)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

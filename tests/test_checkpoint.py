@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qnext_plugin.checkpoint import TensorInfo, check_coverage, collapse, expected_tensors, read_headers
+from qnext_plugin.checkpoint import (
+    RefusedUpdate,
+    TensorInfo,
+    UpdateCheck,
+    check_coverage,
+    collapse,
+    expected_tensors,
+    read_headers,
+)
 from qnext_plugin.config import QNextConfig
 
 RAW = {
@@ -232,3 +240,30 @@ def test_bad_file_is_refused(content: bytes | None, message: str, tmp_path: Path
 def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found neither"):
         read_headers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {f"{LINEAR}.A_log": (6,)},
+        {f"{LINEAR}.in_proj_z.weight": (42, 24), "mtp.fc.weight": (24, 48)},
+        {f"{EXPERT}.gate_up_proj": (11, 18, 24)},
+        {f"{EXPERT}.3.up_proj.weight": (9, 24), f"{EXPERT}.3.up_proj.weight_scale": (9, 1)},
+        {"lm_head.weight": (37, 24), "model.rotary_emb.inv_freq": (2,)},
+        expected_tensors(CONFIG),
+    ],
+)
+def test_update_may_be_any_part_in_any_form(update: dict[str, tuple[int, ...]]) -> None:
+    check = UpdateCheck(replace(CONFIG, tie_word_embeddings=True))
+    check((name, torch.zeros(shape)) for name, shape in update.items())
+
+
+def test_update_that_does_not_fit_is_refused_by_name() -> None:
+    tensors = {
+        f"{LINEAR}.A_log": torch.zeros(7),
+        f"{LINEAR}.A_logs": torch.zeros(6),
+        "mtp.norm.weight": torch.zeros(24),
+    }
+    message = rf"unexpected 1: {LINEAR}\.A_logs\nwrongly shaped 1: {LINEAR}\.A_log \[7\], expected \[6\]"
+    with pytest.raises(RefusedUpdate, match=message):
+        UpdateCheck(CONFIG)(tensors.items())

@@ -216,6 +216,7 @@ def test_hub_name_fetches_metadata_only(tmp_path):
     command = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path), "NO_PROXY": "127.0.0.1"}
+    env |= {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
     try:
         done = subprocess.run(
             [sys.executable, "-c", command, "plan", "someone/a-model", "--json"],

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import vllm
-from vllm.config import VllmConfig
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
 
 PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
@@ -27,12 +28,15 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
     if not current_platform.is_cpu():
         return
     parallel = vllm_config.parallel_config
+    _experts_loaded_again()
     if vllm_config.speculative_config is not None:
         from vllm_ext import cpu_triton
 
         cpu_triton.register()
     if parallel.enable_expert_parallel:
         _expert_parallel()
+    if parallel.data_parallel_size > 1:
+        _data_parallel()
     if parallel.pipeline_parallel_size > 1:
         _pipeline_parallel()
         if vllm_config.speculative_config is not None:
@@ -47,6 +51,65 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
                     f"the token they follow: add --scheduler-cls {PIPELINE_DRAFT_SCHEDULER}"
                 )
             _pipeline_parallel_with_mtp()
+
+
+class ReloadSession:
+    """What vLLM 0.32 and 0.33 record, module by module, while a model that serves is loaded again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        self._layerwise, self._model = layerwise, model
+
+    def _modules(self) -> list[tuple[nn.Module, Any]]:
+        return [(module, self._layerwise.get_layerwise_info(module)) for module in self._model.modules()]
+
+    @property
+    def is_open(self) -> bool:
+        return any(info.can_load() for _, info in self._modules())
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has been loaded since it was opened."""
+        return all(info.can_load() and not info.load_numel for _, info in self._modules())
+
+    @property
+    def needed(self) -> bool:
+        """Whether none is open on a model whose weights are packed, as they always are on CPU."""
+        recorded = any(any(info.restore_metadata) for _, info in self._modules())
+        return current_platform.is_cpu() and recorded and not self.is_open
+
+    def open(self) -> None:
+        self._layerwise.initialize_layerwise_reload(self._model)
+
+    def close(self) -> None:
+        self._layerwise.finalize_layerwise_reload(self._model, get_current_vllm_config().model_config)
+
+    def abandon(self) -> bool:
+        """Put the old tensors of unfinished modules back; returns whether that is all of them."""
+        modules = self._modules()
+        unfinished = [(module, info) for module, info in modules if info.can_load()]
+        for module, info in unfinished:
+            self._layerwise._place_kernel_tensors(module, info)
+            info.reset()
+        return len(unfinished) == len(modules)
+
+
+@cache
+def _experts_loaded_again() -> None:
+    """New weights of experts are put in the place of packed ones without being packed.
+
+    Can go when ``UnquantizedFusedMoEMethod._setup_kernel`` packs on every call.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    def setup(original: Callable[..., None], self: Any, layer: nn.Module, w13: Any, w2: Any) -> None:
+        again = self.moe_kernel is not None
+        original(self, layer, w13, w2)
+        if again:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    _replace(UnquantizedFusedMoEMethod, "_setup_kernel", setup, ("layer", "w13", "w2"))
 
 
 @cache
@@ -68,6 +131,38 @@ def _expert_parallel() -> None:
         original(**call)
 
     signature = _replace(CPUUnquantizedExperts, "apply", apply, ("topk_weights", "topk_ids", "expert_map"))
+
+
+@cache
+def _data_parallel() -> None:
+    """Ranks with different numbers of tokens cannot exchange them for the experts.
+
+    Can go when ``CpuCommunicator`` has both methods; then it does nothing.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def gather(original: Any, self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
+        assert dim == 0
+        if isinstance(input_, list):
+            return [self.all_gatherv(x, dim, sizes) for x in input_]
+        # gloo gathers equal sizes only, so each rank adds its rows to zeros.
+        sizes = sizes or [len(input_)] * self.world_size
+        out = input_.new_zeros(sum(sizes), *input_.shape[1:])
+        out.split(sizes)[self.rank_in_group].copy_(input_)
+        torch.distributed.all_reduce(out, group=self.device_group)
+        return out
+
+    def scatter(
+        original: Any, self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
+    ) -> torch.Tensor:
+        assert dim == 0
+        summed = input_.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed, group=self.device_group)
+        return summed.split(sizes or len(summed) // self.world_size)[self.rank_in_group]
+
+    if "all_gatherv" not in vars(CpuCommunicator):
+        _replace(CpuCommunicator, "all_gatherv", gather, ("input_", "dim", "sizes"))
+        _replace(CpuCommunicator, "reduce_scatterv", scatter, ("input_", "dim", "sizes"))
 
 
 @cache

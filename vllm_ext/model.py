@@ -31,17 +31,17 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from qnext_plugin import __version__
-from qnext_plugin.checkpoint import check_stream
 from qnext_plugin.config import FULL, QNextConfig
 from vllm_ext.compat import repair_cpu_backend
 from vllm_ext.config import qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
+from vllm_ext.loading import Loading
 from vllm_ext.norm import ZeroCenteredRMSNorm
 from vllm_ext.quantization import build, report
 from vllm_ext.sparse_moe import MLP, SparseMoeBlock
 from vllm_ext.state import state_dtypes, state_shapes
-from vllm_ext.weights import check_checkpoint, load_weights
+from vllm_ext.weights import load_weights
 
 # Under vLLM's own logger tree, whose handlers and level are the user's.
 logger = init_logger("vllm.qnext_plugin")
@@ -175,10 +175,7 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
         repair_cpu_backend(vllm_config)
         self.config = qnext_config(vllm_config)
         check_speculation(vllm_config)
-        # A reload may bring a few tensors only, and expert parallelism may leave out other ranks' experts.
-        self._check_stream = not (
-            check_checkpoint(self.config, vllm_config) or vllm_config.parallel_config.enable_ep_weight_filter
-        )
+        self._loading = Loading(self, self.config, vllm_config)
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
@@ -208,12 +205,11 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        self._loading.check_complete()
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        if self._check_stream:
-            weights, self._check_stream = check_stream(weights, self.config), False
-        return load_weights(self, self.config, self.vllm_config, weights)
+        return self._loading.load(weights, lambda checked: load_weights(self, self.config, self.vllm_config, checked))
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:

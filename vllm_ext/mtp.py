@@ -14,12 +14,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import maybe_prefix
 
 from qnext_plugin import __version__
-from qnext_plugin.checkpoint import check_stream
 from vllm_ext.config import qnext_config
+from vllm_ext.loading import Loading
 from vllm_ext.model import DecoderLayer, ExpertBookkeeping
 from vllm_ext.norm import ZeroCenteredRMSNorm
 from vllm_ext.quantization import build, report
-from vllm_ext.weights import check_checkpoint, load_draft_weights
+from vllm_ext.weights import load_draft_weights
 
 logger = init_logger("vllm.qnext_plugin")
 
@@ -74,10 +74,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = qnext_config(vllm_config)
-        self._check_stream = not (
-            check_checkpoint(self.config, vllm_config, mtp="required")
-            or vllm_config.parallel_config.enable_ep_weight_filter
-        )
+        self._loading = Loading(self, self.config, vllm_config, mtp="required")
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         self.model = MultiTokenPredictor(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp"))
         lm_head = partial(ParallelLMHead, self.config.vocab_size, self.config.hidden_size)
@@ -105,9 +102,10 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor | None:
+        self._loading.check_complete()
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        if self._check_stream:
-            weights, self._check_stream = check_stream(weights, self.config, mtp="required"), False
-        return load_draft_weights(self, self.config, self.vllm_config, weights)
+        return self._loading.load(
+            weights, lambda checked: load_draft_weights(self, self.config, self.vllm_config, checked)
+        )

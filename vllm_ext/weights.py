@@ -52,7 +52,7 @@ def load_weights(
     model: nn.Module, config: QNextConfig, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> set[str]:
     """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded."""
-    trunk = ((name, tensor) for name, tensor in weights if name.split(".")[0] != "mtp")
+    trunk = ((name, tensor) for name, tensor in weights if is_trunk(name))
     quantization = quantization_config(vllm_config)
     quant_method = None if quantization is None else layout_method(quantization)
     return _load(model, config, flatten(dequantised(trunk, model, vllm_config), config, quant_method))
@@ -62,16 +62,41 @@ def load_draft_weights(
     model: nn.Module, config: QNextConfig, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> set[str]:
     """Load ``mtp.*``, and the embedding and head that the draft shares with the trunk or holds a copy of."""
-    own = ("mtp.", "model.embed_tokens.", "lm_head.")
-    draft = ((name, tensor) for name, tensor in weights if name.startswith(own))
+    draft = ((name, tensor) for name, tensor in weights if is_draft(name))
     renamed = ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in dequantised(draft, model, vllm_config))
     return _load(model, config, renamed)
 
 
+def is_trunk(name: str) -> bool:
+    return name.split(".")[0] != "mtp"
+
+
+def is_draft(name: str) -> bool:
+    return not is_trunk(name) or name.startswith(("model.embed_tokens.", "lm_head."))
+
+
+def unit(name: str) -> str:
+    """Our module, or parameter of its own, that a checkpoint's tensor is a part of."""
+    if ".mlp.experts." in name:
+        return name[: name.index(".mlp.experts.")] + ".mlp.experts"
+    for part, (whole, _) in STACKED.orig_to_new_stacked.items():
+        name = name.replace(part, whole)
+    module = name.rpartition(".")[0]
+    return name if module.endswith(".linear_attn") else module
+
+
 def _load(model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    # A tied head may be stored all the same; it is the embedding.
-    ignored = ["lm_head."] if config.tie_word_embeddings else []
-    return AutoWeightsLoader(model, ignore_unexpected_prefixes=ignored).load_weights(weights, mapper=STACKED)
+    stored = _tied(weights) if config.tie_word_embeddings else weights
+    return AutoWeightsLoader(model).load_weights(stored, mapper=STACKED)
+
+
+def _tied(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The head is the embedding, stored or not; loaded by name too, because vLLM packs it apart on CPU."""
+    for name, tensor in weights:
+        if name.split(".")[0] != "lm_head":
+            yield name, tensor
+        if name == "model.embed_tokens.weight":
+            yield "lm_head.weight", tensor
 
 
 def flatten(

@@ -75,7 +75,7 @@ CONFIGS = {
     "starved": EngineConfig(
         "tiny", prefix_caching=True, token_budget=64, num_blocks=44, num_tokens=1300, engines=ENGINES
     ),
-    "tp2": EngineConfig("tiny", prefix_caching=True, tensor_parallel=2, engines=("sglang",)),
+    "tp2": EngineConfig("tiny", prefix_caching=True, tensor_parallel=2, num_blocks=160, engines=ENGINES),
     "mtp1": EngineConfig("tiny", draft_tokens=1, num_blocks=48),
     "mtp2": EngineConfig("tiny", draft_tokens=2, num_blocks=200, prefix_caching=True),
     "mtp2-starved": EngineConfig("tiny", draft_tokens=2, prefix_caching=True, token_budget=64, num_blocks=52),

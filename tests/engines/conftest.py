@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from qnext_plugin.verify.comparison import Result, to_result
 from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs
 from tests.engines.checkpoints import write_checkpoint
 from tests.engines.installed import ENGINE, MUTANTS
+from tests.engines.serving import Server, crowded
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -104,3 +105,9 @@ class Served:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def crowded_server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Iterator[Server]:
+    with crowded(ENGINE, checkpoint("tiny"), tmp_path_factory.mktemp("crowded") / "log") as server:
+        yield server

@@ -1,4 +1,7 @@
-"""Every rank of tensor-parallel groups of up to eight holds its part of the checkpoint, plain or quantised."""
+"""Every rank of tensor-parallel groups of up to eight holds its part of the checkpoint, plain or quantised.
+
+A reload changes all of it.
+"""
 
 import json
 
@@ -7,6 +10,7 @@ import pytest
 from qnext_plugin import process
 from qnext_plugin.quantize import FORMATS, IGNORE, quantize_checkpoint
 from qnext_plugin.random_checkpoint import write_random_checkpoint
+from tests.engines.checkpoints import CHECKPOINTS
 
 pytestmark = pytest.mark.engine
 
@@ -94,3 +98,14 @@ def test_what_is_quantised_is_what_the_headers_say(loaded, name):
         if rank == "0 of 1":
             assert "Qwen3NextMTP.model.fc.weight" in as_stored
             assert "Qwen3NextForCausalLM.model.layers.0.linear_attn.out_proj.weight" in as_stored
+
+
+def test_what_is_derived_from_weights_follows_them(tmp_path, checkpoint):
+    """Packed experts, convolutions and linears, and a tied head."""
+    names, pairs, log = ("tiny", "odd-b", "bfloat16"), [], tmp_path / "log"
+    for name in names:
+        dtype = "bfloat16" if name == "bfloat16" else "float32"
+        write_random_checkpoint(tmp_path / name, dtype=dtype, seed=7, overrides=CHECKPOINTS[name])
+        pairs += [str(checkpoint(name)), str(tmp_path / name)]
+    assert process.run(["-m", "tests.engines.vllm_modules", *pairs], log) == 0, process.tail(log)
+    assert log.read_text().count("loaded again as expected") == len(names)

@@ -1,0 +1,148 @@
+"""Many short requests at once, some dropped, against a server whose cache runs out: each answer is right on its own.
+
+``QNEXT_LOAD_REQUESTS=1000`` makes the load of the published figures; then memory has to stay flat too.
+"""
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import torch
+
+from qnext_plugin import process
+from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.scenarios import tokens
+from tests.engines.installed import ENGINE
+from tests.engines.serving import MAX_LEN, Answer, Server
+from tests.tolerances import SERVED_LOGPROB_FLOAT32
+
+pytestmark = pytest.mark.engine
+
+REQUESTS = int(os.environ.get("QNEXT_LOAD_REQUESTS", "100"))
+CONCURRENT = 16
+TOLERANCE = SERVED_LOGPROB_FLOAT32[ENGINE]
+TIE = 1e-5
+"""Router logits closer than this tie: rounding decides which expert serves, in any implementation."""
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    dropped_after: int | None
+    """Seconds / 1000 after which the client goes away; ``None``: it stays."""
+
+
+def requests(count: int, seed: int = 0) -> list[Request]:
+    """Random lengths; a third start like others, so that prefixes are found in the cache; a fifth are dropped."""
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        length = min(int(rng.lognormvariate(3.7, 1.1)) + 1, MAX_LEN - 100)
+        prompt = tokens(length, seed=1000 + i)
+        if rng.random() < 1 / 3:
+            shared = tokens(300, seed=rng.randrange(4))[: rng.choice((130, 200, 300))]
+            prompt = (*shared, *prompt[: MAX_LEN - 100 - len(shared)])
+        dropped = rng.choice((0, 20, 100, 400, 1000)) if rng.random() < 0.2 else None
+        made.append(Request(prompt, rng.randrange(1, 60), rng.choice((0, 0, 0.7)), dropped))
+    return made
+
+
+async def send(server: Server, made: list[Request], halfway: list[int]) -> list[Answer | None]:
+    """Answers in order; ``None`` for those dropped. ``halfway`` gets the memory in use after half of them."""
+    free = asyncio.Semaphore(CONCURRENT)
+    finished = 0
+
+    async def one(client: httpx.AsyncClient, request: Request) -> Answer | None:
+        nonlocal finished
+        async with free:
+            post = client.post(**server.request(request.prompt, request.max_tokens, request.temperature))
+            try:
+                if request.dropped_after is None:
+                    answer = server.parse(await post)
+                else:
+                    answer = None
+                    await asyncio.wait_for(post, request.dropped_after / 1000)
+            except TimeoutError:
+                pass
+        finished += 1
+        if finished == len(made) // 2:
+            halfway.append(server.resident_bytes())
+        return answer
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=httpx.Limits(max_connections=64)) as client:
+        return await asyncio.gather(*(one(client, request) for request in made))
+
+
+def error(request: Request, answer: Answer, expected: torch.Tensor) -> float:
+    """Largest difference of log-probability; infinite where a greedy token is not the reference's."""
+    rows = expected[len(request.prompt) - 1 : -1]
+    chosen = rows.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+    if request.temperature == 0 and (rows.amax(1) - chosen).max() > 2 * TOLERANCE:
+        return float("inf")
+    return float((chosen - torch.tensor(answer.logprobs)).abs().max())
+
+
+def experts_tie(model: torch.nn.Module, ids: Sequence[int]) -> bool:
+    """Whether the reference's last expert chosen and first one left out tie anywhere on the way."""
+    gaps = []
+
+    def note(gate: torch.nn.Module, args: tuple[torch.Tensor], _: object) -> None:
+        logits = torch.nn.functional.linear(args[0].double(), gate.weight.double()).flatten(0, -2)
+        ranked = logits.sort(dim=-1, descending=True).values
+        chosen = model.config.num_experts_per_tok
+        gaps.append(float((ranked[:, chosen - 1] - ranked[:, chosen]).min()))
+
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [gate.register_forward_hook(note) for gate in gates]
+    with torch.inference_mode():
+        model(torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return min(gaps) < TIE
+
+
+def test_each_answer_is_right_on_its_own(crowded_server, checkpoint):
+    made, before, halfway = requests(REQUESTS), crowded_server.metrics(), []
+    begin = time.monotonic()
+    answers = asyncio.run(send(crowded_server, made, halfway))
+    seconds, end = time.monotonic() - begin, crowded_server.resident_bytes()
+
+    model, errors, ties = reference(checkpoint("tiny")), [], 0
+    for i, (request, answer) in enumerate(zip(made, answers, strict=True)):
+        assert (answer is None) <= (request.dropped_after is not None), f"request {i} has no answer"
+        if answer is not None:
+            assert len(answer.token_ids) == request.max_tokens
+            ids = (*request.prompt, *answer.token_ids)
+            off = error(request, answer, model(ids))
+            if off > TOLERANCE and experts_tie(model.model, ids):
+                ties += 1
+            else:
+                errors.append((off, i))
+    growth = end / halfway[0] - 1
+    after = crowded_server.metrics()
+    print(
+        f"{ENGINE}: {len(made)} requests, {answers.count(None)} dropped, in {seconds:.0f} s; "
+        f"preemptions {after['preempted'] - before['preempted']:.0f}; error {max(errors)[0]:.2g}, {ties} ties; "
+        f"memory {end / 2**20:.0f} MiB, {growth:+.2%} in the second half"
+    )
+    assert ties <= 1 + REQUESTS // 100
+    assert max(errors)[0] <= TOLERANCE, f"request {max(errors)[1]}: {max(errors)[0]:.3g}"
+    assert after["preempted"] > before["preempted"], "the cache never ran out"
+    if REQUESTS >= 1000:
+        assert growth < 0.02
+    assert_idle(crowded_server)
+
+
+def assert_idle(server: Server) -> None:
+    """No request is left in the engine, dropped ones included, and no slot of the cache is held."""
+    deadline = time.monotonic() + 60  # an idle SGLang counts every half minute
+    while any((held := server.metrics() | {"preempted": 0}).values()):
+        assert time.monotonic() < deadline, f"still held: {held}\n{process.tail(server.log)}"
+        time.sleep(0.5)

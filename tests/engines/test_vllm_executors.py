@@ -1,0 +1,64 @@
+"""Ranks that vLLM starts or connects otherwise than one engine in one process does: data parallelism, Ray."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+
+import pytest
+
+from qnext_plugin import process
+from qnext_plugin.verify.comparison import check_conditions, compare, to_result
+from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
+from tests.tolerances import SERVED_LOGPROB_FLOAT32
+
+pytestmark = pytest.mark.engine
+
+MTP = EngineConfig("tiny", draft_tokens=2, num_blocks=64)
+SCENARIO = SCENARIOS["drafts_in_every_pattern"]
+# Ranks work in step, so each has as many batches; of other sizes, so that they have to exchange unequal parts.
+OTHER = replace(SCENARIO, batches=tuple(batch[:1:-1] for batch in SCENARIO.batches))
+
+
+def run(root, checkpoint, config, scenario, rank=0, **env):
+    """What one process answers; it asserts that our classes serve."""
+    spec, out, log = (root / f"{rank}.{suffix}" for suffix in ("spec.json", "out.json", "log"))
+    runs = [{"key": "answers", "scenario": asdict(scenario), "mutant": ""}]
+    spec.write_text(
+        json.dumps({"model": str(checkpoint), "config": asdict(config), "runs": runs, "expect_module": "vllm_ext"})
+    )
+    status = process.run(["-m", "vllm_ext.verify", str(spec), str(out)], log, env)
+    assert status == 0, process.tail(log)
+    return to_result(json.loads(out.read_text())["results"]["answers"])
+
+
+def assert_right(result, scenario, config, checkpoint):
+    check_conditions(scenario, config, result)
+    tolerance = SERVED_LOGPROB_FLOAT32["vllm"]
+    difference = compare(result, reference(checkpoint), tolerance)
+    print(f"{difference.value:.2g} at {difference.where}; {result.num_accepted} of {result.num_drafts} accepted")
+    assert difference.value <= tolerance, f"{difference.value:.3g} at {difference.where}"
+    assert not difference.wrong_tokens
+
+
+@pytest.mark.parametrize("experts", ["sharded", "parallel"])
+def test_data_parallel(tmp_path, checkpoint, experts):
+    config, port = replace(MTP, expert_parallel=experts == "parallel"), process.free_port()
+    scenarios = (SCENARIO, OTHER)
+
+    def rank(i):
+        env = {"VLLM_DP_RANK": str(i), "VLLM_DP_RANK_LOCAL": str(i), "VLLM_DP_SIZE": "2"}
+        env |= {"VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port)}
+        return run(tmp_path, checkpoint("tiny"), config, scenarios[i], i, **env)
+
+    with ThreadPoolExecutor(2) as pool:
+        for result, scenario in zip(pool.map(rank, range(2)), scenarios, strict=True):
+            assert_right(result, scenario, config, checkpoint("tiny"))
+
+
+@pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed: pip install ray")
+def test_ray(tmp_path, checkpoint):
+    config = replace(MTP, tensor_parallel=2, executor="vllm_ext.ray_executor.CpuRayExecutor")
+    assert_right(run(tmp_path, checkpoint("tiny"), config, SCENARIO), SCENARIO, config, checkpoint("tiny"))
+    assert "CpuRayWorker" in (tmp_path / "0.log").read_text()

@@ -1,0 +1,167 @@
+"""New weights for a running engine, by every way in: ``python -m tests.engines.vllm_reload SPEC.json OUT.json``.
+
+``SPEC`` maps names of checkpoints to directories. ``OUT`` has the answers after each step, and the errors of those that
+have to fail.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
+from vllm_ext.verify import Engine
+from vllm_ext.verify_inside import serving_modules
+
+Weights = list[tuple[str, torch.Tensor]]
+CONFIG = EngineConfig("tiny", draft_tokens=3, num_blocks=64)
+
+
+@dataclass
+class FileUpdate(WeightTransferUpdateInfo):
+    weights: str
+    """A safetensors file."""
+
+
+class FileTransfer(WeightTransferEngine):  # type: ignore[type-arg,misc]
+    """A trainer's weights by way of a file; the session is handled as vLLM's own engines do."""
+
+    init_info_cls, update_info_cls = WeightTransferInitInfo, FileUpdate
+
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def receive_weights(self, update_info: FileUpdate) -> None:
+        self.model.load_weights(list(torch.load(update_info.weights).items()))
+
+    def shutdown(self) -> None:
+        pass
+
+
+def direct(worker: Any, weights: Weights, draft: bool) -> None:
+    """As a trainer's worker extension does."""
+    (worker.model_runner.drafter.model if draft else worker.model_runner.model).load_weights(weights)
+
+
+def logits(worker: Any) -> None:
+    model = worker.model_runner.model
+    model.compute_logits(torch.zeros(1, model.config.hidden_size))
+
+
+class Running:
+    def __init__(self, engine: Engine, directory: Path) -> None:
+        self.engine, self.llm, self.file = engine, engine.llm, directory / "chunk.pt"
+
+    def disk(self, directory: str) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+
+    def direct(self, weights: Weights, draft: bool = False) -> None:
+        self.llm.collective_rpc(direct, args=(weights, draft))
+
+    def transfer(self, chunks: Sequence[Weights], draft: bool = False) -> None:
+        (self.llm.start_draft_weight_update if draft else self.llm.start_weight_update)()
+        for chunk in chunks:
+            torch.save(dict(chunk), self.file)
+            self.llm.update_weights({"update_info": {"weights": str(self.file)}})
+        self.llm.finish_weight_update()
+
+    def answers(self, *scenarios: str) -> dict[str, Any]:
+        return {name: self.engine.run(SCENARIOS[name]) for name in scenarios}
+
+
+def weights(directory: str, **changes: torch.Tensor | None) -> Weights:
+    """A checkpoint's tensors, sorted by name, so that a module's are apart; ``None`` leaves one out."""
+    tensors = load_file(Path(directory) / "model.safetensors") | changes
+    return [(name, tensor) for name, tensor in sorted(tensors.items()) if tensor is not None]
+
+
+def thirds(weights: Weights) -> list[Weights]:
+    n = len(weights) // 3
+    return [weights[:n], weights[n : 2 * n], weights[2 * n :]]
+
+
+def error(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as e:
+        return str(e)
+    return ""
+
+
+def run(spec: dict[str, str], scratch: Path) -> dict[str, Any]:
+    WeightTransferEngineFactory.register_engine("file", FileTransfer)
+    engine = Engine(spec["old"], CONFIG, weight_transfer_config=WeightTransferConfig(backend="file"))
+    modules = set().union(*engine.llm.collective_rpc(serving_modules))
+    assert modules == {"vllm_ext.model", "vllm_ext.mtp"}, modules
+    model, old, new = Running(engine, scratch), weights(spec["old"]), weights(spec["new"])
+    k_proj = "model.layers.3.self_attn.k_proj.weight"
+    out: dict[str, Any] = {"answers": {}, "errors": {}}
+
+    def note(step: str, *scenarios: str) -> None:
+        out["answers"][step] = model.answers(*(scenarios or ("short",)))
+
+    note("fresh", "short", "draft_logits")
+    model.disk(spec["new"])
+    note("disk")
+    model.direct(old)
+    model.direct(old, draft=True)
+    note("direct", "short", "draft_logits")
+    model.transfer(thirds(new))
+    model.transfer(thirds(new), draft=True)
+    note("transfer", "short", "draft_logits")
+
+    misshapen = torch.zeros(3, 5)
+    refused: dict[str, Callable[[], None]] = {
+        "disk missing": lambda: model.disk(spec["missing"]),
+        "disk misshapen": lambda: model.disk(spec["misshapen"]),
+        "transfer misshapen": lambda: model.transfer([weights(spec["old"], **{k_proj: misshapen})]),
+        "draft misshapen": lambda: model.transfer([[("mtp.fc.weight", misshapen)]], draft=True),
+        "direct misshapen": lambda: model.direct(weights(spec["old"], **{k_proj: misshapen})),
+        "direct unknown": lambda: model.direct([*old, ("model.layers.3.self_attn.surprise", misshapen)]),
+        "direct part": lambda: model.direct(weights(spec["old"], **{k_proj: None})),
+    }
+    for name, call in refused.items():
+        out["errors"][name] = error(call)
+        note(name)
+    # A later part that does not fit comes too late: some of the modules are new already.
+    first, *_ = thirds(old)
+    late = [first, [(k_proj, misshapen)]]
+    out["errors"]["late"] = error(lambda: model.transfer(late))
+    out["errors"]["after late"] = error(lambda: engine.llm.collective_rpc(logits))
+    model.direct(old)
+    note("recovered")
+    # Nor can one of three projections that vLLM packs together be new alone.
+    model.transfer([[item for item in new if item[0] == k_proj]])
+    out["errors"]["after part"] = error(lambda: note("part"))
+    return out
+
+
+def main(spec_file: str, out_file: str) -> None:
+    out = run(json.loads(Path(spec_file).read_text()), Path(out_file).parent)
+    Path(out_file).write_text(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
