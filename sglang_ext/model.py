@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from qnext_plugin import __version__
 from qnext_plugin.checkpoint import check_stream
 from qnext_plugin.config import FULL, QNextConfig
-from sglang_ext.compat import ON_CPU, check_platform, install_cpu_kernels
+from sglang_ext.compat import ON_CPU, check_platform, install_cpu_kernels, install_cpu_speculation
 from sglang_ext.config import qnext_config
 from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.gated_attention import GatedAttention
@@ -34,6 +34,11 @@ from sglang_ext.sparse_moe import MLP, SparseMoeBlock
 from sglang_ext.weights import check_checkpoint, load_weights
 
 logger = logging.getLogger(__name__)
+
+PACKED_MODULES = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 
 
 def stages(config: QNextConfig, layer_idx: int) -> tuple[Any, Any]:
@@ -137,36 +142,51 @@ class Qwen3NextModel(nn.Module):
         return residual_batch.final_norm(hidden_states, forward_batch, self.norm, skip_empty=True), aux_hidden_states
 
 
+def speculates() -> bool:
+    """Whether the model's own draft is asked for; ``ValueError`` for any other."""
+    spec = get_spec()
+    algorithm, draft = spec.speculative_algorithm, spec.speculative_draft_model_path
+    if algorithm is None:
+        return False
+    if algorithm != "EAGLE" or draft not in (None, get_model().model_path) or spec.enable_multi_layer_eagle:
+        raise ValueError(
+            f"speculative algorithm {algorithm!r} with draft model {draft!r} found, expected NEXTN without one: the "
+            "state of a Gated DeltaNet layer is kept right with the model's own MTP draft only; change or drop "
+            "--speculative-algorithm, or set QNEXT_DISABLE=1 for SGLang's own model"
+        )
+    if ON_CPU and spec.speculative_use_rejection_sampling:
+        raise ValueError("--speculative-use-rejection-sampling found, expected none: it needs a GPU; drop it")
+    return True
+
+
 class Qwen3NextForCausalLM(nn.Module):
     fall_back_to_pt_during_load = False
-    packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = PACKED_MODULES
 
     def __init__(
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
         check_platform()
+        drafts = speculates()
         if ON_CPU:
             install_cpu_kernels()
-        if get_spec().speculative_algorithm is not None:
-            raise ValueError(
-                f"speculative algorithm {get_spec().speculative_algorithm!r} found, expected none: qnext-plugin does "
-                "not serve it on SGLang; drop --speculative-algorithm, or set QNEXT_DISABLE=1 for SGLang's own model"
-            )
+        if ON_CPU and drafts:
+            install_cpu_speculation()
         self.config = config
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
         # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
+        self._mtp: Literal["required", "optional"] = "required" if drafts else "optional"
         self._first_load = get_model().load_format != "dummy"
-        self._check_stream = self._first_load and not check_checkpoint(self.qnext_config)
+        self._check_stream = self._first_load and not check_checkpoint(self.qnext_config, mtp=self._mtp)
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config
         self.pp_group = get_parallel().pp_group
         self.model = Qwen3NextModel(self.qnext_config, quant_config, add_prefix("model", prefix))
-        if self.qnext_config.tie_word_embeddings and self.pp_group.world_size == 1:
+        if not self.pp_group.is_last_rank:
+            self.lm_head = PPMissingLayer()
+        elif self.qnext_config.tie_word_embeddings and self.pp_group.is_first_rank:
             self.lm_head = self.model.embed_tokens
         else:
             self.lm_head = ParallelLMHead(
@@ -216,7 +236,7 @@ class Qwen3NextForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         if self._check_stream:
-            weights, self._check_stream = check_stream(weights, self.qnext_config), False
+            weights, self._check_stream = check_stream(weights, self.qnext_config, self._mtp), False
         quant_method = None if self.quant_config is None else self.quant_config.get_name()
         complete, self._first_load = self._first_load and quant_method is None, False
         with plain_weights(self):
