@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from qnext_plugin import __version__
 from qnext_plugin.config import QNextConfig
 from sglang_ext.config import draft_config, qnext_config
+from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.model import PACKED_MODULES, Qwen3NextModel
 from sglang_ext.weights import is_quantised, load_draft_weights
 
@@ -101,7 +102,8 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         complete, self._complete = self._complete, False
-        return load_draft_weights(self, self.qnext_config, weights, complete=complete)
+        with plain_weights(self.model):
+            return load_draft_weights(self, self.qnext_config, weights, complete=complete)
 
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.embed_tokens.weight, self.lm_head.weight
@@ -112,3 +114,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
             if weight is not None:
                 del module.weight  # what replaces it need not be a parameter
                 module.weight = weight
+
+    def set_lm_head_from_target(self, target_lm_head: nn.Module) -> None:
+        """The module itself, which may hold its weight in another form."""
+        self.lm_head = target_lm_head

@@ -58,7 +58,7 @@ CASES = [
         ["tensor parallel size 3 does not divide linear_num_key_heads 2; choose one of [1, 2]"],
         id="tensor-parallel",
     ),
-    pytest.param(draft_missing, NEXTN, ["missing 27: mtp.fc.weight", "download or convert"], id="draft-missing"),
+    pytest.param(draft_missing, NEXTN, ["missing 29: mtp.fc.weight", "download or convert"], id="draft-missing"),
     pytest.param(
         nothing,
         ["--speculative-algorithm", "NGRAM"],
