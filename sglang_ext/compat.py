@@ -63,7 +63,6 @@ def install_cpu_kernels() -> None:
     """
     from sglang.kernels.fused_op import BaseFusedOp
     from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_ext import cpu_gemm, kernels
 
@@ -73,14 +72,61 @@ def install_cpu_kernels() -> None:
 
     backend = "sglang.srt.layers.attention.linear.gdn_backend."
     states = "sglang.kernels.ops.mamba.mamba_state_scatter_triton."
-    replacements: dict[str, Callable[..., Any]] = {
-        backend + "TritonGDNKernel": kernels.TorchGDNKernel,
-        backend + "causal_conv1d_fn": kernels.causal_conv1d_fn,
-        backend + "causal_conv1d_update": kernels.causal_conv1d_update,
-        backend + "fused_gdn_gating": kernels.fused_gdn_gating,
-        states + "track_mamba_states_all_layers": kernels.track_states_all_layers,
-        states + "track_mamba_states_if_needed": kernels.track_states,
-    }
+    _replace(
+        {
+            backend + "TritonGDNKernel": kernels.TorchGDNKernel,
+            backend + "causal_conv1d_fn": kernels.causal_conv1d_fn,
+            backend + "causal_conv1d_update": kernels.causal_conv1d_update,
+            backend + "fused_gdn_gating": kernels.fused_gdn_gating,
+            states + "track_mamba_states_all_layers": kernels.track_states_all_layers,
+            states + "track_mamba_states_if_needed": kernels.track_states,
+            states + "scatter_mamba_states_after_mtp_verify": kernels.commit_states_after_verify,
+        }
+    )
+    unpin_memory()
+
+
+@cache
+def install_cpu_speculation() -> None:
+    """The same for the kernels and attention of speculative decoding, none of which SGLang has for this platform."""
+    from sglang.srt.speculative import eagle_utils, spec_utils
+
+    from sglang_ext import cpu_speculation as cpu
+    from sglang_ext.cpu_attention import CpuAttentionBackend, CpuDraftBackend
+
+    def create_decode_backend(factory: Any) -> Any:
+        steps = factory.speculative_num_steps
+        return CpuDraftBackend(factory.draft_model_runner, factory.topk, steps) if steps > 1 else None
+
+    ops = "sglang.kernels.ops.speculative."
+    factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory."
+    _replace(
+        {
+            ops + "cache_locs.assign_draft_cache_locs_contiguous_func": cpu.assign_draft_cache_locs_contiguous_func,
+            ops + "cache_locs.fill_front_out_cache_loc_func": cpu.fill_front_out_cache_loc_func,
+            ops + "eagle.fill_accept_out_cache_loc_func": cpu.fill_accept_out_cache_loc_func,
+            ops + "eagle.fill_bonus_tokens_func": cpu.fill_bonus_tokens_func,
+            ops + "gather_spec_extras.gather_spec_extras": cpu.gather_spec_extras,
+            ops + "spec_tree.build_tree_kernel_efficient_func": cpu.build_tree_kernel_efficient_func,
+            ops + "spec_tree.verify_tree_greedy_func": cpu.verify_tree_greedy_func,
+            "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": cpu.assign_req_to_token_pool_func,
+            factory + "create_decode_backend": create_decode_backend,
+            factory + "create_draft_extend_backend": lambda factory: CpuAttentionBackend(factory.draft_model_runner),
+        }
+    )
+    for function in (cpu.tree_speculative_sampling_target_only, cpu.top_k_renorm_prob, cpu.top_p_renorm_prob):
+        name = function.__name__
+        if getattr(eagle_utils, name, ...) is not None:
+            raise RuntimeError(f"SGLang {sglang.__version__} has a {name} on CPU, expected none")
+        setattr(eagle_utils, name, function)
+    # It would compile this one, for seconds, while the first request waits.
+    compiled = spec_utils._select_top_k_tokens_later
+    spec_utils._select_top_k_tokens_later = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
+def _replace(replacements: dict[str, Callable[..., Any]]) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
     for target, replacement in replacements.items():
         HookRegistry.register(target, replacement, HookType.REPLACE)
     HookRegistry.apply_hooks()
@@ -88,7 +134,6 @@ def install_cpu_kernels() -> None:
     missing = replacements.keys() - HookRegistry._patched
     if missing:
         raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))} to replace on CPU")
-    unpin_memory()
 
 
 @cache

@@ -1,5 +1,6 @@
 """SGLang's configuration class, completed: both dialects, irregular layer types, correct RoPE."""
 
+from dataclasses import replace
 from typing import Any
 
 from sglang.srt.configs.qwen3_next import HybridLayerType
@@ -52,3 +53,8 @@ def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
     view = QNextConfig.from_dict(unpadded(config.to_dict()))
     view.check_tensor_parallel(tp_size)
     return view
+
+
+def draft_config(config: QNextConfig) -> QNextConfig:
+    """The draft's layer alone: full attention and, if there are experts, sparse, whatever the trunk's layers are."""
+    return replace(config, num_hidden_layers=1, layer_types=(FULL,), mlp_only_layers=(), decoder_sparse_step=1)

@@ -1,14 +1,30 @@
 """Softmax attention over SGLang's paged cache on CPU, with torch's own kernel."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.verify_mask import VerifyMask
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_spec
+from sglang.srt.speculative.eagle_utils import TreeMaskMode
 from torch import Tensor
+
+Group = tuple[slice | Tensor, Tensor, Tensor | None]
+"""Queries of N sequences: their rows, where their keys are [N, L], and what they see of them [N, 1, Q, L]."""
+
+
+class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
+    """Moves the keys and values of accepted drafts with torch: SGLang's own pool starts with a Triton kernel for it."""
+
+    def __init__(self, *args: Any, enable_kv_cache_copy: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.use_native_move_kv_cache = True
 
 
 class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
@@ -20,46 +36,58 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
+        self.groups: list[Group] = []
+        self._verify_mask = None
+        drafts = get_spec().speculative_num_draft_tokens
+        if drafts and not runner.is_draft_worker:
+            requests = len(self.req_to_token)
+            seen = torch.zeros(requests * drafts * drafts, dtype=torch.bool)
+            self._verify_mask = VerifyMask(seen, TreeMaskMode.QLEN_ONLY, requests)
+
+    @property
+    def verify_mask(self) -> VerifyMask | None:
+        """Where SGLang notes which of a sequence's D drafts see each other: [N, D, D]."""
+        return self._verify_mask
 
     def support_triton(self) -> bool:
         return False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """What every layer of this step reads: where the keys are, and which of them each query may see."""
-        requests = forward_batch.req_pool_indices
-        if forward_batch.forward_mode.is_decode_or_idle():
-            lengths = forward_batch.seq_lens
-            longest = int(lengths.max()) if len(lengths) else 0
-            self.locations = self.req_to_token[requests, :longest]
-            self.mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
-            return
-        self.sequences = []
-        start = 0
-        for request, prefix, length in zip(
-            requests.tolist(),
-            forward_batch.extend_prefix_lens.tolist(),
-            forward_batch.extend_seq_lens.tolist(),
-            strict=True,
-        ):
-            mask = torch.ones(length, prefix + length, dtype=torch.bool).tril_(prefix) if prefix else None
-            locations = self.req_to_token[request, : prefix + length]
-            self.sequences.append((slice(start, start + length), locations, mask))
-            start += length
+        requests, mode = forward_batch.req_pool_indices, forward_batch.forward_mode
+        if mode.is_decode_or_idle():
+            self.groups = self._uniform(requests, forward_batch.seq_lens - 1, torch.ones(len(requests), 1, 1).bool())
+        elif mode.is_target_verify():
+            drafts = forward_batch.spec_info
+            size = drafts.draft_token_num
+            seen = drafts.custom_mask[: len(requests) * size**2].view(-1, size, size)
+            self.groups = self._uniform(requests, forward_batch.seq_lens, seen)
+        elif mode.is_draft_extend_v2():
+            size = len(forward_batch.input_ids) // len(requests)
+            seen = torch.ones(size, size, dtype=torch.bool).tril_().expand(len(requests), -1, -1)
+            self.groups = self._uniform(requests, forward_batch.extend_prefix_lens, seen)
+        else:
+            prefixes, lengths = forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist()
+            self.groups = []
+            start = 0
+            for request, prefix, length in zip(requests.tolist(), prefixes, lengths, strict=True):
+                mask = torch.ones(length, prefix + length, dtype=torch.bool).tril_(prefix) if prefix else None
+                locations = self.req_to_token[request, None, : prefix + length]
+                self.groups.append((slice(start, start + length), locations, mask))
+                start += length
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        **_: Any,
-    ) -> Tensor:
-        keys, values = self._cache(k, v, layer, forward_batch, save_kv_cache)
-        q = q.view(-1, layer.tp_q_head_num, 1, layer.qk_head_dim)
-        out = attend(q, keys[self.locations], values[self.locations], layer, attn_mask=self.mask)
-        return out.flatten(1)
+    def _uniform(self, requests: Tensor, prefixes: Tensor, seen: Tensor) -> list["Group"]:
+        """For as many tokens of each sequence: they see all ``prefixes`` [N] before them, and what ``seen`` [N, Q, Q]
+        says of one another."""
+        size = seen.shape[1]
+        groups: list[Group] = []
+        for some in alike(prefixes):
+            own = torch.arange(int(prefixes[some].max()) + size) - prefixes[some, None]
+            among = seen[some].gather(2, own.clamp(0, size - 1)[:, None].expand(-1, size, -1))
+            mask = (own < 0)[:, None] | (among & (own < size)[:, None])
+            locations = self.req_to_token[requests[some], : own.shape[1]]
+            groups.append((tokens_of(some, size), locations, mask[:, None]))
+        return groups
 
     def forward_extend(
         self,
@@ -74,13 +102,13 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         keys, values = self._cache(k, v, layer, forward_batch, save_kv_cache)
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = q.new_zeros(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        for rows, locations, mask in self.sequences:
-            queries = q[rows].transpose(0, 1)[None]
-            attended = attend(
-                queries, keys[locations][None], values[locations][None], layer, attn_mask=mask, is_causal=mask is None
-            )
-            out[rows] = attended[0].transpose(0, 1)
+        for rows, locations, mask in self.groups:
+            queries = q[rows].unflatten(0, (len(locations), -1)).transpose(1, 2)
+            attended = attend(queries, keys[locations], values[locations], layer, mask)
+            out[rows] = attended.transpose(1, 2).flatten(0, 1)
         return out.flatten(1)
+
+    forward_decode = forward_extend
 
     def _cache(
         self, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, save: bool
@@ -92,8 +120,47 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, **mask: Any) -> Tensor:
-    """``q`` [N, heads, Q, D], ``k``, ``v`` [N, L, kv_heads, D] to [N, heads, Q, D]."""
+class CpuDraftBackend:
+    """Attention for the steps in which a draft goes on by itself: one backend for each."""
+
+    def __init__(self, runner: Any, topk: int, num_steps: int) -> None:
+        self.topk, self.num_steps = topk, num_steps
+        self.attn_backends = [CpuAttentionBackend(runner) for _ in range(num_steps - 1)]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Each of ``topk`` branches sees the sequence and its own steps: behind the sequence, branch after branch."""
+        requests, lengths = forward_batch.req_pool_indices, forward_batch.seq_lens
+        branches = torch.arange(self.topk)[:, None]
+        for backend in self.attn_backends:
+            backend.groups = []
+        for some in alike(lengths):
+            own = (torch.arange(int(lengths[some].max()) + self.topk * self.num_steps) - lengths[some, None])[:, None]
+            locations = self.attn_backends[0].req_to_token[requests[some], : own.shape[2]]
+            for step, backend in enumerate(self.attn_backends):
+                seen = (own < 0) | ((own // self.num_steps == branches) & (own % self.num_steps <= step))
+                backend.groups.append((tokens_of(some, self.topk), locations, seen[:, None]))
+
+
+def alike(lengths: Tensor) -> Iterator[Tensor]:
+    """Split N sequences into groups of similar ``lengths``, so that padding does not outgrow them."""
+    order = lengths.argsort()
+    ordered = lengths[order].tolist()
+    start = 0
+    for i, length in enumerate([*ordered, math.inf]):
+        if i > start and length > 2 * ordered[start] + 64:
+            yield order[start:i]
+            start = i
+
+
+def tokens_of(sequences: Tensor, size: int) -> Tensor:
+    """Rows of the tokens of some ``sequences`` where each has ``size`` of them."""
+    return (sequences[:, None] * size + torch.arange(size)).flatten()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, mask: Tensor | None) -> Tensor:
+    """``q`` [N, heads, Q, D], ``k``, ``v`` [N, L, kv_heads, D] to [N, heads, Q, D]; causal without a ``mask``."""
     k, v = (x.transpose(1, 2).to(q.dtype) for x in (k, v))
     grouped = layer.tp_q_head_num != layer.tp_k_head_num
-    return F.scaled_dot_product_attention(q, k, v, scale=layer.scaling, enable_gqa=grouped, **mask)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=layer.scaling, enable_gqa=grouped
+    )

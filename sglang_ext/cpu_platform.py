@@ -29,7 +29,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return ATTENTION_BACKEND
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Caches for a few users, unless the command line says how much memory to use; cores for every rank."""
+        """Caches for a few users, unless the command line says how much memory to use; cores for every rank.
+
+        And our attention: for a CPU SGLang has chosen by now, without asking ``get_default_attention_backend``.
+        """
+        if server_args.attention_backend in ("intel_amx", "torch_native"):  # not on PyPI; cannot verify drafts
+            server_args.attention_backend = ATTENTION_BACKEND
         share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
         if server_args.mem_fraction_static is not None:
             return
@@ -48,6 +53,19 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def support_mamba_cache_extra_buffer(self) -> bool:
         return True
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "EAGLE"  # what NEXTN is called by then
+
+    def get_speculative_cache_locs_fn(self) -> Any:
+        from sglang_ext.cpu_speculation import assign_extend_cache_locs
+
+        return assign_extend_cache_locs
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        from sglang_ext.cpu_attention import CpuKVPool
+
+        return CpuKVPool if kind == "mha" else None
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"

@@ -48,12 +48,46 @@ def causal_conv1d_update(
     activation: str | None = None,
     *,
     conv_state_indices: Tensor,
+    intermediate_conv_window: Tensor | None = None,
+    intermediate_state_indices: Tensor | None = None,
+    retrieve_next_token: Tensor | None = None,
+    retrieve_next_sibling: Tensor | None = None,
+    retrieve_parent_token: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """``x`` [N, C], one token a sequence; ``conv_state`` [slots, C, W - 1] is updated. Returns [N, C]."""
-    assert x.ndim == 2, "several tokens a sequence are those of speculative decoding"
-    out, conv_state[conv_state_indices] = ops.causal_conv1d_update(x, weight, conv_state=conv_state[conv_state_indices])
-    return out
+    """``x`` [N, C], one token a sequence; ``conv_state`` [slots, C, W - 1] is updated. Returns [N, C].
+
+    Or ``x`` [N, C, D], drafts to verify, a chain or a tree: ``conv_state`` stays, ``intermediate_conv_window``
+    [rows, D, C, W - 1] receives the state after each of them, ``retrieve_parent_token`` [N, D] the tree's parents.
+    """
+    state = conv_state[conv_state_indices]
+    if x.ndim == 2:
+        out, conv_state[conv_state_indices] = ops.causal_conv1d_update(x, weight, conv_state=state)
+        return out
+    assert intermediate_conv_window is not None and intermediate_state_indices is not None
+    if retrieve_next_token is None:
+        first = torch.ones_like(conv_state_indices)
+        out, stream = ops.causal_conv1d_verify(x.mT, weight, conv_state=state, num_accepted=first)
+        windows = stream.unfold(2, weight.shape[1] - 1, 1).transpose(1, 2)
+    else:
+        assert retrieve_next_sibling is not None and retrieve_parent_token is not None
+        retrieve_parent_token.copy_(tree_parents(retrieve_next_token, retrieve_next_sibling))
+        out, windows = ops.causal_conv1d_tree(x.mT, weight, conv_state=state, parents=retrieve_parent_token)
+    for i in range(x.shape[2]):  # one by one: in SGLang's buffer neighbouring windows share memory
+        intermediate_conv_window[intermediate_state_indices, i] = windows[:, i]
+    return out.contiguous().mT
+
+
+def tree_parents(next_token: Tensor, next_sibling: Tensor) -> Tensor:
+    """Each token's parent in SGLang's tree of drafts, whose links name first child and next sibling or are -1:
+    all [N, D], the root's own 0."""
+    num_tokens = next_token.shape[1]
+    parents = next_token.new_zeros(len(next_token), num_tokens + 1)  # the last column takes what links to nothing
+    child, sibling = (torch.where(link < 0, num_tokens, link) for link in (next_token, next_sibling))
+    for i in range(num_tokens):
+        here = slice(i, i + 1)
+        parents.scatter_(1, child[:, here], i).scatter_(1, sibling[:, here], parents[:, here].clone())
+    return parents[:, :num_tokens]
 
 
 def fused_gdn_gating(A_log: Tensor, a: Tensor, b: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +153,41 @@ class TorchGDNKernel(LinearAttnKernelBase):
         KERNELS_RAN.add("extend")
         return out.unsqueeze(0), None, None
 
+    def target_verify(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        ssm_states: Tensor,
+        cache_indices: Tensor,
+        intermediate_states_buffer: Tensor,
+        intermediate_state_indices: Tensor,
+        cache_steps: int,
+        retrieve_parent_token: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """``cache_steps`` drafts a sequence: ``ssm_states`` stays, ``intermediate_states_buffer``
+        [rows, cache_steps, Hv, K, V] receives the state after each of them."""
+        gates = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
+        q, k, v, g, beta = (x.unflatten(0, (-1, cache_steps)) for x in (q[0], k[0], v[0], *gates))
+        out, states = ops.verify_gated_delta_rule(
+            q,
+            k,
+            v,
+            g=g,
+            beta=beta,
+            initial_state=ssm_states[cache_indices[: len(v)]],
+            parents=retrieve_parent_token,
+        )
+        intermediate_states_buffer[intermediate_state_indices[: len(v)]] = states
+        KERNELS_RAN.add("verify")
+        return out.flatten(0, 1).unsqueeze(0)
+
 
 def prefill(tokens: list[Tensor], state: Tensor, begin: Tensor, end: Tensor, out: Tensor) -> Tensor:
     """Tokens ``begin[i]`` to ``end[i]`` of each sequence from ``state`` [N, Hv, K, V]; returns the state after them.
@@ -161,6 +230,28 @@ def track_states_all_layers(
 def track_states(conv_states: Tensor, ssm_states: Tensor, *args: Any, **kwargs: Any) -> None:
     """``track_states_all_layers`` for one layer's [slots, ...]."""
     track_states_all_layers(conv_states[None], ssm_states[None], *args, **kwargs)
+
+
+def commit_states_after_verify(
+    caches: Any,
+    slots: Tensor,
+    steps: Tensor,
+    track_slots: Tensor | None,
+    track_steps: Tensor | None,
+    src_indices_raw: Tensor | None = None,
+) -> None:
+    """Copy the states after draft ``steps`` [N] to ``slots`` [N] in every layer, where not negative; the same for what
+    the prefix cache keeps. ``src_indices_raw`` [N] are the rows of the verified sequences if not the first ones.
+    """
+    for target, step in ((slots, steps), (track_slots, track_steps)):
+        if target is None or step is None:
+            continue
+        rows = ((step >= 0) & (target >= 0)).nonzero()[:, 0]
+        source = rows if src_indices_raw is None else src_indices_raw[rows]
+        target, step = target[rows], step[rows]
+        caches.temporal[:, target] = caches.intermediate_ssm[:, source, step]
+        for states, windows in zip(caches.conv, caches.intermediate_conv_window, strict=True):
+            states[:, target] = windows[:, source, step]
 
 
 def describe(dtype: torch.dtype) -> dict[str, tuple[str, str]]:

@@ -7,7 +7,7 @@ nothing, and a model left with a mix of old and new weights stops serving.
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from sglang.srt.runtime_context import get_model
@@ -26,11 +26,11 @@ class Copy(Protocol):
 
 
 class Loading:
-    def __init__(self, config: QNextConfig) -> None:
-        self._config = config
+    def __init__(self, config: QNextConfig, mtp: Literal["required", "optional"]) -> None:
+        self._config, self._mtp = config, mtp
         # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
         self._first = get_model().load_format != "dummy"
-        self._whole_stream = self._first and not check_checkpoint(config)
+        self._whole_stream = self._first and not check_checkpoint(config, mtp)
         self._changed = False  # by the update that is going on
         self._seen: dict[str, TensorInfo] | None = None  # since one failed half-way
         self._reason = ""
@@ -42,7 +42,7 @@ class Loading:
     def begin(self, directory: str | None = None) -> None:
         """An update begins: of tensors to come, or of a local checkpoint; ``ValueError`` where that does not fit."""
         if directory is not None and any(Path(directory).glob("*.safetensors")):
-            check_coverage(self._config, read_headers(directory))
+            check_coverage(self._config, read_headers(directory), mtp=self._mtp)
         self._changed = False
 
     def check_complete(self) -> None:
@@ -58,7 +58,9 @@ class Loading:
         A ``RefusedUpdate`` before anything is copied leaves the model as it was.
         """
         if self._first:
-            loaded = copy(check_stream(weights, self._config) if self._whole_stream else weights, complete=True)
+            loaded = copy(
+                check_stream(weights, self._config, self._mtp) if self._whole_stream else weights, complete=True
+            )
             self._first = False
             return loaded
         try:

@@ -17,7 +17,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
-from sglang.srt.runtime_context import get_parallel, get_spec
+from sglang.srt.runtime_context import get_model, get_parallel, get_spec
 from sglang.srt.utils import LazyValue, add_prefix, make_pp_layers
 from torch import nn
 from transformers import PretrainedConfig
@@ -30,6 +30,7 @@ from sglang_ext.compat import (
     guard_vocabulary,
     guard_weight_updates,
     install_cpu_kernels,
+    install_cpu_speculation,
 )
 from sglang_ext.config import qnext_config
 from sglang_ext.cpu_gemm import plain_weights
@@ -40,6 +41,11 @@ from sglang_ext.sparse_moe import MLP, SparseMoeBlock
 from sglang_ext.weights import load_weights
 
 logger = logging.getLogger(__name__)
+
+PACKED_MODULES = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 
 
 def stages(config: QNextConfig, layer_idx: int) -> tuple[Any, Any]:
@@ -143,36 +149,50 @@ class Qwen3NextModel(nn.Module):
         return residual_batch.final_norm(hidden_states, forward_batch, self.norm, skip_empty=True), aux_hidden_states
 
 
+def speculates() -> bool:
+    """Whether the model's own draft is asked for; ``ValueError`` for any other."""
+    spec = get_spec()
+    algorithm, draft = spec.speculative_algorithm, spec.speculative_draft_model_path
+    if algorithm is None:
+        return False
+    if algorithm != "EAGLE" or draft not in (None, get_model().model_path) or spec.enable_multi_layer_eagle:
+        raise ValueError(
+            f"speculative algorithm {algorithm!r} with draft model {draft!r} found, expected NEXTN without one: the "
+            "state of a Gated DeltaNet layer is kept right with the model's own MTP draft only; change or drop "
+            "--speculative-algorithm, or set QNEXT_DISABLE=1 for SGLang's own model"
+        )
+    if ON_CPU and spec.speculative_use_rejection_sampling:
+        raise ValueError("--speculative-use-rejection-sampling found, expected none: it needs a GPU; drop it")
+    return True
+
+
 class Qwen3NextForCausalLM(nn.Module):
     fall_back_to_pt_during_load = False
-    packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = PACKED_MODULES
 
     def __init__(
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
         check_platform()
+        drafts = speculates()
         if ON_CPU:
             install_cpu_kernels()
-        if get_spec().speculative_algorithm is not None:
-            raise ValueError(
-                f"speculative algorithm {get_spec().speculative_algorithm!r} found, expected none: qnext-plugin does "
-                "not serve it on SGLang; drop --speculative-algorithm, or set QNEXT_DISABLE=1 for SGLang's own model"
-            )
+        if ON_CPU and drafts:
+            install_cpu_speculation()
         self.config = config
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
         guard_vocabulary()
         guard_weight_updates()
-        self.loading = Loading(self.qnext_config)
+        self.loading = Loading(self.qnext_config, mtp="required" if drafts else "optional")
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config
         self.pp_group = get_parallel().pp_group
         self.model = Qwen3NextModel(self.qnext_config, quant_config, add_prefix("model", prefix))
-        if self.qnext_config.tie_word_embeddings and self.pp_group.world_size == 1:
+        if not self.pp_group.is_last_rank:
+            self.lm_head = PPMissingLayer()
+        elif self.qnext_config.tie_word_embeddings and self.pp_group.is_first_rank:
             self.lm_head = self.model.embed_tokens
         else:
             self.lm_head = ParallelLMHead(

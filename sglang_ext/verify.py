@@ -32,12 +32,23 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         "max_mamba_cache_size": 64,
         "max_total_tokens": config.num_tokens or 16384,
         "tp_size": config.tensor_parallel,
+        "pp_size": config.pipeline_parallel,
         "skip_tokenizer_init": True,
         "log_level": "info",
     }
     if config.prefix_caching:
         args["mamba_radix_cache_strategy"] = config.snapshots
         args["disable_overlap_schedule"] = config.snapshots == "no_buffer"
+    if config.draft_tokens:
+        drafts = config.tree or config.draft_tokens + 1
+        # SGLang keeps room for a step's drafts behind the last position that a request may ask for.
+        args["context_length"] += drafts
+        args |= {
+            "speculative_algorithm": "NEXTN",
+            "speculative_num_steps": config.draft_tokens,
+            "speculative_eagle_topk": 2 if config.tree else 1,
+            "speculative_num_draft_tokens": drafts,
+        }
     return args
 
 
@@ -52,31 +63,66 @@ def distributions(rows: list[list[tuple[float, int, Any]]]) -> list[list[float]]
 
 
 class Engine:
-    def __init__(self, model: str, config: EngineConfig) -> None:
+    def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
+        """``more``: further keyword arguments of ``sglang.Engine``."""
         from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
         class Controlled(SGLangEngine):  # type: ignore[misc]
             run_scheduler_process_func = staticmethod(run_scheduler)
 
+        self.config = config
         self.control = Path(tempfile.mkdtemp()) / "control"
-        self.control.write_text("")
         os.environ[CONTROL] = str(self.control)
+        self.flushes = 0
         if config.num_tokens:
             # SGLang admits to a small cache only what it can finish there, so it is told to take requests back.
             os.environ["SGLANG_TEST_RETRACT"] = "1"
             os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "20"
-        self.engine = Controlled(**engine_args(model, config))
+        if config.draft_tokens:
+            os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+            os.environ["SGLANG_ENABLE_PP_SPEC"] = str(int(config.pipeline_parallel > 1))
+        if config.overlap:
+            from sglang.srt.arg_groups import speculative_hook
+
+            speculative_hook._disable_overlap_schedule_for_cpu = lambda server_args: None
+        self.engine = Controlled(**engine_args(model, config) | more)
         self.vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
 
-    def flush(self, mutant: str = "") -> dict[str, Any]:
-        """Empty the cache, apply the mutant; returns what ``serving`` says."""
-        self.control.write_text(mutant)
+    def flush(self, mutant: str = "", **drafts: Any) -> dict[str, Any]:
+        """Empty the cache, apply the mutant and put in the draft's mouth what ``control_draft`` is to; returns what
+        all scheduler processes say."""
+        self.flushes += 1
+        self.control.write_text(json.dumps({"flush": self.flushes, "mutant": mutant, "drafts": drafts}))
         assert self.engine.flush_cache().success
-        serving: dict[str, Any] = json.loads(self.control.with_suffix(".serving").read_text())
-        return serving
+        ranks = self.config.tensor_parallel * self.config.pipeline_parallel
+        deadline = time.monotonic() + 60
+        while len(said := self._said()) < ranks:
+            assert time.monotonic() < deadline, f"{len(said)} of {ranks} processes answered"
+            time.sleep(0.05)
+        return {
+            "modules": sorted({module for one in said for module in one["modules"]}),
+            "kernels": sorted({kernel for one in said for kernel in one["kernels"]}),
+            "memory": said[0]["memory"],
+            "compiled": max(one["compiled"] for one in said),
+            "retractions": max(one["retractions"] for one in said),
+            "accepted": max((one["accepted"] for one in said), key=len),
+            "draft_steps": max((one["draft_steps"] for one in said), key=len),
+        }
+
+    def _said(self) -> list[dict[str, Any]]:
+        files = self.control.parent.glob("said.*.json")
+        return [one for one in (json.loads(file.read_text()) for file in files) if one["flush"] == self.flushes]
 
     def run(self, scenario: Scenario, mutant: str = "") -> dict[str, Any]:
-        before = self.flush(mutant)["retractions"]
+        """Answer a scenario; with drafts to be put in the model's mouth, once without them to learn the right ones."""
+        if not self.config.draft_tokens or scenario.drafts == "own":
+            return self._run(scenario, mutant)
+        plain = self._run(scenario, mutant)
+        sequences = [[*c["prompt"], *c["token_ids"]] for batch in plain["batches"] for c in batch]
+        return self._run(scenario, mutant, sequences=sequences, pattern=scenario.drafts)
+
+    def _run(self, scenario: Scenario, mutant: str, **drafts: Any) -> dict[str, Any]:
+        before = self.flush(mutant, record=scenario.draft_logits, **drafts)["retractions"]
         for prompt in scenario.aborted:
             self._abort(list(prompt))
         batches = [self._generate(batch, scenario) for batch in scenario.batches]
@@ -84,13 +130,16 @@ class Engine:
         for turn in scenario.turns:
             batches.append(self._generate([(*said["prompt"], *said["token_ids"], *turn)], scenario))
             said = batches[-1][0]
-        preemptions = self.flush()["retractions"] - before
+        after = self.flush()
+        # The draft goes on behind a request's last token, where there is nothing to compare it with.
+        length = len(batches[0][0]["prompt"]) + len(batches[0][0]["token_ids"])
         return {
             "batches": batches,
-            "num_preemptions": preemptions,
+            "num_preemptions": after["retractions"] - before,
             "block_size": BLOCK_SIZE,
-            "num_drafts": 0,
-            "num_accepted": [],
+            "num_drafts": len(after["accepted"]),
+            "num_accepted": [sum(n > i for n in after["accepted"]) for i in range(self.config.draft_tokens)],
+            "draft_steps": [step for step in after["draft_steps"] if step["position"] + 1 < length],
         }
 
     def _abort(self, prompt: list[int]) -> None:
@@ -130,14 +179,15 @@ def main(spec_file: str, out_file: str) -> None:
     engine = Engine(spec["model"], EngineConfig(**spec["config"]))
     says = engine.flush()
     modules = says["modules"]
-    assert modules[0].startswith(spec["expect_module"]), f"{modules} serve, expected {spec['expect_module']}"
+    assert all(m.startswith(spec["expect_module"]) for m in modules), f"{modules} serve, not {spec['expect_module']}"
     out: dict[str, Any] = {"modules": modules, "memory": says["memory"], "results": {}}
     out["seconds"] = {"start": time.monotonic() - begin}
     for run in spec["runs"]:
         begin = time.monotonic()
         out["results"][run["key"]] = engine.run(Scenario(**run["scenario"]), run["mutant"])
         out["seconds"][run["key"]] = time.monotonic() - begin
-    out["kernels"] = engine.flush()["kernels"]
+    said = engine.flush()
+    out |= {"kernels": said["kernels"], "compiled": said["compiled"]}
     Path(out_file).write_text(json.dumps(out))
     sys.stdout.flush()
     # Engine.shutdown can wait for ever. SGLang's processes end with this one, and the caller ends the whole group.

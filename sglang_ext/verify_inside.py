@@ -1,16 +1,20 @@
-"""What runs inside SGLang's scheduler process, where the model lives.
+"""What runs inside SGLang's scheduler processes, where the models live.
 
-``run_scheduler`` starts it in SGLang's place: each flush of the cache also reads from a file which mutant to apply, and
-writes what serves.
+``run_scheduler`` starts one in SGLang's place: each flush of the cache also reads from a file which mutant to apply and
+what to put in the draft's mouth, and writes what serves and what was counted since the last one. Random weights are
+almost never accepted, so without that control nothing past a rejected first draft would be tested.
 """
 
+import itertools
 import json
 import os
 import pkgutil
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 CONTROL = "QNEXT_VERIFY_CONTROL"
 
@@ -18,8 +22,9 @@ CONTROL = "QNEXT_VERIFY_CONTROL"
 def run_scheduler(*args: Any, **kwargs: Any) -> Any:
     from sglang.srt.managers import scheduler
 
-    flush_cache, broken = scheduler.Scheduler.flush_cache, ExitStack()
+    flush_cache, controlled_parts = scheduler.Scheduler.flush_cache, ExitStack()
     retract_decode, num_retractions = scheduler.ScheduleBatch.retract_decode, 0
+    counts: dict[str, list[Any]] = {"accepted": [], "draft_steps": []}
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal num_retractions
@@ -27,24 +32,37 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
         return retract_decode(self, *args, **kwargs)
 
     def controlled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal counts
         control = Path(os.environ[CONTROL])
-        broken.close()
-        if mutant := control.read_text():
-            broken.enter_context(pkgutil.resolve_name(mutant)(self.tp_worker))
+        wanted = json.loads(control.read_text())
+        controlled_parts.close()
+        if wanted["mutant"]:
+            controlled_parts.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
         runner = self.tp_worker.model_runner
-        says = serving(runner.model) | {"retractions": num_retractions, "memory": memory(runner)}
-        control.with_suffix(".serving").write_text(json.dumps(says))
-        return flush_cache(self, *args, **kwargs)
+        models = [runner.model]
+        says = {"flush": wanted["flush"], "retractions": num_retractions, "memory": memory(runner), **counts}
+        counts = {"accepted": [], "draft_steps": []}
+        if self.draft_worker is not None:
+            models.append(self.draft_worker.draft_worker.draft_runner.model)
+            controlled_parts.enter_context(control_draft(self.draft_worker, counts, **wanted["drafts"]))
+        result = flush_cache(self, *args, **kwargs)
+        written = control.parent / f"{os.getpid()}.part"
+        written.write_text(json.dumps(says | serving(models)))
+        written.rename(control.parent / f"said.{os.getpid()}.json")
+        return result
 
     scheduler.Scheduler.flush_cache = controlled
     scheduler.ScheduleBatch.retract_decode = counted
     return scheduler.run_scheduler_process(*args, **kwargs)
 
 
-def serving(model: Any) -> dict[str, Any]:
+def serving(models: Sequence[Any]) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
     kernels = sys.modules.get("sglang_ext.kernels")
     return {
-        "modules": [type(model).__module__],
+        "compiled": counters["frames"]["total"],
+        "modules": [type(model).__module__ for model in models],
         "kernels": sorted(kernels.KERNELS_RAN) if kernels else [],
     }
 
@@ -59,3 +77,80 @@ def memory(runner: Any) -> dict[str, Any]:
         "tokens": keys.k_buffer[0].shape[0],
         "weights": sum(getattr(p, "plain_shape", p.shape).numel() * p.itemsize for p in runner.model.parameters()),
     }
+
+
+@contextmanager
+def control_draft(
+    worker: Any,
+    counts: dict[str, list[Any]],
+    *,
+    sequences: Sequence[Sequence[int]] = (),
+    pattern: str = "own",
+    record: bool = False,
+) -> Iterator[None]:
+    """Propose continuations of ``sequences`` (whole: prompt and output), told apart by prompt, and count.
+
+    ``pattern`` says how many of a step's drafts are right, one after another on one way down the tree: ``right`` all,
+    ``cycle`` each number from none to all in turn, another one for each request of a batch. ``own``: the model's.
+    ``counts`` receives how many drafts each sequence accepted in each step, and, where there is a single request to
+    ``record``, each step's position and the logits that its drafts are drawn from.
+    """
+    draft, verify, rounds = worker.draft_worker.draft, worker.verify, itertools.count()
+    runner, steps = worker.draft_worker.draft_runner, counts["draft_steps"]
+    forward = runner.forward
+
+    def drafted(batch: Any, **kwargs: Any) -> Any:
+        result = draft(batch, **kwargs)
+        if pattern != "own":
+            _replace(result[0] if isinstance(result, tuple) else result, batch, sequences, pattern, next(rounds))
+        return result
+
+    def verified(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        result = verify(batch, *args, **kwargs)
+        counts["accepted"] += [n - 1 for n in result.accept_lens.tolist()]
+        return result
+
+    def recorded(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        result = forward(forward_batch, *args, **kwargs)
+        logits, mode = result.logits_output.next_token_logits, forward_batch.forward_mode
+        if mode.is_decode():
+            steps[-1]["logits"].append(logits[0].tolist())
+        elif mode.is_draft_extend_v2():
+            last = int(forward_batch.spec_info.num_accept_tokens[0]) - 1
+            position = int(forward_batch.extend_prefix_lens[0]) + last
+            steps.append({"position": position, "logits": [logits[last].tolist()]})
+        else:
+            steps.append({"position": int(forward_batch.seq_lens[0]) - 1, "logits": [logits[0].tolist()]})
+        return result
+
+    with ExitStack() as parts:
+        parts.enter_context(patch.object(worker.draft_worker, "draft", drafted))
+        parts.enter_context(patch.object(worker, "verify", verified))
+        if record:
+            parts.enter_context(patch.object(runner, "forward", recorded))
+        yield
+
+
+def _replace(drafts: Any, batch: Any, sequences: Sequence[Sequence[int]], pattern: str, step: int) -> None:
+    """Each node of a request's tree becomes right or wrong; of the deepest leaves, another one's way in each step."""
+    tokens = drafts.draft_token.view(len(batch.reqs), -1)
+    links = zip(drafts.retrieve_next_token.tolist(), drafts.retrieve_next_sibling.tolist(), strict=True)
+    positions = batch.seq_lens.tolist()
+    for row, (request, position, (child, sibling)) in enumerate(zip(batch.reqs, positions, links, strict=True)):
+        prompt = list(request.origin_input_ids)
+        sequence = max((s for s in sequences if list(s[: len(prompt)]) == prompt), key=len, default=None)
+        if sequence is None:
+            continue
+        ways: dict[int, list[int]] = {0: []}
+        for node in range(tokens.shape[1]):
+            relative = child[node]
+            while relative >= 0:
+                ways[relative] = [*ways[node], relative]
+                relative = sibling[relative]
+        deepest = [way for way in ways.values() if len(way) == max(map(len, ways.values()))]
+        way = deepest[(step + row) % len(deepest)]
+        right = len(way) if pattern == "right" else (step + row) % (len(way) + 1)
+        for node, path in ways.items():
+            if node and position + len(path) < len(sequence):
+                token = sequence[position + len(path)]
+                tokens[row, node] = token if node in way[:right] else (token + 1) % 256

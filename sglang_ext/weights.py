@@ -2,13 +2,21 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_model
 from torch import nn
 
-from qnext_plugin.checkpoint import check_coverage, collapse, read_headers
+from qnext_plugin.checkpoint import (
+    CACHE_SCALES,
+    PACKED_WEIGHTS,
+    QUANT_COMPANIONS,
+    check_coverage,
+    collapse,
+    read_headers,
+)
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.layouts import ungroup
 
@@ -26,16 +34,36 @@ STACKED: dict[str, tuple[str, str | int]] = {
 EXPERT_SHARDS = {"gate_proj": ("w13_", "w1"), "up_proj": ("w13_", "w3"), "down_proj": ("w2_", "w2")}
 
 
-def check_checkpoint(config: QNextConfig) -> bool:
+SHARED_WITH_TRUNK = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def check_checkpoint(config: QNextConfig, mtp: Literal["required", "optional"] = "optional") -> bool:
     """Compare a local safetensors checkpoint's headers with what the config promises, before a weight is read.
 
     Returns whether there was such a checkpoint; one that the loader is yet to fetch is left to ``check_stream``.
     """
+    directory = _local_checkpoint()
+    if directory is not None:
+        check_coverage(config, read_headers(directory), mtp=mtp)
+    return directory is not None
+
+
+def is_quantised(module: str) -> bool:
+    """Whether a local checkpoint stores weights at or below ``module`` quantised.
+
+    Of one that is yet to be fetched nothing is known: then what its configuration excludes has to tell.
+    """
+    directory = _local_checkpoint()
+    marks = {*PACKED_WEIGHTS, *QUANT_COMPANIONS}.difference(CACHE_SCALES)
+    return directory is None or any(
+        name.startswith(f"{module}.") and name.rpartition(".")[2] in marks for name in read_headers(directory)
+    )
+
+
+def _local_checkpoint() -> Path | None:
     directory = Path(get_model().model_path)
     local = get_model().load_format in ("auto", "safetensors") and any(directory.glob("*.safetensors"))
-    if local:
-        check_coverage(config, read_headers(directory))
-    return local
+    return directory if local else None
 
 
 def load_weights(
@@ -50,19 +78,37 @@ def load_weights(
 
     ``complete``: the stream holds all of them, so that a parameter left without a value is a ``ValueError``.
     """
+    trunk = ((name, tensor) for name, tensor in weights if is_trunk(name, config))
+    return _load(model, config, trunk, quant_method, complete, set())
+
+
+def load_draft_weights(
+    model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]], *, complete: bool
+) -> set[str]:
+    """The same for ``mtp.*``; SGLang hands the draft the trunk's embedding and head."""
+    draft = ((f"model.{name.removeprefix('mtp.')}", tensor) for name, tensor in weights if name.split(".")[0] == "mtp")
+    return _load(model, config, draft, None, complete, SHARED_WITH_TRUNK)
+
+
+def _load(
+    model: nn.Module,
+    config: QNextConfig,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    quant_method: str | None,
+    complete: bool,
+    optional: set[str],
+) -> set[str]:
     params = dict(model.named_parameters())
     loaded = set()
     for name, tensor in weights:
-        if is_trunk(name, config):
-            for param_name, rows, args in placements(name, tensor, config, quant_method):
-                if param_name in params:  # else it is another pipeline stage's
-                    param = params[param_name]
-                    getattr(param, "weight_loader", default_weight_loader)(param, rows, *args)
-                    loaded.add(param_name)
-    if complete and params.keys() - loaded:
-        raise ValueError(
-            f"the checkpoint leaves parameters without a value: {', '.join(collapse(sorted(params.keys() - loaded)))}"
-        )
+        for param_name, rows, args in placements(name, tensor, config, quant_method):
+            if param_name in params:  # else it is another pipeline stage's
+                param = params[param_name]
+                getattr(param, "weight_loader", default_weight_loader)(param, rows, *args)
+                loaded.add(param_name)
+    missing = params.keys() - loaded - optional
+    if complete and missing:
+        raise ValueError(f"the checkpoint leaves parameters without a value: {', '.join(collapse(sorted(missing)))}")
     return loaded
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from qnext_plugin import ops
 from qnext_plugin.reference import formulas
 from tests.tolerances import OPS, assert_close
+from tests.trees import PARENTS, ancestors
 
 C, W = 10, 4
 TOLERANCE = OPS[torch.float32]
@@ -78,6 +79,20 @@ def test_verify_holds_the_window_of_every_accepted_prefix(dtype):
             want, window = expected(x[i, :n], weight, states[i])
             assert_close(out[i, :n], want, OPS[dtype])
             assert torch.equal(windows[i].double(), window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_token_of_a_tree_follows_its_ancestors(dtype):
+    x, weight, states = inputs(3 * len(PARENTS[0]), 3, dtype)
+    x = x.view(3, -1, C)
+    out, windows = ops.causal_conv1d_tree(x, weight, conv_state=states, parents=torch.tensor(PARENTS))
+    assert out.dtype == windows.dtype == dtype
+    for i, parents in enumerate(PARENTS):
+        for token in range(len(parents)):
+            path = ancestors(parents, token)
+            want, window = expected(x[i, path], weight, states[i])
+            assert_close(out[i, token], want[-1], OPS[dtype])
+            assert torch.equal(windows[i, token].double(), window)
 
 
 def test_poison_in_padding_neighbours_and_rejected_columns_never_leaks():

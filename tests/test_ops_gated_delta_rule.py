@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from qnext_plugin import ops
 from qnext_plugin.reference import formulas
 from tests.tolerances import OPS, assert_close
+from tests.trees import PARENTS, ancestors
 
 HK, HV, K, V = 2, 6, 24, 40
 LENGTHS = (1, 2, 3, 12, 13, 63, 64, 65, 130)
@@ -44,8 +45,8 @@ def prefill(qkv, gates, states, lengths, **kwargs):
     return ops.chunk_gated_delta_rule(*qkv, **gates, initial_state=states, cu_seqlens=cu_seqlens, **kwargs)
 
 
-def verify(qkv, gates, states):
-    return ops.verify_gated_delta_rule(*qkv, **gates, initial_state=states)
+def verify(qkv, gates, states, **kwargs):
+    return ops.verify_gated_delta_rule(*qkv, **gates, initial_state=states, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -100,6 +101,21 @@ def test_a_bfloat16_state_is_rounded_only_when_stored():
     _, states = expected(qkv, gates, state[0])
     assert final.dtype == torch.bfloat16
     assert_close(final[0], states[-1].bfloat16(), 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_token_of_a_tree_follows_its_ancestors(dtype):
+    size = len(PARENTS[0])
+    qkv, gates, initial = inputs(3 * size, 3, dtype)
+    tree = [x.unflatten(0, (3, size)) for x in qkv]
+    tree_gates = {name: x.unflatten(0, (3, size)) for name, x in gates.items()}
+    out, states = verify(tree, tree_gates, initial, parents=torch.tensor(PARENTS))
+    for i, parents in enumerate(PARENTS):
+        for token in range(size):
+            path = [i * size + ancestor for ancestor in ancestors(parents, token)]
+            want, want_states = expected(*part(qkv, gates, path), initial[i])
+            assert_close(out[i, token], want[-1], OPS[dtype])
+            assert_close(states[i, token], want_states[-1], TOLERANCE)
 
 
 def test_packed_sequences_equal_separate_ones():

@@ -1,6 +1,12 @@
 """The maths of Qwen3-Next as functions of plain torch tensors: every float dtype, device and head size."""
 
-from qnext_plugin.ops.causal_conv1d import accepted_window, causal_conv1d, causal_conv1d_update, causal_conv1d_verify
+from qnext_plugin.ops.causal_conv1d import (
+    accepted_window,
+    causal_conv1d,
+    causal_conv1d_tree,
+    causal_conv1d_update,
+    causal_conv1d_verify,
+)
 from qnext_plugin.ops.gated_delta_rule import (
     chunk_gated_delta_rule,
     gating,
@@ -14,6 +20,7 @@ from qnext_plugin.ops.routing import route
 __all__ = [
     "accepted_window",
     "causal_conv1d",
+    "causal_conv1d_tree",
     "causal_conv1d_update",
     "causal_conv1d_verify",
     "chunk_gated_delta_rule",

@@ -70,6 +70,28 @@ def accepted_window(conv_state: Tensor, num_accepted: Tensor, width: int) -> Ten
     return conv_state.gather(2, columns[:, None].expand(-1, conv_state.shape[1], -1))
 
 
+def causal_conv1d_tree(x: Tensor, weight: Tensor, *, conv_state: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
+    """D tokens of a tree of drafts for each of N sequences: every token follows its parent.
+
+    ``x`` [N, D, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1], ``parents`` [N, D] (the root is token 0, whose
+    entry is not read; else smaller than the token's own index). Returns ``out`` [N, D, C] and ``states``
+    [N, D, C, W - 1], the state to go on from after each token.
+    """
+    num_sequences, num_tokens, _ = x.shape
+    history = weight.shape[1] - 1
+    stream = torch.cat([conv_state.mT, x.to(conv_state.dtype)], dim=1)
+    before = torch.arange(-1, history + num_tokens - 1, device=x.device).repeat(num_sequences, 1)
+    before[:, history + 1 :] = parents[:, 1:] + history
+    path = [torch.arange(history, history + num_tokens, device=x.device).expand(num_sequences, -1)]
+    for _ in range(history):
+        path.insert(0, before.gather(1, path[0]))
+    sequences = torch.arange(num_sequences, device=x.device)[:, None, None]
+    windows = stream[sequences, torch.stack(path, dim=2)]
+    compute = torch.promote_types(x.dtype, torch.float32)
+    out = F.silu((windows.to(compute) * weight.to(compute).mT).sum(2))
+    return out.to(x.dtype), windows[:, :, 1:].mT
+
+
 def _convolve(stream: Tensor, weight: Tensor) -> Tensor:
     """``stream`` [L, ..., C] to [L - W + 1, ..., C]."""
     compute = torch.promote_types(stream.dtype, torch.float32)

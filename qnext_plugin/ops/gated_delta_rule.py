@@ -46,13 +46,22 @@ def recurrent_gated_delta_rule(
 
 
 def verify_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, initial_state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    parents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """D draft positions for each of N sequences, keeping the state after every one of them.
 
     ``q``, ``k`` [N, D, Hk, K], ``v`` [N, D, Hv, V], ``g``, ``beta`` [N, D, Hv], ``initial_state`` [N, Hv, K, V].
     Returns ``out`` [N, D, Hv, V] and ``states`` [N, D, Hv, K, V]; having accepted ``n`` positions, go on from
     ``states[:, n - 1]``. Pad shorter sequences at the end with anything: a position never reads a later one.
+    In a tree of drafts each position follows ``parents`` [N, D] instead of the one before (as in
+    ``causal_conv1d_tree``); go on from that of the last accepted position.
     """
     heads_per_group = v.shape[2] // q.shape[2]
     compute = torch.promote_types(v.dtype, torch.float32)
@@ -64,7 +73,10 @@ def verify_gated_delta_rule(
     out = torch.empty_like(v)
     state = initial_state.to(compute)
     states = state.new_empty(v.shape[0], v.shape[1], *state.shape[1:])
+    sequences = torch.arange(v.shape[0], device=v.device)
     for i in range(v.shape[1]):
+        if i and parents is not None:
+            state = states[sequences, parents[:, i]]
         # S^T q after the write is S^T q before it plus (q . k) times what is written: one pass over S for both reads.
         read_q, read_k = ((qk[:, i] @ state) * decay[:, i]).unbind(-2)
         delta = beta[:, i] * (v[:, i] - read_k)

@@ -16,8 +16,9 @@ class EngineConfig:
     """One start of each of ``engines``. ``token_budget`` is the most tokens one step computes.
 
     The whole cache is ``num_blocks`` on vLLM and ``num_tokens`` on SGLang, where ``snapshots`` is how recurrent states
-    are kept for prefix caching. ``draft_tokens`` is how many the model's own draft proposes each step; 0 is no
-    speculation.
+    are kept for prefix caching. ``draft_tokens`` is how many the model's own draft proposes each step, one after
+    another; 0 is no speculation. On SGLang ``tree`` makes a tree of them, of that many tokens, two after each, and
+    ``overlap`` lets it schedule ahead of the drafts, as it does on GPU.
     """
 
     checkpoint: str
@@ -34,6 +35,8 @@ class EngineConfig:
     engines: tuple[str, ...] = ("vllm",)
     num_tokens: int | None = None
     snapshots: str = "extra_buffer"
+    tree: int = 0
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,26 @@ CONFIGS = {
     ),
     "tp2": EngineConfig("tiny", prefix_caching=True, tensor_parallel=2, num_blocks=160, engines=ENGINES),
     "mtp1": EngineConfig("tiny", draft_tokens=1, num_blocks=48),
+    "mtp1-no-buffer": EngineConfig(
+        "odd-b", draft_tokens=1, prefix_caching=True, snapshots="no_buffer", engines=("sglang",)
+    ),
     "mtp2": EngineConfig("tiny", draft_tokens=2, num_blocks=200, prefix_caching=True),
-    "mtp2-starved": EngineConfig("tiny", draft_tokens=2, prefix_caching=True, token_budget=64, num_blocks=52),
-    "mtp3": EngineConfig("tiny", draft_tokens=3, num_blocks=64),
+    "mtp2-starved": EngineConfig(
+        "tiny",
+        draft_tokens=2,
+        prefix_caching=True,
+        token_budget=64,
+        num_blocks=52,
+        num_tokens=1300,
+        overlap=True,
+        engines=ENGINES,
+    ),
+    "mtp3": EngineConfig("tiny", draft_tokens=3, num_blocks=64, engines=ENGINES),
+    "mtp3-tree": EngineConfig("odd-a", draft_tokens=3, tree=10, prefix_caching=True, overlap=True, engines=("sglang",)),
     "mtp3-compiled": EngineConfig("tiny", draft_tokens=3, compiled=True, num_blocks=64),
-    "tp2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, num_blocks=64),
-    "pp2": EngineConfig("tiny", pipeline_parallel=2, num_blocks=48),
-    "pp2-mtp2": EngineConfig("tiny", draft_tokens=2, pipeline_parallel=2, num_blocks=64),
+    "tp2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, num_blocks=64, engines=ENGINES),
+    "pp2": EngineConfig("tiny", pipeline_parallel=2, num_blocks=48, engines=ENGINES),
+    "pp2-mtp2": EngineConfig("tiny", draft_tokens=2, pipeline_parallel=2, num_blocks=64, engines=ENGINES),
     "ep2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, expert_parallel=True, num_blocks=64),
     "odd-a": EngineConfig("odd-a", engines=ENGINES),
     "odd-b": EngineConfig("odd-b", engines=ENGINES),
@@ -104,18 +120,20 @@ _MTP = tuple(name for name, config in CONFIGS.items() if name not in _STARVED an
 SCENARIOS = {
     "mixed_lengths": Scenario((_LENGTHS,), configs=_PLAIN),
     "drafts_in_every_pattern": Scenario((_LENGTHS,), configs=_MTP, drafts="cycle"),
-    "drafts_all_right": Scenario((_LENGTHS[:5],), configs=_MTP, drafts="right"),
-    "drafts_of_the_model": Scenario((_LENGTHS[:5],), configs=("mtp3",)),
+    "drafts_all_right": Scenario((_LENGTHS[:5],), configs=_MTP, drafts="right", max_tokens=38),
+    "drafts_of_the_model": Scenario((_LENGTHS[:5],), configs=("mtp3", "mtp3-tree")),
     "drafts_to_the_last_position": Scenario(
         # On these prompts no two experts tie for the last place, where rounding decides in any implementation.
         (tuple(tokens(MAX_MODEL_LEN - 24 - i, seed=70 + i) for i in range(3)),),
         configs=("mtp3",),
         drafts="cycle",
     ),
-    "draft_logits": Scenario(((tokens(61, seed=7),),), configs=("mtp3",), drafts="cycle", draft_logits=True),
+    "draft_logits": Scenario(
+        ((tokens(61, seed=7),),), configs=("mtp3", "mtp1-no-buffer"), drafts="cycle", draft_logits=True
+    ),
     "aborts": Scenario(
         (_LENGTHS[1:4],),
-        configs=("mtp1", "mtp2-starved", "starved"),
+        configs=("mtp1", "mtp1-no-buffer", "mtp2-starved", "starved"),
         drafts="cycle",
         max_tokens=12,
         aborted=tuple(tokens(length, seed=200 + length) for length in (5, 33, 300)),
@@ -124,20 +142,20 @@ SCENARIOS = {
     "slot_reuse": Scenario(
         # Long sequences leave their state behind; the next ones start in the same slots.
         tuple(tuple(tokens(length, seed=10 * i + length) for length in (90, 65, 3)) for i in range(6)),
-        configs=("eager", "compiled", "chunked", "prefix", "prefix-no-buffer", "mtp2"),
+        configs=("eager", "compiled", "chunked", "prefix", "prefix-no-buffer", "mtp2", "mtp1-no-buffer"),
         max_tokens=4,
         drafts="cycle",
     ),
     "prompt_logprobs": Scenario((_LENGTHS[2:5],), ("eager", "chunked", "compiled"), max_tokens=2, prompt_logprobs=True),
     "prefix_aba": Scenario(
         ((_A,), (_B,), (_A,), (_A[:300] + _B[:77], _B), (_A + _B[:100], _A[:499])),
-        configs=("prefix", "bfloat16-compiled", "mtp2"),
+        configs=("prefix", "bfloat16-compiled", "mtp2", "mtp3-tree"),
         drafts="cycle",
         hits=((2, 0), (3, 1), (4, 0), (4, 1)),
     ),
     "multi_turn": Scenario(
         ((_A[:200],),),
-        configs=("prefix", "prefix-no-buffer", "tp2", "mtp2"),
+        configs=("prefix", "prefix-no-buffer", "tp2", "mtp2", "mtp1-no-buffer", "mtp3-tree"),
         max_tokens=60,
         drafts="cycle",
         turns=(_B[:40], _B[40:80], _B[80:90]),

@@ -1,7 +1,8 @@
-"""Registers the trunk under the architecture's name."""
+"""Registers the trunk and its draft under their architectures' names."""
 
 try:
     from sglang_ext.model import Qwen3NextForCausalLM
+    from sglang_ext.mtp import Qwen3NextForCausalLMMTP
 except Exception as e:
     # The registry would log this and go on with SGLang's own model.
     raise SystemExit(
@@ -9,4 +10,4 @@ except Exception as e:
         "QNEXT_DISABLE=1 to serve SGLang's own model"
     ) from e
 
-EntryClass = Qwen3NextForCausalLM
+EntryClass = [Qwen3NextForCausalLM, Qwen3NextForCausalLMMTP]

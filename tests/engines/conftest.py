@@ -13,7 +13,7 @@ import torch
 
 from qnext_plugin import process
 from qnext_plugin.verify.comparison import Result, to_result
-from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs
+from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs, tokens
 from tests.engines.checkpoints import write_checkpoint
 from tests.engines.installed import ENGINE, MUTANTS
 from tests.engines.serving import Server, crowded
@@ -28,6 +28,10 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+SAMPLES, TOKENS = 20_000, 5
+REGEX = "([a-d][0-9]){12}"
+SAMPLING_MUTANT = "verify_commits_one_step_early"
 
 # Files of tests that hold for one engine only carry its name.
 collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENGINE]
@@ -85,13 +89,17 @@ def runs(config: str) -> list[dict[str, Any]]:
 
 
 class Served:
-    """A worker's output: ``modules`` (of the serving classes), ``kernels``, ``memory``, ``seconds``, and results."""
+    """A worker's output: ``modules`` (of the serving classes), ``kernels``, ``memory``, ``seconds``, and results.
+
+    ``compiled``: how many functions torch compiled meanwhile, as far as the engine can say.
+    """
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self.modules: list[str] = raw["modules"]
         self.kernels: list[str] = raw["kernels"]
         self.memory: dict[str, Any] = raw["memory"]
         self.seconds: dict[str, float] = raw["seconds"]
+        self.compiled: int = raw.get("compiled", 0)
         self._results = raw["results"]
 
     def __getitem__(self, scenario: str) -> Result:
@@ -100,6 +108,31 @@ class Served:
     def draft_steps(self, scenario: str) -> list[dict[str, Any]]:
         """Each step's ``position`` (of the last accepted token) and ``logits`` of its drafts, for one request."""
         return list(self._results[scenario]["draft_steps"])
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> dict[int, dict[str, Any]]:
+    """What was sampled with 0 and with 2 draft tokens, by mutant."""
+    root, drawn = tmp_path_factory.mktemp("sampling"), {}
+    for drafts in (0, 2):
+        spec, out, log = (root / f"{drafts}.{suffix}" for suffix in ("spec.json", "out.json", "log"))
+        spec.write_text(
+            json.dumps(
+                {
+                    "model": str(checkpoint("tiny")),
+                    "draft_tokens": drafts,
+                    "prompt": tokens(9, seed=5),
+                    "samples": SAMPLES,
+                    "tokens": TOKENS,
+                    "mutants": [SAMPLING_MUTANT] if drafts else [],
+                    "regex": REGEX,
+                }
+            )
+        )
+        command = ["-m", f"tests.engines.{ENGINE}_sampling", str(spec), str(out)]
+        assert process.run(command, log, timeout=600) == 0, process.tail(log)
+        drawn[drafts] = json.loads(out.read_text())
+    return drawn
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -47,9 +47,10 @@ def test_bfloat16_is_as_close_as_transformers(serve, checkpoint, config, scenari
     assert ours.value <= LOGPROB_BFLOAT16_RATIO * theirs.value, f"{ours.value:.3g} at {ours.where}"
 
 
-@pytest.mark.skipif("mtp3" not in configs(ENGINE), reason="there is no draft on this engine yet")
-def test_draft_computes_what_the_oracle_does(serve, checkpoint):
-    difference = compare_draft(serve("mtp3"), "draft_logits", checkpoint("tiny"))
+@pytest.mark.parametrize("config", [config for config, scenario in FLOAT32 if SCENARIOS[scenario].draft_logits])
+def test_draft_computes_what_the_oracle_does(serve, checkpoint, config):
+    difference = compare_draft(serve(config), "draft_logits", checkpoint(CONFIGS[config].checkpoint))
+    print(f"{config} draft: {difference.value:.2g} at {difference.where}")
     assert difference.value <= TOLERANCE, f"{difference.value:.3g} at {difference.where}"
 
 
@@ -81,7 +82,8 @@ def test_expected_kernels_ran(serve, config):
 def expected_kernels(engine, config):
     if engine == "sglang":
         packed = config.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return ["decode", "extend", *(["packed"] if packed else [])]
+        phases = ["extend", "verify"] if config.draft_tokens else ["decode", "extend"]
+        return sorted([*phases, *(["packed"] if packed else [])])
     fast = config.dtype == "bfloat16"
     conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"
     delta = "cpp" if fast else "torch"

@@ -11,6 +11,8 @@ from qnext_plugin.random_checkpoint import write_random_checkpoint
 pytestmark = pytest.mark.engine
 
 SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
+NEXTN = ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
+NEXTN += ["--speculative-num-draft-tokens", "2"]
 A_LOG = "model.layers.0.linear_attn.A_log"
 
 
@@ -32,6 +34,12 @@ def inconsistent_heads(directory):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"linear_num_value_heads": 3}))
 
 
+def draft_missing(directory):
+    file = directory / "model.safetensors"
+    trunk = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("mtp.")}
+    save_file(trunk, file, metadata={"format": "pt"})
+
+
 def nothing(directory):
     pass
 
@@ -50,7 +58,13 @@ CASES = [
         ["tensor parallel size 3 does not divide linear_num_key_heads 2; choose one of [1, 2]"],
         id="tensor-parallel",
     ),
-    pytest.param(nothing, ["--speculative-algorithm", "NEXTN"], ["not supported by CpuPlatform"], id="speculative"),
+    pytest.param(draft_missing, NEXTN, ["missing 29: mtp.fc.weight", "download or convert"], id="draft-missing"),
+    pytest.param(
+        nothing,
+        ["--speculative-algorithm", "NGRAM"],
+        ["speculative algorithm 'NGRAM'", "expected NEXTN", "QNEXT_DISABLE=1"],
+        id="another-draft",
+    ),
 ]
 
 

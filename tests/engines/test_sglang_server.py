@@ -14,15 +14,24 @@ MODEL = "qnext"
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
+NEXTN = ["--speculative-algo", "NEXTN", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1"]
+NEXTN += ["--speculative-num-draft-tokens", "4"]
+
+
+@pytest.fixture(scope="module", params=[[], NEXTN], ids=["plain", "nextn"])
+def drafts(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def log(tmp_path_factory):
+def log(drafts, tmp_path_factory):
     return tmp_path_factory.mktemp("server") / "log"
 
 
 @pytest.fixture(scope="module")
-def client(checkpoint, log):
+def client(drafts, checkpoint, log):
     port = process.free_port()
-    command = ["-m", "sglang.launch_server", "--model-path", str(checkpoint("bfloat16"))]
+    command = ["-m", "sglang.launch_server", "--model-path", str(checkpoint("bfloat16")), *drafts]
     options = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
 
     def ready():
@@ -37,8 +46,11 @@ def client(checkpoint, log):
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-def test_scheduler_says_which_class_serves(client, log):
-    assert re.search(r"qnext-plugin .*: Qwen3NextForCausalLM is served by sglang_ext\.model", log.read_text())
+def test_scheduler_says_which_classes_serve(client, drafts, log):
+    text = log.read_text()
+    assert re.search(r"qnext-plugin .*: Qwen3NextForCausalLM is served by sglang_ext\.model", text)
+    served = re.search(r"qnext-plugin .*: Qwen3NextForCausalLMMTP is served by sglang_ext\.mtp", text)
+    assert bool(served) == bool(drafts)
 
 
 def test_streamed_chat_is_the_same_answer(client):

@@ -53,11 +53,13 @@ def off(registry):
     return registry("off", QNEXT_DISABLE="1")
 
 
-@pytest.mark.parametrize(("kind", "key"), [("models", ARCHITECTURE), ("configs", "qwen3_next")])
-def test_only_this_architecture_changes(ours, off, kind, key):
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("models", {ARCHITECTURE, f"{ARCHITECTURE}MTP"}), ("configs", {"qwen3_next"})]
+)
+def test_only_this_architecture_changes(ours, off, kind, keys):
     changed = {name for name in ours[kind] if ours[kind][name] != off[kind].get(name)}
-    assert changed == {key}
-    assert ours[kind][key].startswith("sglang_ext.")
+    assert changed == keys
+    assert all(ours[kind][key].startswith("sglang_ext.") for key in keys)
     assert ours[kind].keys() == off[kind].keys()
 
 

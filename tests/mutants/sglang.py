@@ -40,9 +40,58 @@ def slot_not_zeroed(worker: Any) -> AbstractContextManager[Any]:
     return patch.object(MambaPool, "clear_slots", lambda self, indices: None)
 
 
+def _commit(**changes: Callable[[Any], Any]) -> AbstractContextManager[Any]:
+    """Change arguments of the commit of accepted drafts, given as functions of them."""
+    from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
+
+    name = "update_mamba_state_after_mtp_verify"
+    commit = getattr(HybridLinearAttnBackend, name)
+
+    def broken(self: Any, **kwargs: Any) -> None:
+        commit(self, **kwargs | {name: change(kwargs[name]) for name, change in changes.items()})
+
+    return patch.object(HybridLinearAttnBackend, name, broken)
+
+
+def verify_commits_one_step_early(worker: Any) -> AbstractContextManager[Any]:
+    """The states go on from before the last accepted draft."""
+    return _commit(last_correct_step_indices=lambda steps: (steps - 1).clamp_min(0))
+
+
+def state_kept_one_step_late(worker: Any) -> AbstractContextManager[Any]:
+    """What the prefix cache keeps is not from the boundary but from the draft after it."""
+    return _commit(mamba_steps_to_track=lambda steps: steps + (steps >= 0))
+
+
+def tree_verified_as_a_chain(worker: Any) -> AbstractContextManager[Any]:
+    """The recurrent state of each draft goes on from the draft before, not from its parent."""
+    from qnext_plugin import ops
+
+    verify = ops.verify_gated_delta_rule
+    return patch.object(ops, "verify_gated_delta_rule", lambda *args, parents=None, **kwargs: verify(*args, **kwargs))
+
+
+def draft_reads_the_wrong_hidden_state(worker: Any) -> AbstractContextManager[Any]:
+    """The draft's input hidden states are those of the position before."""
+    from sglang_ext.mtp import MultiTokenPredictor
+
+    forward = MultiTokenPredictor.forward
+
+    def broken(self: Any, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = forward_batch.spec_info
+        with patch.object(drafts, "hidden_states", drafts.hidden_states.roll(1, dims=0)):
+            return forward(self, input_ids, positions, forward_batch, *args, **kwargs)
+
+    return patch.object(MultiTokenPredictor, "forward", broken)
+
+
 MUTANTS = {
     **layers.MUTANTS,
     "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
     "conv_window_not_restored": Mutant(conv_window_not_restored, "prefix_aba"),
     "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
+    "verify_commits_one_step_early": Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
+    "draft_reads_the_wrong_hidden_state": Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
+    "tree_verified_as_a_chain": Mutant(tree_verified_as_a_chain, "drafts_in_every_pattern", "mtp3-tree"),
+    "state_kept_one_step_late": Mutant(state_kept_one_step_late, "multi_turn", "mtp3-tree"),
 }

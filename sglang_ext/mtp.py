@@ -1,0 +1,120 @@
+"""The multi-token-prediction draft: one full-attention layer fed with the next token and the trunk's hidden state."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+from sglang.srt.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_model, get_parallel
+from sglang.srt.utils import add_prefix
+from torch import nn
+from transformers import PretrainedConfig
+
+from qnext_plugin import __version__
+from qnext_plugin.config import QNextConfig
+from sglang_ext.config import draft_config, qnext_config
+from sglang_ext.cpu_gemm import plain_weights
+from sglang_ext.model import PACKED_MODULES, Qwen3NextModel
+from sglang_ext.weights import is_quantised, load_draft_weights
+
+logger = logging.getLogger(__name__)
+
+
+class MultiTokenPredictor(Qwen3NextModel):
+    """``fc([norm(embedding of the next token) | norm(hidden)])``, a decoder layer, ``norm``.
+
+    ``hidden``, ``[num_tokens, hidden_size]``, comes from the trunk's final norm, or from this module for further steps.
+    It runs on the last pipeline stage alone, so it always starts from embeddings.
+    """
+
+    def __init__(self, config: QNextConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__(draft_config(config), quant_config if is_quantised("mtp.layers") else None, prefix)
+        self.pre_fc_norm_embedding = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pre_fc_norm_hidden = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.fc = ReplicatedLinear(
+            2 * config.hidden_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config if is_quantised("mtp.fc") else None,
+            prefix=add_prefix("fc", prefix),
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+        pp_proxy_tensors: None = None,
+    ) -> Any:
+        embeddings = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        hidden_states = forward_batch.spec_info.hidden_states
+        if len(embeddings):
+            embeddings = self.pre_fc_norm_embedding(embeddings)
+            hidden_states = self.pre_fc_norm_hidden(hidden_states)
+        x, _ = self.fc(torch.cat([embeddings, hidden_states], dim=-1))
+        # The load balancer would take it for the trunk's first layer.
+        with get_global_expert_distribution_recorder().disable_this_region():
+            return super().forward(input_ids, positions, forward_batch, x)
+
+
+class Qwen3NextForCausalLMMTP(nn.Module):
+    fall_back_to_pt_during_load = False
+    packed_modules_mapping = PACKED_MODULES
+
+    def __init__(
+        self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
+        if quant_config is not None:
+            quant_config.packed_modules_mapping = self.packed_modules_mapping
+        # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
+        self._complete = get_model().load_format != "dummy" and quant_config is None
+        self.model = MultiTokenPredictor(self.qnext_config, quant_config, add_prefix("mtp", prefix))
+        self.lm_head = ParallelLMHead(
+            self.qnext_config.vocab_size,
+            self.qnext_config.hidden_size,
+            prefix=add_prefix("lm_head", prefix),
+            use_attn_tp_group=get_parallel().enable_dp_lm_head,
+        )
+        self.logits_processor = LogitsProcessor(config)
+        logger.info("qnext-plugin %s: Qwen3NextForCausalLMMTP is served by %s", __version__, type(self).__module__)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        hidden_states, _ = self.model(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        complete, self._complete = self._complete, False
+        with plain_weights(self.model):
+            return load_draft_weights(self, self.qnext_config, weights, complete=complete)
+
+    def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.embed_tokens.weight, self.lm_head.weight
+
+    def set_embed_and_head(self, embed: torch.Tensor, head: torch.Tensor | None) -> None:
+        """Share the trunk's; on pipelines ``embed`` is this draft's own, which SGLang has read from the checkpoint."""
+        for module, weight in ((self.model.embed_tokens, embed), (self.lm_head, head)):
+            if weight is not None:
+                del module.weight  # what replaces it need not be a parameter
+                module.weight = weight
+
+    def set_lm_head_from_target(self, target_lm_head: nn.Module) -> None:
+        """The module itself, which may hold its weight in another form."""
+        self.lm_head = target_lm_head

@@ -1,0 +1,66 @@
+"""Draw samples from one SGLang engine: ``python -m tests.engines.sglang_sampling SPEC.json OUT.json``.
+
+``SPEC`` and ``OUT`` as in ``vllm_sampling``. With drafts, ``SPEC`` has a ``regex`` too, and ``OUT`` a ``grammar``: the
+``answers`` to it, greedy, two with the model's own drafts and two with right ones, and the share of steps that
+``accepted`` all of those.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qnext_plugin.verify.scenarios import EngineConfig
+from sglang_ext.verify import Engine
+from tests.mutants.sglang import MUTANTS
+
+# SGLang applies penalties to the tokens of earlier steps only, so that with drafts they are not the same.
+SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+REQUESTS = 256
+
+
+def main(spec_file: str, out_file: str) -> None:
+    spec = json.loads(Path(spec_file).read_text())
+    prompt, drafts = spec["prompt"], spec["draft_tokens"]
+    engine = Engine(
+        spec["model"],
+        EngineConfig(spec["model"], draft_tokens=drafts),
+        max_running_requests=REQUESTS,
+        max_mamba_cache_size=REQUESTS + 8,
+        skip_tokenizer_init=False,
+    )
+
+    def generate(samples: int, **sampling: Any) -> list[dict[str, Any]]:
+        params = {"max_new_tokens": spec["tokens"], "ignore_eos": True, **sampling}
+        return list(engine.engine.generate(input_ids=[prompt] * samples, sampling_params=params))
+
+    def draw(samples: int, **sampling: Any) -> list[list[int]]:
+        return [output["output_ids"] for output in generate(samples, **sampling)]
+
+    def accepted(count: int = 1) -> float:
+        steps = engine.flush()["accepted"]
+        return sum(n >= count for n in steps) / max(1, len(steps))
+
+    (likely,) = draw(1, temperature=0)
+    right = {"sequences": [prompt + likely], "pattern": "right"}
+    engine.flush(**right)
+    out: dict[str, Any] = {"": draw(spec["samples"], **SAMPLING)}
+    out["accepted"] = accepted()
+    for name in spec["mutants"]:
+        engine.flush(MUTANTS[name].path, **right)
+        out[name] = draw(spec["samples"] // 4, **SAMPLING)
+    if drafts:
+        engine.flush()
+        grammar = {"regex": spec["regex"], "max_new_tokens": 24, "temperature": 0}
+        own = generate(2, **grammar)
+        engine.flush(sequences=[prompt + own[0]["output_ids"]], pattern="right")
+        answers = [output["text"] for output in own + generate(2, **grammar)]
+        out["grammar"] = {"answers": answers, "accepted": accepted(drafts)}
+    Path(out_file).write_text(json.dumps(out))
+    sys.stdout.flush()
+    os._exit(0)  # as in sglang_ext.verify
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
