@@ -69,17 +69,20 @@ def questions() -> list[Prompt]:
     return [Prompt([_user(question)], answer) for question, answer in QUESTIONS.items()]
 
 
-def recall(length: int, count: int, seed: int = 0) -> list[tuple[Prompt, Prompt]]:
+def recall(length: int, count: int, early: bool = False) -> list[tuple[Prompt, Prompt]]:
     """``count`` notes of about ``length`` tokens, each with a first question and a second one, which follows it.
 
-    There are six pairs, of which no two share a number or a colour: those the model mixes up now and then.
+    There are six pairs, of which no two share a number or a colour: those the model mixes up now and then. ``early``:
+    the second question is for one in the first half, all of which is in the part that a prefix-cache hit restores.
     """
-    maker = Maker(random.Random(f"{length}-{seed}"), Encoder(tokenizer().backend_tokenizer), test=True)
+    maker = Maker(random.Random(length), Encoder(tokenizer().backend_tokenizer), test=True)
     out: list[tuple[Prompt, Prompt]] = []
     while len(out) < count:
         (notes, *first), (question, *second) = maker.notes(length, pairs=6, speakers=0, queries=2)
         pairs = re.findall(r"^\w(\d\d)=(\w+)-", notes, re.MULTILINE)
         if any(len(set(parts)) < len(parts) for parts in zip(*pairs, strict=True)):
+            continue
+        if early and notes.index("\n" + "=".join(second)) > len(notes) / 2:
             continue
         said, answer = [_user(notes)], "=".join(first)
         later = [*said, {"role": "assistant", "content": answer}, _user(question)]
@@ -101,7 +104,7 @@ def _user(text: str) -> dict[str, Any]:
 
 
 # For an engine without a server: notes and a question, then another question, which hits the prefix cache.
-RECALLED = recall(MAX_MODEL_LEN - 100, 12)
+RECALLED = recall(MAX_MODEL_LEN - 100, 12, early=True)
 RECALL = Scenario(
     tuple(tuple(prompt.ids for prompt in turn) for turn in zip(*RECALLED, strict=True)),
     configs=(),

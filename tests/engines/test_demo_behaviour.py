@@ -143,9 +143,9 @@ def test_recall(server, exact, length, at_least):
     assert share_right(server, list(first), f"recall at {length}", exact) >= at_least
     assert share_right(server, list(second), f"recall at {length}, a turn later", exact) >= at_least
     assert share_right(server, list(second), f"recall at {length}, again", exact) >= at_least
-    cached = [server.chat(p.messages).usage.prompt_tokens_details for p in second[:8]]
-    if length == 1024:  # a block of vLLM's is longer than the short prompts
-        assert all(details and details.cached_tokens >= 256 for details in cached), cached
+    if ENGINE == "sglang":  # on vLLM a block of bfloat16 is longer than half of these prompts: see `offline`
+        cached = [server.chat(p.messages).usage.prompt_tokens_details for p in second[:8]]
+        assert all(details and details.cached_tokens >= length / 2 for details in cached), cached
 
 
 def test_tool_calls(server):
@@ -197,9 +197,8 @@ def call_streamed(server: Server, messages: Messages) -> tuple[str, str]:
     return "".join(f.name or "" for f in functions), "".join(f.arguments or "" for f in functions)
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_tool_turn_through_qwen_agent(server, raw):
-    """Qwen-Agent writes the tools into the prompt and reads the call from the text, or (``raw``) leaves both to us."""
+def test_tool_turn_through_qwen_agent(server):
+    """Qwen-Agent writes the tools into the prompt in words of its own and reads the call from the text."""
     from qwen_agent.agents import Assistant
     from qwen_agent.tools.base import BaseTool
 
@@ -213,7 +212,7 @@ def test_tool_turn_through_qwen_agent(server, raw):
             asked.append(json.loads(params))
             return json.dumps({"temperature": -4, "sky": "snowy"})
 
-    generation = {"temperature": 0, "use_raw_api": raw, "extra_body": INSTRUCT}
+    generation = {"temperature": 0, "extra_body": INSTRUCT}
     llm = {"model_type": "oai", "model": MODEL, "model_server": f"{server.url}/v1", "api_key": "none"}
     agent = Assistant(llm=llm | {"generate_cfg": generation}, function_list=[Weather()])
     *_, said = agent.run([{"role": "user", "content": "What is the weather in Norham?"}])
