@@ -103,6 +103,8 @@ if ENGINE == "vllm":
 
     @pytest.mark.parametrize("step", ["fresh", "direct", "transfer"])
     def test_draft_is_the_one_loaded_last(outcome, directories, step):
-        served = Served({"modules": [], "kernels": [], "seconds": {}, "results": outcome["answers"][step]})
+        served = Served(
+            {"modules": [], "kernels": [], "memory": {}, "seconds": {}, "results": outcome["answers"][step]}
+        )
         difference = compare_draft(served, "draft_logits", directories[STEPS[step]])
         assert difference.value <= TOLERANCE, f"{difference.value:.3g} at {difference.where}"

@@ -161,8 +161,7 @@ def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, An
             vllm_config.compilation_config.static_forward_context.clear()
             with set_current_vllm_config(vllm_config), patch.object(parallel_state, "_TP", group):
                 model = initialize_model(vllm_config, model_class=model_class)
-                for _ in range(2):  # a reload gives the same
-                    model.load_weights(iter(stored))
+                model.load_weights(iter(stored))
             if model_class is Qwen3NextForCausalLM:
                 shards = expected(tensors, config, rank, tp)
             else:
