@@ -309,7 +309,7 @@ def collapse(names: Iterable[str]) -> list[str]:
     for _ in range(2):  # experts, then layers
         groups: dict[tuple[str, str], list[int]] = {}
         for name in patterns:
-            match = re.match(r"(.*\.)(\d+)(\..*)", name)
+            match = re.match(r"(.*\.)([0-9]{1,18})(\..*)", name)
             indices = groups.setdefault((match[1], match[3]) if match else (name, ""), [])
             if match:
                 indices.append(int(match[2]))
@@ -334,7 +334,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError("weight_map holds something other than file names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index}: not a safetensors index ({type(e).__name__}: {e}); download it again") from e
     return dict(weight_map)
 
@@ -351,8 +351,12 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)
         infos = {name: TensorInfo(tuple(t["shape"]), t["dtype"], file) for name, t in header.items()}
+        if not all(
+            isinstance(i.dtype, str) and all(type(n) is int and n >= 0 for n in i.shape) for i in infos.values()
+        ):
+            raise TypeError("a dtype that is no name or a shape that is no list of sizes")
         end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
         raise ValueError(f"{file}: unreadable safetensors header ({type(e).__name__}: {e}); download it again") from e
     if end > size:
         raise ValueError(f"{file}: truncated, {size} bytes found, {end} expected; download it again")

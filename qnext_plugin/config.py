@@ -212,7 +212,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """Parse a ``config.json``; ``ValueError`` where it is none."""
     try:
         raw = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not a readable config.json ({e})") from e
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")

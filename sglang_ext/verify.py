@@ -1,20 +1,21 @@
-"""Run scenarios in one SGLang engine: ``python -m sglang_ext.verify SPEC.json OUT.json``.
+"""Run scenarios in one SGLang engine: ``python -m sglang_ext.verify SPEC.json OUT``; see ``verify.worker``."""
 
-``SPEC`` holds ``model`` (a checkpoint directory), ``config`` (the fields of an ``EngineConfig``), ``runs`` (each a
-``key``, the fields of a ``scenario``, and a ``mutant``: empty, or the ``module:function`` that breaks the model for it)
-and ``expect_module`` (start of the module name of the class that must serve). ``OUT`` is written only if all of it ran.
-"""
-
+import argparse
 import json
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.verify.scenarios import MAX_MODEL_LEN, EngineConfig, Scenario
+import torch
+
+from qnext_plugin.verify.comparison import Completion, Result
+from qnext_plugin.verify.scenarios import SAMPLING, EngineConfig, Prompt, Scenario
+from qnext_plugin.verify.worker import Worker, main, num_logprobs, top
 from sglang_ext.verify_inside import CONTROL, run_scheduler
 
 BLOCK_SIZE = 64  # tokens between the states that SGLang can keep of a prefill
@@ -25,7 +26,7 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
     args: dict[str, Any] = {
         "model_path": model,
         "dtype": config.dtype,
-        "context_length": MAX_MODEL_LEN,
+        "context_length": config.max_model_len,
         "disable_radix_cache": not config.prefix_caching,
         "chunked_prefill_size": config.token_budget or 2048,
         "max_running_requests": 8,
@@ -33,12 +34,13 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         "max_total_tokens": config.num_tokens or 16384,
         "tp_size": config.tensor_parallel,
         "pp_size": config.pipeline_parallel,
+        "disable_overlap_schedule": config.snapshots == "no_buffer" or config.pipeline_parallel > 1,
+        "disable_cuda_graph": not config.compiled,
         "skip_tokenizer_init": True,
         "log_level": "info",
     }
     if config.prefix_caching:
         args["mamba_radix_cache_strategy"] = config.snapshots
-        args["disable_overlap_schedule"] = config.snapshots == "no_buffer"
     if config.draft_tokens:
         drafts = config.tree or config.draft_tokens + 1
         # SGLang keeps room for a step's drafts behind the last position that a request may ask for.
@@ -49,20 +51,29 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
             "speculative_eagle_topk": 2 if config.tree else 1,
             "speculative_num_draft_tokens": drafts,
         }
-    return args
+    return args | given(config.flags)
 
 
-def distributions(rows: list[list[tuple[float, int, Any]]]) -> list[list[float]]:
-    """Rows of (log-probability, token id, text) in any order, each as log-probabilities ordered by token id."""
-    out = []
-    for row in rows:
-        by_id = {token: logprob for logprob, token, _ in row}
-        assert sorted(by_id) == list(range(len(by_id))), "not the whole distribution"
-        out.append([by_id[i] for i in range(len(by_id))])
-    return out
+def given(flags: Sequence[str]) -> dict[str, Any]:
+    """What SGLang's own command line flags set, as keyword arguments; without their defaults."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return vars(parser.parse_args(list(flags)))
 
 
-class Engine:
+def distributions(rows: list[list[tuple[float, int, Any]]], k: int) -> list[tuple[list[int], list[float]]]:
+    """The ``k`` most likely ids of rows of (log-probability, token id, text)."""
+    return [top({token: logprob for logprob, token, _ in row}, k) for row in rows]
+
+
+class Engine(Worker):
+    block_size = BLOCK_SIZE
+    seeded = False  # only in SGLang's deterministic mode, which has kernels of its own
+
     def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
         """``more``: further keyword arguments of ``sglang.Engine``."""
         from sglang.srt.entrypoints.engine import Engine as SGLangEngine
@@ -71,9 +82,10 @@ class Engine:
             run_scheduler_process_func = staticmethod(run_scheduler)
 
         self.config = config
-        self.control = Path(tempfile.mkdtemp()) / "control"
-        os.environ[CONTROL] = str(self.control)
-        self.flushes = 0
+        self.control_file = Path(tempfile.mkdtemp()) / "control"
+        os.environ[CONTROL] = str(self.control_file)
+        os.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"  # before temperature
+        self.controls = 0
         if config.num_tokens:
             # SGLang admits to a small cache only what it can finish there, so it is told to take requests back.
             os.environ["SGLANG_TEST_RETRACT"] = "1"
@@ -85,114 +97,98 @@ class Engine:
             from sglang.srt.arg_groups import speculative_hook
 
             speculative_hook._disable_overlap_schedule_for_cpu = lambda server_args: None
-        self.engine = Controlled(**engine_args(model, config) | more)
-        self.vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+        args = engine_args(model, config) | more
+        self.engine = Controlled(**args)
+        self.ranks = args["tp_size"] * args["pp_size"]
+        self.num_logprobs = num_logprobs(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
 
-    def flush(self, mutant: str = "", **drafts: Any) -> dict[str, Any]:
-        """Empty the cache, apply the mutant and put in the draft's mouth what ``control_draft`` is to; returns what
-        all scheduler processes say."""
-        self.flushes += 1
-        self.control.write_text(json.dumps({"flush": self.flushes, "mutant": mutant, "drafts": drafts}))
-        assert self.engine.flush_cache().success
-        ranks = self.config.tensor_parallel * self.config.pipeline_parallel
+    def control(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Tell every scheduler process what to change from now on; returns what they say, see ``verify_inside``."""
+        self.controls += 1
+        self.control_file.write_text(json.dumps({"control": self.controls, **wanted}))
+        self.engine.collective_rpc("qnext_control")
         deadline = time.monotonic() + 60
-        while len(said := self._said()) < ranks:
-            assert time.monotonic() < deadline, f"{len(said)} of {ranks} processes answered"
+        while len(said := self._said()) < self.ranks:
+            assert time.monotonic() < deadline, f"{len(said)} of {self.ranks} processes answered"
             time.sleep(0.05)
-        return {
-            "modules": sorted({module for one in said for module in one["modules"]}),
-            "kernels": sorted({kernel for one in said for kernel in one["kernels"]}),
-            "memory": said[0]["memory"],
-            "compiled": max(one["compiled"] for one in said),
-            "retractions": max(one["retractions"] for one in said),
-            "accepted": max((one["accepted"] for one in said), key=len),
-            "draft_steps": max((one["draft_steps"] for one in said), key=len),
-        }
+        return said
 
     def _said(self) -> list[dict[str, Any]]:
-        files = self.control.parent.glob("said.*.json")
-        return [one for one in (json.loads(file.read_text()) for file in files) if one["flush"] == self.flushes]
+        files = self.control_file.parent.glob("said.*.json")
+        return [one for one in (json.loads(file.read_text()) for file in files) if one["control"] == self.controls]
 
-    def run(self, scenario: Scenario, mutant: str = "") -> dict[str, Any]:
-        """Answer a scenario; with drafts to be put in the model's mouth, once without them to learn the right ones."""
-        if not self.config.draft_tokens or scenario.drafts == "own":
-            return self._run(scenario, mutant)
-        plain = self._run(scenario, mutant)
-        sequences = [[*c["prompt"], *c["token_ids"]] for batch in plain["batches"] for c in batch]
-        return self._run(scenario, mutant, sequences=sequences, pattern=scenario.drafts)
+    def serving(self) -> dict[str, Any]:
+        said = self.control()
+        names = {name: sorted({x for one in said for x in one[name]}) for name in ("modules", "kernels")}
+        return names | {"memory": said[0]["memory"], "compiled": max(one["compiled"] for one in said)}
 
-    def _run(self, scenario: Scenario, mutant: str, **drafts: Any) -> dict[str, Any]:
-        before = self.flush(mutant, record=scenario.draft_logits, **drafts)["retractions"]
-        for prompt in scenario.aborted:
-            self._abort(list(prompt))
-        batches = [self._generate(batch, scenario) for batch in scenario.batches]
-        said = batches[0][0]
-        for turn in scenario.turns:
-            batches.append(self._generate([(*said["prompt"], *said["token_ids"], *turn)], scenario))
-            said = batches[-1][0]
-        after = self.flush()
-        # The draft goes on behind a request's last token, where there is nothing to compare it with.
-        length = len(batches[0][0]["prompt"]) + len(batches[0][0]["token_ids"])
+    def reset(self) -> None:
+        assert self.engine.flush_cache().success
+
+    @contextmanager
+    def broken(self, mutant: str) -> Iterator[None]:
+        self.reset()
+        self.control(mutant=mutant)
+        yield
+        self.control(mutant="")
+        self.reset()
+
+    def counts(self) -> dict[str, Any]:
+        said = self.control()
+        accepted = max((one["accepted"] for one in said), key=len)
         return {
-            "batches": batches,
-            "num_preemptions": after["retractions"] - before,
-            "block_size": BLOCK_SIZE,
-            "num_drafts": len(after["accepted"]),
-            "num_accepted": [sum(n > i for n in after["accepted"]) for i in range(self.config.draft_tokens)],
-            "draft_steps": [step for step in after["draft_steps"] if step["position"] + 1 < length],
+            "num_preemptions": max(one["retractions"] for one in said),
+            "num_drafts": len(accepted),
+            "num_accepted": [sum(n > i for n in accepted) for i in range(self.config.draft_tokens)],
         }
 
-    def _abort(self, prompt: list[int]) -> None:
-        """Drop a request after its first tokens, while it is running."""
-        stream = self.engine.generate(
-            input_ids=prompt, sampling_params={"max_new_tokens": 500, "ignore_eos": True}, stream=True, rid="aborted"
-        )
-        next(stream)
-        self.engine.tokenizer_manager.abort_request("aborted")
-        finish = [chunk["meta_info"]["finish_reason"] for chunk in stream][-1]
-        assert finish["type"] == "abort", finish
+    def drafts_as(self, pattern: str, sequences: list[list[int]]) -> None:
+        self.control(drafts={"pattern": pattern, "sequences": sequences})
 
-    def _generate(self, batch: Sequence[tuple[int, ...]], scenario: Scenario) -> list[dict[str, Any]]:
+    def answers(self, scenario: Scenario) -> Result:
+        if not scenario.draft_logits:
+            return super().answers(scenario)
+        self.control(record=True)
+        result = super().answers(scenario)
+        steps = max((one["draft_steps"] for one in self.control(record=False)), key=len)
+        # The draft goes on behind a request's last token, where there is nothing to compare it with.
+        length = len(result.batches[0][0].query.ids)
+        return replace(result, draft_steps=[step for step in steps if step["position"] + 1 < length])
+
+    def generate(self, batch: Sequence[Prompt], scenario: Scenario) -> list[Completion]:
+        sampling = SAMPLING if scenario.sampled else {"temperature": 0}
+        max_tokens = [scenario.max_tokens[i % len(scenario.max_tokens)] for i in range(len(batch))]
         outputs = self.engine.generate(
             input_ids=[list(prompt) for prompt in batch],
-            sampling_params={"max_new_tokens": scenario.max_tokens, "temperature": 0, "ignore_eos": True},
+            sampling_params=[sampling | {"max_new_tokens": n, "ignore_eos": True} for n in max_tokens],
             return_logprob=True,
-            top_logprobs_num=self.vocab_size,
+            top_logprobs_num=self.num_logprobs,
             logprob_start_len=0 if scenario.prompt_logprobs else -1,
         )
         return [self._completion(p, o, scenario.prompt_logprobs) for p, o in zip(batch, outputs, strict=True)]
 
-    def _completion(self, prompt: tuple[int, ...], output: dict[str, Any], prompt_logprobs: bool) -> dict[str, Any]:
+    def _completion(self, prompt: Prompt, output: dict[str, Any], prompt_logprobs: bool) -> Completion:
         meta = output["meta_info"]
-        return {
-            "prompt": prompt,
-            "token_ids": output["output_ids"],
-            "logprobs": distributions(meta["output_top_logprobs"]),
-            "prompt_logprobs": distributions(meta["input_top_logprobs"][1:]) if prompt_logprobs else None,
-            "num_cached_tokens": meta["cached_tokens"],
-        }
+        rows = distributions(meta["output_top_logprobs"], self.num_logprobs)
+        if prompt_logprobs:
+            rows = distributions(meta["input_top_logprobs"][1:], self.num_logprobs) + rows
+        ids, logprobs = (torch.tensor(column) for column in zip(*rows, strict=True))
+        return Completion(tuple(prompt), tuple(output["output_ids"]), ids, logprobs, meta["cached_tokens"])
 
-
-def main(spec_file: str, out_file: str) -> None:
-    spec = json.loads(Path(spec_file).read_text())
-    begin = time.monotonic()
-    engine = Engine(spec["model"], EngineConfig(**spec["config"]))
-    says = engine.flush()
-    modules = says["modules"]
-    assert all(m.startswith(spec["expect_module"]) for m in modules), f"{modules} serve, not {spec['expect_module']}"
-    out: dict[str, Any] = {"modules": modules, "memory": says["memory"], "results": {}}
-    out["seconds"] = {"start": time.monotonic() - begin}
-    for run in spec["runs"]:
-        begin = time.monotonic()
-        out["results"][run["key"]] = engine.run(Scenario(**run["scenario"]), run["mutant"])
-        out["seconds"][run["key"]] = time.monotonic() - begin
-    said = engine.flush()
-    out |= {"kernels": said["kernels"], "compiled": said["compiled"]}
-    Path(out_file).write_text(json.dumps(out))
-    sys.stdout.flush()
-    # Engine.shutdown can wait for ever. SGLang's processes end with this one, and the caller ends the whole group.
-    os._exit(0)
+    def abort(self, batch: Sequence[Prompt]) -> None:
+        names = [f"aborted-{i}" for i in range(len(batch))]
+        stream = self.engine.generate(
+            input_ids=[list(prompt) for prompt in batch],
+            sampling_params={"max_new_tokens": 100, "ignore_eos": True},
+            stream=True,
+            rid=names,
+        )
+        next(stream)
+        for name in names:
+            self.engine.tokenizer_manager.abort_request(name)
+        finish = {chunk["index"]: chunk["meta_info"]["finish_reason"] for chunk in stream}
+        assert all(reason["type"] == "abort" for reason in finish.values()), finish
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Engine)

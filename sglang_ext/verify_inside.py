@@ -1,8 +1,8 @@
 """What runs inside SGLang's scheduler processes, where the models live.
 
-``run_scheduler`` starts one in SGLang's place: each flush of the cache also reads from a file which mutant to apply and
-what to put in the draft's mouth, and writes what serves and what was counted since the last one. Random weights are
-almost never accepted, so without that control nothing past a rejected first draft would be tested.
+``run_scheduler`` starts one in SGLang's place, with a further remote procedure: ``qnext_control`` reads from a file
+which mutant to apply and what to put in the draft's mouth, and writes what serves and what was counted. Random weights
+are almost never accepted, so without that control nothing past a rejected first draft would be tested.
 """
 
 import itertools
@@ -22,36 +22,33 @@ CONTROL = "QNEXT_VERIFY_CONTROL"
 def run_scheduler(*args: Any, **kwargs: Any) -> Any:
     from sglang.srt.managers import scheduler
 
-    flush_cache, controlled_parts = scheduler.Scheduler.flush_cache, ExitStack()
-    retract_decode, num_retractions = scheduler.ScheduleBatch.retract_decode, 0
-    counts: dict[str, list[Any]] = {"accepted": [], "draft_steps": []}
+    changed, wanted = ExitStack(), {"mutant": "", "drafts": {}, "record": False}
+    counts: dict[str, Any] = {"retractions": 0, "accepted": [], "draft_steps": []}
+    retract_decode = scheduler.ScheduleBatch.retract_decode
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal num_retractions
-        num_retractions += 1
+        counts["retractions"] += 1
         return retract_decode(self, *args, **kwargs)
 
-    def controlled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal counts
-        control = Path(os.environ[CONTROL])
-        wanted = json.loads(control.read_text())
-        controlled_parts.close()
-        if wanted["mutant"]:
-            controlled_parts.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
+    def control(self: Any) -> None:
+        file = Path(os.environ[CONTROL])
+        change = json.loads(file.read_text())
         runner = self.tp_worker.model_runner
-        models = [runner.model]
-        says = {"flush": wanted["flush"], "retractions": num_retractions, "memory": memory(runner), **counts}
-        counts = {"accepted": [], "draft_steps": []}
+        number, models = change.pop("control"), [runner.model]
+        wanted.update(change)
+        changed.close()
+        if wanted["mutant"]:
+            changed.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
         if self.draft_worker is not None:
             models.append(self.draft_worker.draft_worker.draft_runner.model)
-            controlled_parts.enter_context(control_draft(self.draft_worker, counts, **wanted["drafts"]))
-        result = flush_cache(self, *args, **kwargs)
-        written = control.parent / f"{os.getpid()}.part"
-        written.write_text(json.dumps(says | serving(models)))
-        written.rename(control.parent / f"said.{os.getpid()}.json")
-        return result
+            if change.get("record"):
+                counts["draft_steps"] = []
+            changed.enter_context(control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"]))
+        written = file.parent / f"{os.getpid()}.part"
+        written.write_text(json.dumps({"control": number, "memory": memory(runner), **counts, **serving(models)}))
+        written.rename(file.parent / f"said.{os.getpid()}.json")
 
-    scheduler.Scheduler.flush_cache = controlled
+    scheduler.Scheduler.qnext_control = control
     scheduler.ScheduleBatch.retract_decode = counted
     return scheduler.run_scheduler_process(*args, **kwargs)
 

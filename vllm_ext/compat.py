@@ -27,6 +27,7 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
     """Make this configuration run on a CPU, where vLLM 0.32 and 0.33 have gaps; idempotent."""
     if not current_platform.is_cpu():
         return
+    _seeded_prompts_in_pieces()
     parallel = vllm_config.parallel_config
     _experts_loaded_again()
     if vllm_config.speculative_config is not None:
@@ -110,6 +111,27 @@ def _experts_loaded_again() -> None:
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
     _replace(UnquantizedFusedMoEMethod, "_setup_kernel", setup, ("layer", "w13", "w2"))
+
+
+@cache
+def _seeded_prompts_in_pieces() -> None:
+    """A request with a seed ends the engine if its prompt is computed in pieces: after each piece but the last its
+    random generator is set back, which those of a CPU cannot be. Here the sampler does not draw from it in between.
+
+    Can go when ``GPUModelRunner._bookkeeping_sync`` does not set back a CPU generator.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def sample_tokens(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        held = {i: generators.pop(i) for i in unfinished if i in generators}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            generators.update(held)
+
+    _replace(GPUModelRunner, "sample_tokens", sample_tokens, ("grammar_output",))
 
 
 @cache

@@ -1,21 +1,18 @@
-"""Run scenarios in one vLLM engine: ``python -m vllm_ext.verify SPEC.json OUT.json``.
+"""Run scenarios in one vLLM engine: ``python -m vllm_ext.verify SPEC.json OUT``; see ``verify.worker``."""
 
-``SPEC`` holds ``model`` (a checkpoint directory), ``config`` (the fields of an ``EngineConfig``), ``runs`` (each a
-``key``, the fields of a ``scenario``, and a ``mutant``: empty, or the ``module:function`` that breaks the model for it)
-and ``expect_module`` (start of the module name of the class that must serve). ``OUT`` is written only if all of it ran.
-"""
-
-import json
+import argparse
 import os
 import pkgutil
-import sys
-import time
-from collections.abc import Iterable
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from qnext_plugin.verify.scenarios import MAX_MODEL_LEN, EngineConfig, Scenario
+import torch
+
+from qnext_plugin.verify.comparison import Completion, Result
+from qnext_plugin.verify.scenarios import SAMPLING, EngineConfig, Prompt, Scenario
+from qnext_plugin.verify.worker import Worker, main, num_logprobs, top
 from vllm_ext.verify_inside import kernels_ran, record_draft, serving_modules, set_drafts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -31,7 +28,7 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         "enable_prefix_caching": config.prefix_caching,
         "max_num_batched_tokens": config.token_budget or 2048,
         "num_gpu_blocks_override": config.num_blocks,
-        "max_model_len": MAX_MODEL_LEN,
+        "max_model_len": config.max_model_len,
         "max_num_seqs": 8,
         "max_logprobs": -1,
         "skip_tokenizer_init": True,
@@ -50,21 +47,27 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         args["scheduler_cls"] = "vllm_ext.scheduler.PipelineDraftScheduler"
     if config.prefix_caching:
         args["block_size"] = 32  # rounded up by vLLM until an attention page holds a recurrent state
-    return args
+    return args | given(config.flags)
 
 
-def distributions(flat: Any, start: int = 0) -> list[list[float]]:
-    """``FlatLogprobs`` as one row per position from ``start`` on, ordered by token id."""
-    rows = []
-    for begin, end in list(zip(flat.start_indices, flat.end_indices, strict=True))[start:]:
-        # The sampled token comes first and again at its rank.
-        row = dict(zip(flat.token_ids[begin:end], flat.logprobs[begin:end], strict=True))
-        assert sorted(row) == list(range(len(row))), "not the whole distribution"
-        rows.append([row[i] for i in range(len(row))])
-    return rows
+def given(flags: Sequence[str]) -> dict[str, Any]:
+    """What vLLM's own command line flags set, as keyword arguments; without their defaults."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return vars(parser.parse_args(list(flags)))
 
 
-class Engine:
+def distributions(flat: Any, k: int, start: int = 0) -> list[tuple[list[int], list[float]]]:
+    """The ``k`` most likely ids of each position of a ``FlatLogprobs`` from ``start`` on."""
+    spans = list(zip(flat.start_indices, flat.end_indices, strict=True))[start:]
+    return [top(dict(zip(flat.token_ids[a:b], flat.logprobs[a:b], strict=True)), k) for a, b in spans]
+
+
+class Engine(Worker):
     def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
         """``more``: further keyword arguments of ``vllm.LLM``."""
         from vllm import LLM
@@ -72,11 +75,17 @@ class Engine:
         self.config = config
         self.llm = LLM(**engine_args(model, config) | more)
         self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
+        self.num_logprobs = num_logprobs(self.llm.llm_engine.model_config.get_vocab_size())
 
     @property
     def worker(self) -> Any:
         """The worker itself: only where it is this process."""
         return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+    def serving(self) -> dict[str, Any]:
+        modules = set().union(*self.llm.collective_rpc(serving_modules))
+        kernels = set().union(*self.llm.collective_rpc(kernels_ran))
+        return {"modules": sorted(modules), "kernels": sorted(kernels), "memory": self.memory()}
 
     def memory(self) -> dict[str, Any]:
         cache = self.llm.llm_engine.vllm_config.cache_config
@@ -86,6 +95,16 @@ class Engine:
             "concurrency": cache.kv_cache_max_concurrency,
         }
 
+    def reset(self) -> None:
+        assert self.llm.reset_prefix_cache()
+
+    @contextmanager
+    def broken(self, mutant: str) -> Iterator[None]:
+        self.reset()
+        with pkgutil.resolve_name(mutant)(self.worker):
+            yield
+        self.reset()
+
     def counts(self) -> dict[str, Any]:
         metrics = {m.name: m for m in self.llm.get_metrics()}
         counts = {"num_preemptions": metrics["vllm:num_preemptions"].value, "num_drafts": 0, "num_accepted": []}
@@ -94,93 +113,53 @@ class Engine:
             counts["num_accepted"] = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
         return counts
 
-    def run(self, scenario: Scenario) -> dict[str, Any]:
-        """Answer a scenario; with drafts to be put in the model's mouth, once without them to learn the right ones."""
-        if not self.config.draft_tokens or scenario.drafts == "own":
-            return self._run(scenario)
-        plain = self._run(scenario)
-        sequences = [c["prompt"] + c["token_ids"] for batch in plain["batches"] for c in batch]
-        self.llm.collective_rpc(set_drafts, args=(sequences, scenario.drafts))
-        try:
-            return self._run(scenario)
-        finally:
-            self.llm.collective_rpc(set_drafts, args=([], "own"))
+    def drafts_as(self, pattern: str, sequences: list[list[int]]) -> None:
+        self.llm.collective_rpc(set_drafts, args=(sequences, pattern))
 
-    def _abort(self, prompts: tuple[tuple[int, ...], ...], sampling: Any) -> None:
+    def answers(self, scenario: Scenario) -> Result:
+        stop = record_draft(self.worker) if scenario.draft_logits else None
+        result = super().answers(scenario)
+        return replace(result, draft_steps=stop()) if stop else result
+
+    def generate(self, batch: Sequence[Prompt], scenario: Scenario) -> list[Completion]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                max_tokens=scenario.max_tokens[i % len(scenario.max_tokens)],
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=self.num_logprobs,
+                prompt_logprobs=self.num_logprobs if scenario.prompt_logprobs else None,
+                flat_logprobs=True,
+                **(SAMPLING | {"seed": sum(prompt)} if scenario.sampled else {"temperature": 0}),
+            )
+            for i, prompt in enumerate(batch)
+        ]
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in batch]
+        return [self._completion(output) for output in self.llm.generate(prompts, params, use_tqdm=False)]
+
+    def _completion(self, output: Any) -> Completion:
+        said = output.outputs[0]
+        rows = distributions(said.logprobs, self.num_logprobs)
+        if output.prompt_logprobs:
+            rows = distributions(output.prompt_logprobs, self.num_logprobs, start=1) + rows
+        ids, logprobs = (torch.tensor(column) for column in zip(*rows, strict=True))
+        prompt, token_ids = tuple(output.prompt_token_ids), tuple(said.token_ids)
+        return Completion(prompt, token_ids, ids, logprobs, output.num_cached_tokens)
+
+    def abort(self, batch: Sequence[Prompt]) -> None:
+        from vllm import SamplingParams
+
         engine = self.llm.llm_engine
-        ids = [f"aborted-{i}" for i in range(len(prompts))]
-        for request, prompt in zip(ids, prompts, strict=True):
-            engine.add_request(request, {"prompt_token_ids": list(prompt)}, sampling)
+        ids = [f"aborted-{i}" for i in range(len(batch))]
+        for request, prompt in zip(ids, batch, strict=True):
+            params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, detokenize=False)
+            engine.add_request(request, {"prompt_token_ids": list(prompt)}, params)
         for _ in range(3):
             engine.step()
         engine.abort_request(ids)
 
-    def _run(self, scenario: Scenario) -> dict[str, Any]:
-        from vllm import SamplingParams
-
-        self.llm.reset_prefix_cache()
-        sampling = SamplingParams(
-            max_tokens=scenario.max_tokens,
-            temperature=0,
-            ignore_eos=True,
-            detokenize=False,
-            logprobs=-1,
-            prompt_logprobs=-1 if scenario.prompt_logprobs else None,
-            flat_logprobs=True,
-        )
-        before, batches = self.counts(), []
-        if scenario.aborted:
-            self._abort(scenario.aborted, sampling)
-        stop = record_draft(self.worker) if scenario.draft_logits else None
-        for batch in scenario.batches:
-            batches.append(self._generate(batch, sampling))
-        said = batches[0][0]
-        for turn in scenario.turns:
-            batches.append(self._generate([(*said["prompt"], *said["token_ids"], *turn)], sampling))
-            said = batches[-1][0]
-        after = self.counts()
-        return {
-            "batches": batches,
-            "block_size": self.block_size,
-            "draft_steps": stop() if stop else None,
-            "num_preemptions": after["num_preemptions"] - before["num_preemptions"],
-            "num_drafts": after["num_drafts"] - before["num_drafts"],
-            "num_accepted": [b - a for a, b in zip(before["num_accepted"], after["num_accepted"], strict=True)],
-        }
-
-    def _generate(self, batch: Iterable[tuple[int, ...]], sampling: Any) -> list[dict[str, Any]]:
-        prompts = [{"prompt_token_ids": list(prompt)} for prompt in batch]
-        return [self._completion(output) for output in self.llm.generate(prompts, sampling, use_tqdm=False)]
-
-    def _completion(self, output: Any) -> dict[str, Any]:
-        prompt_logprobs = output.prompt_logprobs
-        return {
-            "prompt": output.prompt_token_ids,
-            "token_ids": list(output.outputs[0].token_ids),
-            "logprobs": distributions(output.outputs[0].logprobs),
-            "prompt_logprobs": distributions(prompt_logprobs, start=1) if prompt_logprobs else None,
-            "num_cached_tokens": output.num_cached_tokens,
-        }
-
-
-def main(spec_file: str, out_file: str) -> None:
-    spec = json.loads(Path(spec_file).read_text())
-    begin = time.monotonic()
-    engine = Engine(spec["model"], EngineConfig(**spec["config"]))
-    modules = set().union(*engine.llm.collective_rpc(serving_modules))
-    assert all(m.startswith(spec["expect_module"]) for m in modules), f"{modules} serve, not {spec['expect_module']}"
-    out: dict[str, Any] = {"modules": sorted(modules), "memory": engine.memory(), "results": {}}
-    out["seconds"] = {"start": time.monotonic() - begin}
-
-    for run in spec["runs"]:
-        begin = time.monotonic()
-        with pkgutil.resolve_name(run["mutant"])(engine.worker) if run["mutant"] else nullcontext():
-            out["results"][run["key"]] = engine.run(Scenario(**run["scenario"]))
-        out["seconds"][run["key"]] = time.monotonic() - begin
-    if spec["expect_module"] == "vllm_ext":
-        out["kernels"] = sorted(set().union(*engine.llm.collective_rpc(kernels_ran)))
-    Path(out_file).write_text(json.dumps(out))
-
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Engine)

@@ -4,6 +4,7 @@ Random weights are almost never accepted, so without that control nothing past a
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,9 +24,8 @@ def _drafter(worker: Any) -> Any:
 
 
 def kernels_ran(worker: Any) -> set[str]:
-    from vllm_ext.kernels import KERNELS_RAN
-
-    return KERNELS_RAN
+    kernels = sys.modules.get("vllm_ext.kernels")
+    return kernels.KERNELS_RAN if kernels else set()
 
 
 def set_drafts(worker: Any, sequences: Sequence[Sequence[int]], pattern: str) -> None:

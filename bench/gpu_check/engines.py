@@ -8,7 +8,6 @@ some drafts are accepted and some are not, in any model runner and without a han
 
 import argparse
 import fcntl
-import json
 import os
 import pkgutil
 import time
@@ -126,31 +125,6 @@ def checkpoint(name: str) -> Path:
     return target
 
 
-class Reference:
-    """``transformers`` on this device: next-token log-probabilities [n, vocab_size] of n ids."""
-
-    def __init__(self, directory: Path, dtype: str) -> None:
-        import torch
-        from transformers import Qwen3NextForCausalLM
-
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, info = Qwen3NextForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, dtype), output_loading_info=True
-        )
-        assert not info["missing_keys"], info["missing_keys"]
-        self.model, self.found = model.eval().to(self.device), {}
-
-    def __call__(self, ids: tuple[int, ...]) -> Any:
-        import torch
-
-        if ids not in self.found:
-            with torch.inference_mode():
-                logits = self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
-            self.found[ids] = logits.float().log_softmax(-1).cpu()
-        return self.found[ids]
-
-
 def serving_modules(worker: Any) -> set[str]:
     """Modules of the model's and the draft's classes, in either of vLLM's model runners."""
     runner = worker.model_runner
@@ -166,8 +140,8 @@ def runner_class(worker: Any) -> str:
 
 
 def check(start: Start, report: Report, name: str) -> None:
-    from qnext_plugin.verify.comparison import check_conditions, compare, requests, to_result
-    from tests.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
+    from qnext_plugin.verify.comparison import check_conditions, compare, rounding
+    from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
 
     state: dict[str, Any] = {}
     config = start.config
@@ -205,26 +179,22 @@ def check(start: Start, report: Report, name: str) -> None:
             raise RuntimeError("the engine did not start")
         if config.draft_tokens:  # the draft's own guesses: some right, some wrong
             scenario = Scenario(**(vars(scenario) | {"drafts": "own"}))
-        result = to_result(json.loads(json.dumps(state["engine"].run(scenario))))
+        result = state["engine"].run(scenario, reset=True)
         check_conditions(scenario, config, result)
         exact = _reference(state, "float32")
         tolerance = SERVED_LOGPROB_FLOAT32[start.engine]
         found = compare(result, exact, tolerance if config.dtype == "float32" else float("inf"))
-        record: dict[str, Any] = {"difference": found.value, "where": found.where, "wrong": len(found.wrong_tokens)}
+        record: dict[str, Any] = {"difference": found.max, "where": found.worst, "wrong": len(found.wrong_tokens)}
         if config.draft_tokens:
             record["accepted"] = [round(a / max(result.num_drafts, 1), 3) for a in result.num_accepted]
             record["acceptance"] = record["accepted"][0]
             state.setdefault("rates", []).append(record["acceptance"])
         if config.dtype == "float32":
-            assert found.value <= tolerance, f"{found.value:.3g} > {tolerance:.3g} at {found.where}; {record}"
+            assert found.max <= tolerance, f"{found.max:.3g} > {tolerance:.3g} at {found.worst}; {record}"
             assert not found.wrong_tokens, found.wrong_tokens[:5]
             return record
-        rounded, theirs = _reference(state, "bfloat16"), 0.0
-        for _, completion in requests(result):
-            ids = completion.prompt + completion.token_ids
-            generated = slice(len(completion.prompt) - 1, -1)
-            theirs = max(theirs, float((rounded(ids)[generated] - exact(ids)[generated]).abs().max()))
-        record |= {"transformers_bf16": theirs, "ratio": found.value / theirs}
+        theirs = rounding(result, exact, _reference(state, "bfloat16")).max
+        record |= {"transformers_bf16": theirs, "ratio": found.max / theirs}
         assert record["ratio"] <= LOGPROB_BFLOAT16_RATIO, f"ratio above {LOGPROB_BFLOAT16_RATIO}: {record}"
         return record
 
@@ -255,9 +225,16 @@ def _kernels_ran(worker: Any) -> set[str]:
     return KERNELS_RAN
 
 
-def _reference(state: dict[str, Any], dtype: str) -> Reference:
+def _reference(state: dict[str, Any], dtype: str) -> Any:
+    """``transformers`` on this device."""
+    import torch
+
+    from qnext_plugin.verify.reference import Whole
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if dtype not in state:
-        state[dtype] = Reference(state["directory"], dtype)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        state[dtype] = Whole(state["directory"], getattr(torch, dtype), device)
     return state[dtype]
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import pytest
 import torch
 
 from qnext_plugin import process
-from qnext_plugin.verify.comparison import Result, to_result
+from qnext_plugin.verify.reference import Whole
+from qnext_plugin.verify.runner import EngineFailed, Run, Start, passes
 from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs, tokens
 from tests.engines.checkpoints import write_checkpoint
 from tests.engines.installed import ENGINE, MUTANTS
@@ -29,9 +29,11 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+whole = cache(Whole)  # transformers, once for each checkpoint and dtype
+
 SAMPLES, TOKENS = 20_000, 5
 REGEX = "([a-d][0-9]){12}"
-SAMPLING_MUTANT = "verify_commits_one_step_early"
+SAMPLING_MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"
 
 # Files of tests that hold for one engine only carry its name.
 collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENGINE]
@@ -45,31 +47,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], "Served"]:
+def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Start]:
     """What the engine answered to every scenario of a configuration, then to those of its mutants."""
     root = tmp_path_factory.mktemp(ENGINE)
 
     @cache
-    def outcome(config: str) -> Served | AssertionError:
-        spec, out, log = (root / f"{config}.{suffix}" for suffix in ("spec.json", "out.json", "log"))
-        spec.write_text(
-            json.dumps(
-                {
-                    "model": str(checkpoint(CONFIGS[config].checkpoint)),
-                    "config": asdict(CONFIGS[config]),
-                    "runs": runs(config),
-                    "expect_module": f"{ENGINE}_ext",
-                }
-            )
-        )
+    def outcome(config: str) -> Start | AssertionError:
+        start = Start(ENGINE, checkpoint(CONFIGS[config].checkpoint), CONFIGS[config], runs(config), root / config)
         try:
-            status = process.run(["-m", f"{ENGINE}_ext.verify", str(spec), str(out)], log)
-            assert status == 0, f"engine {config!r} ended with status {status}\n{process.tail(log)}"
-        except AssertionError as e:
-            return e
-        return Served(json.loads(out.read_text()))
+            start.run(timeout=240)
+        except EngineFailed as e:
+            return AssertionError(str(e))
+        return start
 
-    def served(config: str) -> Served:
+    def served(config: str) -> Start:
         result = outcome(config)
         if isinstance(result, AssertionError):
             raise result
@@ -78,36 +69,13 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
     return served
 
 
-def runs(config: str) -> list[dict[str, Any]]:
-    """The scenarios of a configuration, then its mutants', as a worker reads them."""
-    scenarios = [{"key": s, "scenario": asdict(SCENARIOS[s]), "mutant": ""} for c, s in pairs(ENGINE) if c == config]
-    return scenarios + [
-        {"key": name, "scenario": asdict(SCENARIOS[mutant.scenario]), "mutant": mutant.path}
-        for name, mutant in MUTANTS.items()
-        if mutant.config == config
+def runs(config: str) -> list[Run]:
+    """The scenarios of a configuration, if it says so again on the warm cache, then its mutants."""
+    names = [scenario for name, scenario in pairs(ENGINE) if name == config]
+    broken = [mutant for mutant in MUTANTS if mutant.config == config]
+    return passes(CONFIGS[config], {name: SCENARIOS[name] for name in names}) + [
+        Run(mutant.name, SCENARIOS[mutant.scenario], mutant.path) for mutant in broken
     ]
-
-
-class Served:
-    """A worker's output: ``modules`` (of the serving classes), ``kernels``, ``memory``, ``seconds``, and results.
-
-    ``compiled``: how many functions torch compiled meanwhile, as far as the engine can say.
-    """
-
-    def __init__(self, raw: dict[str, Any]) -> None:
-        self.modules: list[str] = raw["modules"]
-        self.kernels: list[str] = raw["kernels"]
-        self.memory: dict[str, Any] = raw["memory"]
-        self.seconds: dict[str, float] = raw["seconds"]
-        self.compiled: int = raw.get("compiled", 0)
-        self._results = raw["results"]
-
-    def __getitem__(self, scenario: str) -> Result:
-        return to_result(self._results[scenario])
-
-    def draft_steps(self, scenario: str) -> list[dict[str, Any]]:
-        """Each step's ``position`` (of the last accepted token) and ``logits`` of its drafts, for one request."""
-        return list(self._results[scenario]["draft_steps"])
 
 
 @pytest.fixture(scope="session")

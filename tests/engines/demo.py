@@ -108,6 +108,6 @@ RECALLED = recall(MAX_MODEL_LEN - 100, 12, early=True)
 RECALL = Scenario(
     tuple(tuple(prompt.ids for prompt in turn) for turn in zip(*RECALLED, strict=True)),
     configs=(),
-    max_tokens=8,
+    max_tokens=(8,),
     hits=tuple((1, i) for i in range(len(RECALLED))),
 )

@@ -9,4 +9,4 @@ from tests.mutants import Mutant
 ENGINE = next((engine for engine in ENGINES if find_spec(engine)), "")
 assert ENGINE, f"none of {', '.join(ENGINES)} is installed; run these tests in an environment that scripts/setup makes"
 
-MUTANTS: dict[str, Mutant] = import_module(f"tests.mutants.{ENGINE}").MUTANTS
+MUTANTS: list[Mutant] = import_module(f"tests.mutants.{ENGINE}").MUTANTS

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qnext_plugin import process
+from qnext_plugin.verify.comparison import Result
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario
 
 
@@ -28,4 +29,7 @@ def serve(
     spec.write_text(json.dumps(cases))
     status = process.run(["-m", "tests.engines.vllm_several", str(spec), str(out)], log, env=env, timeout=timeout)
     assert status == 0, process.tail(log)
-    return json.loads(out.read_text())
+    answered = json.loads(out.read_text())
+    for of in answered.values():
+        of["results"] = [Result.load(directory / file) for file in of.get("results", [])]
+    return answered

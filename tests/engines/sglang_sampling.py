@@ -13,7 +13,6 @@ from typing import Any
 
 from qnext_plugin.verify.scenarios import EngineConfig
 from sglang_ext.verify import Engine
-from tests.mutants.sglang import MUTANTS
 
 # SGLang applies penalties to the tokens of earlier steps only, so that with drafts they are not the same.
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
@@ -38,25 +37,28 @@ def main(spec_file: str, out_file: str) -> None:
     def draw(samples: int, **sampling: Any) -> list[list[int]]:
         return [output["output_ids"] for output in generate(samples, **sampling)]
 
-    def accepted(count: int = 1) -> float:
-        steps = engine.flush()["accepted"]
-        return sum(n >= count for n in steps) / max(1, len(steps))
+    def accepted(before: dict[str, Any], count: int) -> float:
+        after = engine.counts()
+        accepted = after["num_accepted"][count - 1] - before["num_accepted"][count - 1]
+        return float(accepted / (after["num_drafts"] - before["num_drafts"]))
 
     (likely,) = draw(1, temperature=0)
-    right = {"sequences": [prompt + likely], "pattern": "right"}
-    engine.flush(**right)
+    engine.drafts_as("right", [prompt + likely])
+    before = engine.counts()
     out: dict[str, Any] = {"": draw(spec["samples"], **SAMPLING)}
-    out["accepted"] = accepted()
-    for name in spec["mutants"]:
-        engine.flush(MUTANTS[name].path, **right)
-        out[name] = draw(spec["samples"] // 4, **SAMPLING)
     if drafts:
-        engine.flush()
+        out["accepted"] = accepted(before, 1)
+    for name in spec["mutants"]:
+        with engine.broken(name):
+            out[name] = draw(spec["samples"] // 4, **SAMPLING)
+    if drafts:
+        engine.drafts_as("own", [])
         grammar = {"regex": spec["regex"], "max_new_tokens": 24, "temperature": 0}
         own = generate(2, **grammar)
-        engine.flush(sequences=[prompt + own[0]["output_ids"]], pattern="right")
+        engine.drafts_as("right", [prompt + own[0]["output_ids"]])
+        before = engine.counts()
         answers = [output["text"] for output in own + generate(2, **grammar)]
-        out["grammar"] = {"answers": answers, "accepted": accepted(drafts)}
+        out["grammar"] = {"answers": answers, "accepted": accepted(before, drafts)}
     Path(out_file).write_text(json.dumps(out))
     sys.stdout.flush()
     os._exit(0)  # as in sglang_ext.verify

@@ -10,7 +10,7 @@ import re
 import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,13 +18,15 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from qnext_plugin import process
-from qnext_plugin.verify.comparison import Result, check_conditions, compare, to_result
-from qnext_plugin.verify.reference import Reference, reference
+from qnext_plugin.verify.comparison import Result, check_conditions, compare
+from qnext_plugin.verify.reference import Whole
+from qnext_plugin.verify.rows import Query, Reference
+from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.scenarios import EngineConfig
+from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines import demo
 from tests.engines.demo import Messages, Prompt
 from tests.engines.installed import ENGINE, MUTANTS
-from tests.tolerances import SERVED_LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 
@@ -107,13 +109,13 @@ def share_right(server: Server, prompts: list[Prompt], label: str, exact: Refere
 
 def would_say(exact: Reference, prompt: Prompt) -> bool:
     """Whether greedy `transformers` gives the answer: each of its tokens is the likeliest one after those before."""
-    likeliest = exact(prompt.ids + prompt.answer_ids).argmax(-1).tolist()
-    return tuple(likeliest[len(prompt.ids) - 1 : -1]) == prompt.answer_ids
+    (rows,) = exact([Query(prompt.ids + prompt.answer_ids, len(prompt.answer_ids))])
+    return tuple(rows.likeliest.tolist()) == prompt.answer_ids
 
 
 @pytest.fixture(scope="module")
 def exact(checkpoint) -> Reference:
-    return reference(checkpoint("demo"))
+    return Whole(checkpoint("demo"))
 
 
 def test_our_classes_serve(server):
@@ -261,28 +263,20 @@ def test_base_completes_raw_text(server):
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory, checkpoint) -> dict[str, Result]:
     """Recall on prefix hits in one float32 engine, as it is and with the recurrent state dropped at each restore."""
-    root = tmp_path_factory.mktemp("offline")
-    spec, out, log = root / "spec.json", root / "out.json", root / "log"
-    mutants = {"intact": "", "dropped": MUTANTS["state_dropped_at_prefix_restore"].path}
-    content = {
-        "model": str(checkpoint("demo")),
-        "config": asdict(OFFLINE[ENGINE]),
-        "runs": [{"key": k, "scenario": asdict(demo.RECALL), "mutant": path} for k, path in mutants.items()],
-        "expect_module": f"{ENGINE}_ext",
-    }
-    spec.write_text(json.dumps(content))
-    status = process.run(["-m", f"{ENGINE}_ext.verify", str(spec), str(out)], log)
-    assert status == 0, process.tail(log)
-    results = json.loads(out.read_text())["results"]
-    return {key: to_result(results[key]) for key in mutants}
+    dropped = next(m.path for m in MUTANTS if m.applied.__name__ == "state_dropped_at_prefix_restore")
+    runs = [Run("intact", demo.RECALL), Run("dropped", demo.RECALL, mutant=dropped)]
+    root = tmp_path_factory.mktemp("offline") / "recall"
+    start = Start(ENGINE, checkpoint("demo"), OFFLINE[ENGINE], runs, root)
+    start.run(timeout=240)
+    return {run.key: start[run.key] for run in runs}
 
 
 def test_float32_is_what_transformers_computes(offline, exact):
     """Also with MTP, whose drafts are mostly accepted here: the answer is the one without it."""
     check_conditions(demo.RECALL, OFFLINE[ENGINE], offline["intact"])
     difference = compare(offline["intact"], exact, SERVED_LOGPROB_FLOAT32[ENGINE])
-    print(f"largest log-probability difference {difference.value:.2g} at {difference.where}")
-    assert difference.value <= SERVED_LOGPROB_FLOAT32[ENGINE], difference.where
+    print(f"largest log-probability difference {difference.max:.2g} at {difference.worst}")
+    assert difference.max <= SERVED_LOGPROB_FLOAT32[ENGINE], difference.worst
     assert not difference.wrong_tokens
 
 

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
+from tests.engines.conftest import whole
 from tests.engines.installed import ENGINE
 from tests.engines.serving import MAX_LEN
 from tests.engines.test_load import TOLERANCE, Request, error
@@ -104,6 +105,7 @@ def test_answer_is_clean_and_others_are_served(crowded_server, checkpoint, case)
         answers.append(crowded_server.parse(client.post(**crowded_server.request(other.prompt, 6, 0))))
     print(f"{case}: {hostile.status_code} {hostile.text[:300]}")
     for answer in answers:
-        assert error(other, answer, reference(checkpoint("tiny"))((*other.prompt, *answer.token_ids))) <= TOLERANCE
+        (expected,) = whole(checkpoint("tiny"))([Query((*other.prompt, *answer.token_ids), len(answer.token_ids))])
+        assert error(other, answer, expected) <= TOLERANCE
     assert hostile.status_code == 200 if case in TAKEN else 400 <= hostile.status_code < 500
     assert hostile.text

@@ -7,7 +7,6 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -15,19 +14,19 @@ import pytest
 import torch
 
 from qnext_plugin import process
-from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.comparison import EXPERT_TIE
+from qnext_plugin.verify.rows import Query, Rows
 from qnext_plugin.verify.scenarios import tokens
+from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
+from tests.engines.conftest import whole
 from tests.engines.installed import ENGINE
 from tests.engines.serving import MAX_LEN, Answer, Server
-from tests.tolerances import SERVED_LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 
 REQUESTS = int(os.environ.get("QNEXT_LOAD_REQUESTS", "100"))
 CONCURRENT = 16
 TOLERANCE = SERVED_LOGPROB_FLOAT32[ENGINE]
-TIE = 1e-5
-"""Router logits closer than this tie: rounding decides which expert serves, in any implementation."""
 
 
 @dataclass(frozen=True)
@@ -80,32 +79,12 @@ async def send(server: Server, made: list[Request], halfway: list[int]) -> list[
         return await asyncio.gather(*(one(client, request) for request in made))
 
 
-def error(request: Request, answer: Answer, expected: torch.Tensor) -> float:
+def error(request: Request, answer: Answer, expected: Rows) -> float:
     """Largest difference of log-probability; infinite where a greedy token is not the reference's."""
-    rows = expected[len(request.prompt) - 1 : -1]
-    chosen = rows.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-    if request.temperature == 0 and (rows.amax(1) - chosen).max() > 2 * TOLERANCE:
+    chosen = expected.gather(torch.tensor(answer.token_ids)[:, None])[:, 0]
+    if request.temperature == 0 and (expected.logprobs.amax(1) - chosen).max() > 2 * TOLERANCE:
         return float("inf")
     return float((chosen - torch.tensor(answer.logprobs)).abs().max())
-
-
-def experts_tie(model: torch.nn.Module, ids: Sequence[int]) -> bool:
-    """Whether the reference's last expert chosen and first one left out tie anywhere on the way."""
-    gaps = []
-
-    def note(gate: torch.nn.Module, args: tuple[torch.Tensor], _: object) -> None:
-        logits = torch.nn.functional.linear(args[0].double(), gate.weight.double()).flatten(0, -2)
-        ranked = logits.sort(dim=-1, descending=True).values
-        chosen = model.config.num_experts_per_tok
-        gaps.append(float((ranked[:, chosen - 1] - ranked[:, chosen]).min()))
-
-    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-    hooks = [gate.register_forward_hook(note) for gate in gates]
-    with torch.inference_mode():
-        model(torch.tensor([ids]), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return min(gaps) < TIE
 
 
 def test_each_answer_is_right_on_its_own(crowded_server, checkpoint):
@@ -114,14 +93,14 @@ def test_each_answer_is_right_on_its_own(crowded_server, checkpoint):
     answers = asyncio.run(send(crowded_server, made, halfway))
     seconds, end = time.monotonic() - begin, crowded_server.resident_bytes()
 
-    model, errors, ties = reference(checkpoint("tiny")), [], 0
+    model, errors, ties = whole(checkpoint("tiny")), [], 0
     for i, (request, answer) in enumerate(zip(made, answers, strict=True)):
         assert (answer is None) <= (request.dropped_after is not None), f"request {i} has no answer"
         if answer is not None:
             assert len(answer.token_ids) == request.max_tokens
-            ids = (*request.prompt, *answer.token_ids)
-            off = error(request, answer, model(ids))
-            if off > TOLERANCE and experts_tie(model.model, ids):
+            (expected,) = model([Query((*request.prompt, *answer.token_ids), len(answer.token_ids))])
+            off = error(request, answer, expected)
+            if off > TOLERANCE and expected.margin.min() < EXPERT_TIE:
                 ties += 1
             else:
                 errors.append((off, i))

@@ -7,10 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from qnext_plugin import process
 from qnext_plugin.random_checkpoint import write_random_checkpoint
-from qnext_plugin.verify.comparison import compare, to_result
-from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.comparison import Result, compare
 from tests.engines.checkpoints import CHECKPOINTS
-from tests.engines.conftest import Served
+from tests.engines.conftest import whole
 from tests.engines.installed import ENGINE
 from tests.engines.test_logprobs import TOLERANCE, compare_draft
 
@@ -65,13 +64,17 @@ def outcome(tmp_path_factory, directories):
     command = ["-m", f"tests.engines.{ENGINE}_reload", str(root / "spec.json"), str(root / "out.json")]
     status = process.run(command, root / "log")
     assert (root / "out.json").exists(), process.tail(root / "log")
-    return json.loads((root / "out.json").read_text()) | {"status": status, "log": (root / "log").read_text()}
+    return json.loads((root / "out.json").read_text()) | {
+        "status": status,
+        "log": (root / "log").read_text(),
+        "answers": {file.stem: Result.load(file) for file in root.glob("*.safetensors")},
+    }
 
 
 def assert_answers(outcome, step, checkpoint):
-    difference = compare(to_result(outcome["answers"][step]["short"]), reference(checkpoint), TOLERANCE)
-    print(f"{step}: {difference.value:.2g} at {difference.where}")
-    assert difference.value <= TOLERANCE, f"{step}: {difference.value:.3g} at {difference.where}"
+    difference = compare(outcome["answers"][f"{step}.short"], whole(checkpoint), TOLERANCE)
+    print(f"{step}: {difference.max:.2g} at {difference.worst}")
+    assert difference.max <= TOLERANCE, f"{step}: {difference.max:.3g} at {difference.worst}"
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -103,8 +106,5 @@ if ENGINE == "vllm":
 
     @pytest.mark.parametrize("step", ["fresh", "direct", "transfer"])
     def test_draft_is_the_one_loaded_last(outcome, directories, step):
-        served = Served(
-            {"modules": [], "kernels": [], "memory": {}, "seconds": {}, "results": outcome["answers"][step]}
-        )
-        difference = compare_draft(served, "draft_logits", directories[STEPS[step]])
-        assert difference.value <= TOLERANCE, f"{difference.value:.3g} at {difference.where}"
+        difference = compare_draft(outcome["answers"][f"{step}.draft_logits"], directories[STEPS[step]])
+        assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"

@@ -1,17 +1,17 @@
 """Ranks that vLLM starts or connects otherwise than one engine in one process does: data parallelism, Ray."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 
 from qnext_plugin import process
-from qnext_plugin.verify.comparison import check_conditions, compare, to_result
-from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.comparison import check_conditions, compare
+from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
-from tests.tolerances import SERVED_LOGPROB_FLOAT32
+from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
+from tests.engines.conftest import whole
 
 pytestmark = pytest.mark.engine
 
@@ -23,22 +23,17 @@ OTHER = replace(SCENARIO, batches=tuple(batch[:1:-1] for batch in SCENARIO.batch
 
 def run(root, checkpoint, config, scenario, rank=0, **env):
     """What one process answers; it asserts that our classes serve."""
-    spec, out, log = (root / f"{rank}.{suffix}" for suffix in ("spec.json", "out.json", "log"))
-    runs = [{"key": "answers", "scenario": asdict(scenario), "mutant": ""}]
-    spec.write_text(
-        json.dumps({"model": str(checkpoint), "config": asdict(config), "runs": runs, "expect_module": "vllm_ext"})
-    )
-    status = process.run(["-m", "vllm_ext.verify", str(spec), str(out)], log, env)
-    assert status == 0, process.tail(log)
-    return to_result(json.loads(out.read_text())["results"]["answers"])
+    start = Start("vllm", checkpoint, config, [Run("answers", scenario)], root / str(rank))
+    start.run(timeout=240, env=env)
+    return start["answers"]
 
 
 def assert_right(result, scenario, config, checkpoint):
     check_conditions(scenario, config, result)
     tolerance = SERVED_LOGPROB_FLOAT32["vllm"]
-    difference = compare(result, reference(checkpoint), tolerance)
-    print(f"{difference.value:.2g} at {difference.where}; {result.num_accepted} of {result.num_drafts} accepted")
-    assert difference.value <= tolerance, f"{difference.value:.3g} at {difference.where}"
+    difference = compare(result, whole(checkpoint), tolerance)
+    print(f"{difference.max:.2g} at {difference.worst}; {result.num_accepted} of {result.num_drafts} accepted")
+    assert difference.max <= tolerance, f"{difference.max:.3g} at {difference.worst}"
     assert not difference.wrong_tokens
 
 
@@ -61,4 +56,4 @@ def test_data_parallel(tmp_path, checkpoint, experts):
 def test_ray(tmp_path, checkpoint):
     config = replace(MTP, tensor_parallel=2, executor="vllm_ext.ray_executor.CpuRayExecutor")
     assert_right(run(tmp_path, checkpoint("tiny"), config, SCENARIO), SCENARIO, config, checkpoint("tiny"))
-    assert "CpuRayWorker" in (tmp_path / "0.log").read_text()
+    assert "CpuRayWorker" in (tmp_path / "0" / "log").read_text()

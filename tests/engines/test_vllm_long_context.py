@@ -8,11 +8,11 @@ from transformers import AutoConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEmbedding
 
 from qnext_plugin.random_checkpoint import write_random_checkpoint
-from qnext_plugin.verify.comparison import compare, to_result
-from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.comparison import compare
+from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
+from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.several import case, serve
-from tests.tolerances import SERVED_LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 
@@ -34,7 +34,7 @@ def complete(parameters):
 
 
 def prompts(*lengths):
-    return Scenario((tuple(tokens(length, seed=length) for length in lengths),), configs=(), max_tokens=8)
+    return Scenario((tuple(tokens(length, seed=length) for length in lengths),), configs=(), max_tokens=(8,))
 
 
 def with_config(directory, target, **changes):
@@ -93,12 +93,12 @@ def test_answers_are_those_of_transformers(served, checkpoints, name, same_as):
     assert "error" not in served[name], served[name]["error"]
     assert served[name]["modules"] == ["vllm_ext.model"]
     tolerance = SERVED_LOGPROB_FLOAT32["vllm"]
-    difference = compare(to_result(served[name]["results"][0]), reference(checkpoints / same_as), tolerance)
-    print(f"{name}: {difference.value:.3g} at {difference.where}")
-    assert difference.value <= tolerance, f"{difference.value:.3g} at {difference.where}"
+    difference = compare(served[name]["results"][0], Whole(checkpoints / same_as), tolerance)
+    print(f"{name}: {difference.max:.3g} at {difference.worst}")
+    assert difference.max <= tolerance, f"{difference.max:.3g} at {difference.worst}"
     if name != "merged":  # else the extension of the context shows nothing
-        plain = compare(to_result(served[name]["results"][0]), reference(checkpoints / "trained"), tolerance)
-        assert plain.value > 100 * tolerance
+        plain = compare(served[name]["results"][0], Whole(checkpoints / "trained"), tolerance)
+        assert plain.max > 100 * tolerance
 
 
 def test_rope_tables_equal_those_of_transformers_up_to_a_million_positions(served, checkpoints):
@@ -121,4 +121,4 @@ def test_a_long_prompt_takes_no_more_memory_than_a_short_one(served):
     whole_prompt = 180_000 * 96 * 2  # one bfloat16 activation of as many tokens more
     print(f"{(long - short) / 1e6:.1f} MB more for 180,000 tokens more")
     assert long - short < whole_prompt
-    assert all(torch.isfinite(c.logprobs).all() for c in to_result(served["long"]["results"][1]).batches[0])
+    assert all(torch.isfinite(c.logprobs).all() for c in served["long"]["results"][1].batches[0])

@@ -12,8 +12,8 @@ import torch
 
 from qnext_plugin.quantize import FORMATS, quantize_checkpoint
 from qnext_plugin.random_checkpoint import write_random_checkpoint
-from qnext_plugin.verify.comparison import Difference, check_conditions, compare, requests, to_result
-from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.comparison import check_conditions, compare, rounding
+from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
 from tests.dequantised import write_dequantised
 from tests.engines.several import case, serve
@@ -109,14 +109,14 @@ def check(served, checkpoints, name, form):
     as_stored, plain = (served[name]["layers"][how] for how in ("as stored", "dequantised"))
     if not torch.cpu._is_amx_tile_supported():
         assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED[form], plain
-    result = to_result(served[name]["results"][0])
+    result = served[name]["results"][0]
     check_conditions(SCENARIO, CONFIG, result)
 
     directory = checkpoints / f"{form}-dequantised"
     if not directory.exists():
         write_dequantised(checkpoints / form, directory)
-    exact, rounded = reference(directory), reference(directory, torch.bfloat16)
-    ours, theirs = compare(result, exact), Difference()
+    exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
+    ours = compare(result, exact)
     with ExitStack() as hooks:
         for layer in as_stored if form in INPUTS else ():
             outer, _, last = layer.rpartition(".")
@@ -124,9 +124,6 @@ def check(served, checkpoints, name, form):
                 for part in PARTS.get(last, (last,)):
                     module = rounded.model.get_submodule(f"{outer}.{part}")
                     hooks.callback(module.register_forward_pre_hook(rounded_to(INPUTS[form])).remove)
-        for where, completion in requests(result):
-            ids = completion.prompt + completion.token_ids
-            generated = slice(len(completion.prompt) - 1, -1)
-            theirs.add(rounded(ids)[generated] - exact(ids)[generated], where)
-    print(f"{name}: {ours.value:.3g} at {ours.where}; transformers {theirs.value:.3g}; as stored {len(as_stored)}")
-    assert ours.value <= LOGPROB_QUANTISED_RATIO * theirs.value, f"{ours.value:.3g} at {ours.where}"
+        theirs = rounding(result, exact, rounded)
+    print(f"{name}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}; as stored {len(as_stored)}")
+    assert ours.max <= LOGPROB_QUANTISED_RATIO * theirs.max, f"{ours.max:.3g} at {ours.worst}"

@@ -22,7 +22,8 @@ from openai import OpenAI
 
 from qnext_plugin import process
 from qnext_plugin.random_checkpoint import write_random_checkpoint
-from qnext_plugin.verify.reference import reference
+from qnext_plugin.verify.reference import Whole
+from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
 from tests.tolerances import LOGPROB_FLOAT32
 
@@ -182,7 +183,8 @@ def assert_rope(server: Server, written: Path, right: str, wrong: str) -> None:
     ids = (*prompt, *answer.token_ids)
 
     def error(checkpoint: str) -> float:
-        expected = reference(written / checkpoint)(ids)[:-1].gather(1, torch.tensor(ids)[1:, None]).squeeze(1)
+        (rows,) = Whole(written / checkpoint)([Query(ids, len(ids) - 1)])
+        expected = rows.gather(torch.tensor(ids)[1:, None])[:, 0]
         return float((torch.tensor(served) - expected).abs().max())
 
     print(f"{right}: {error(right):.2g}; {wrong}: {error(wrong):.2g}")

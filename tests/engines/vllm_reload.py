@@ -1,7 +1,7 @@
 """New weights for a running engine, by every way in: ``python -m tests.engines.vllm_reload SPEC.json OUT.json``.
 
-``SPEC`` maps names of checkpoints to directories. ``OUT`` has the answers after each step, and the errors of those that
-have to fail.
+``SPEC`` maps names of checkpoints to directories. ``OUT`` has the errors of the steps that have to fail; beside it are
+the answers after each step, ``STEP.SCENARIO.safetensors``.
 """
 
 import json
@@ -72,7 +72,7 @@ def logits(worker: Any) -> None:
 
 class Running:
     def __init__(self, engine: Engine, directory: Path) -> None:
-        self.engine, self.llm, self.file = engine, engine.llm, directory / "chunk.pt"
+        self.engine, self.llm, self.directory, self.file = engine, engine.llm, directory, directory / "chunk.pt"
 
     def disk(self, directory: str) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
@@ -87,8 +87,9 @@ class Running:
             self.llm.update_weights({"update_info": {"weights": str(self.file)}})
         self.llm.finish_weight_update()
 
-    def answers(self, *scenarios: str) -> dict[str, Any]:
-        return {name: self.engine.run(SCENARIOS[name]) for name in scenarios}
+    def answer(self, step: str, *scenarios: str) -> None:
+        for name in scenarios:
+            self.engine.run(SCENARIOS[name], reset=True).save(self.directory / f"{step}.{name}.safetensors")
 
 
 def weights(directory: str, **changes: torch.Tensor | None) -> Weights:
@@ -117,10 +118,10 @@ def run(spec: dict[str, str], scratch: Path) -> dict[str, Any]:
     assert modules == {"vllm_ext.model", "vllm_ext.mtp"}, modules
     model, old, new = Running(engine, scratch), weights(spec["old"]), weights(spec["new"])
     k_proj = "model.layers.3.self_attn.k_proj.weight"
-    out: dict[str, Any] = {"answers": {}, "errors": {}}
+    out: dict[str, Any] = {"errors": {}}
 
     def note(step: str, *scenarios: str) -> None:
-        out["answers"][step] = model.answers(*(scenarios or ("short",)))
+        model.answer(step, *(scenarios or ("short",)))
 
     note("fresh", "short", "draft_logits")
     model.disk(spec["new"])

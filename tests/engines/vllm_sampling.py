@@ -1,15 +1,16 @@
 """Draw samples from one vLLM engine: ``python -m tests.engines.vllm_sampling SPEC.json OUT.json``.
 
-``SPEC`` holds ``model``, ``draft_tokens``, ``prompt``, ``samples``, ``tokens`` and ``mutants`` (names); ``OUT`` maps
-``""`` and each mutant to ``[samples, tokens]`` token ids, and ``accepted`` to the share of accepted first drafts.
+``SPEC`` holds ``model``, ``draft_tokens``, ``prompt``, ``samples``, ``tokens`` and ``mutants`` (``module:function``);
+``OUT`` maps ``""`` and each mutant to ``[samples, tokens]`` token ids, and ``accepted`` to the share of accepted first
+drafts.
 """
 
 import json
+import pkgutil
 import sys
 from pathlib import Path
 
 from qnext_plugin.verify.scenarios import EngineConfig
-from tests.mutants.vllm import MUTANTS
 from vllm_ext.verify import Engine
 from vllm_ext.verify_inside import set_drafts
 
@@ -39,7 +40,7 @@ def main(spec_file: str, out_file: str) -> None:
         steps = after["num_drafts"] - before["num_drafts"]
         out["accepted"] = (after["num_accepted"][0] - before["num_accepted"][0]) / steps
     for name in spec["mutants"]:
-        with MUTANTS[name].applied(engine.worker):
+        with pkgutil.resolve_name(name)(engine.worker):
             out[name] = draw(spec["samples"] // 4, **SAMPLING)
     Path(out_file).write_text(json.dumps(out))
 

@@ -2,8 +2,9 @@
 
 ``SPEC`` maps names to ``{"model", "config", "args", "scenarios"}``: a checkpoint directory, fields of an
 ``EngineConfig``, further arguments of ``vllm.LLM`` and fields of each ``Scenario``. ``OUT`` maps them to the modules of
-the serving classes, the layers served as stored and those dequantised while loading, and for each scenario the results
-and the largest resident memory so far in bytes; or to ``error`` where the engine did not start.
+the serving classes, the layers served as stored and those dequantised while loading, and for each scenario the name of
+the file of its result beside ``OUT`` and the largest resident memory so far in bytes; or to ``error`` where the engine
+did not start.
 """
 
 import gc
@@ -52,7 +53,7 @@ def main(spec_file: str, out_file: str) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     out: dict[str, Any] = {}
-    for name, case in json.loads(Path(spec_file).read_text()).items():
+    for n, (name, case) in enumerate(json.loads(Path(spec_file).read_text()).items()):
         print(f"--- {name}", flush=True)
         try:
             engine = Engine(case["model"], EngineConfig(**case["config"]), **case["args"])
@@ -63,8 +64,9 @@ def main(spec_file: str, out_file: str) -> None:
                 "rope": engine.llm.collective_rpc(rope_rows)[-1],
             }
             out[name]["results"], out[name]["memory"] = [], []
-            for scenario in case["scenarios"]:
-                out[name]["results"].append(engine.run(Scenario(**scenario)))
+            for i, scenario in enumerate(case["scenarios"]):
+                out[name]["results"].append(f"{n}.{i}.safetensors")
+                engine.run(Scenario(**scenario), reset=True).save(Path(out_file).parent / out[name]["results"][-1])
                 out[name]["memory"].append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             del engine
         except Exception as e:

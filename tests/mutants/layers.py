@@ -1,5 +1,6 @@
 """Breakages of our own layers; see ``tests.mutants``."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from tests.mutants import Mutant
 
 
-def _mixers(worker: Any) -> list[Any]:
+def mixers(worker: Any) -> list[Any]:
     return [m for m in worker.model_runner.model.modules() if type(m).__name__ == "GatedDeltaNet"]
 
 
@@ -33,14 +34,14 @@ def _columns_swapped(linear: Any, first: int, second: int, size: int) -> Iterato
 
 def value_heads_swapped(worker: Any) -> AbstractContextManager[None]:
     """The last two value heads' rows of one ``in_proj_qkvz``, as a permutation that counts a group wrongly leaves."""
-    mixer = _mixers(worker)[0]
+    mixer = mixers(worker)[0]
     size, end = mixer.dims.head_v_dim, mixer.dims.conv_dim
     return _columns_swapped(mixer.in_proj_qkvz, end - 2 * size, end - size, size)
 
 
 def b_and_a_swapped(worker: Any) -> AbstractContextManager[None]:
     """``in_proj_ba`` of one layer as ``[a | b]``."""
-    mixer = _mixers(worker)[-1]
+    mixer = mixers(worker)[-1]
     return _columns_swapped(mixer.in_proj_ba, 0, mixer.dims.num_v_heads, mixer.dims.num_v_heads)
 
 
@@ -78,11 +79,33 @@ def conv_window_off_by_one_in_prefill(worker: Any) -> AbstractContextManager[Any
     return _ops("causal_conv1d", _shifted_window)
 
 
-MUTANTS = {
-    "conv_window_off_by_one_in_decode": Mutant(conv_window_off_by_one_in_decode, "short"),
-    "conv_window_off_by_one_in_prefill": Mutant(conv_window_off_by_one_in_prefill, "prefix_aba"),
-    "value_heads_swapped": Mutant(value_heads_swapped, "short"),
-    "b_and_a_swapped": Mutant(b_and_a_swapped, "short"),
-    "query_and_gate_swapped": Mutant(query_and_gate_swapped, "short"),
-    "decay_sign": Mutant(decay_sign, "short"),
-}
+def neighbours_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
+    """Each sequence of a batch reads the recurrent state of the next one."""
+
+    def broken(original: Callable[..., Any], *args: Any, initial_state: torch.Tensor, **kwargs: Any) -> Any:
+        return original(*args, initial_state=initial_state.roll(1, dims=0), **kwargs)
+
+    return _ops("recurrent_gated_delta_rule", broken)
+
+
+@contextmanager
+def poisoned(states: list[torch.Tensor]) -> Iterator[None]:
+    """NaN in every state slot while no request has one."""
+    for state in states:
+        state.fill_(math.nan)
+    yield
+    for state in states:
+        state.zero_()
+
+
+MUTANTS = [
+    Mutant(conv_window_off_by_one_in_decode, "short"),
+    Mutant(conv_window_off_by_one_in_prefill, "prefix_aba"),
+    Mutant(conv_window_off_by_one_in_prefill, "prompt_logprobs", "chunked"),
+    Mutant(value_heads_swapped, "short"),
+    Mutant(b_and_a_swapped, "short"),
+    Mutant(query_and_gate_swapped, "short"),
+    Mutant(decay_sign, "short"),
+    Mutant(neighbours_states_swapped_in_decode, "mixed_lengths"),
+    Mutant(neighbours_states_swapped_in_decode, "arrivals"),
+]

@@ -85,13 +85,39 @@ def draft_reads_the_wrong_hidden_state(worker: Any) -> AbstractContextManager[An
     return patch.object(MultiTokenPredictor, "forward", broken)
 
 
-MUTANTS = {
-    **layers.MUTANTS,
-    "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
-    "conv_window_not_restored": Mutant(conv_window_not_restored, "prefix_aba"),
-    "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
-    "verify_commits_one_step_early": Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
-    "draft_reads_the_wrong_hidden_state": Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
-    "tree_verified_as_a_chain": Mutant(tree_verified_as_a_chain, "drafts_in_every_pattern", "mtp3-tree"),
-    "state_kept_one_step_late": Mutant(state_kept_one_step_late, "multi_turn", "mtp3-tree"),
-}
+def top_k_ignored(worker: Any) -> AbstractContextManager[Any]:
+    from sglang.srt.layers import sampler
+
+    sample = sampler.top_k_top_p_min_p_sampling_from_probs_torch
+
+    def broken(probs: Any, top_ks: Any, *args: Any, **kwargs: Any) -> Any:
+        return sample(probs, top_ks.clone().fill_(probs.shape[-1]), *args, **kwargs | {"max_top_k": None})
+
+    return patch.object(sampler, "top_k_top_p_min_p_sampling_from_probs_torch", broken)
+
+
+def unused_slots_poisoned(worker: Any) -> AbstractContextManager[Any]:
+    cache = worker.model_runner.req_to_token_pool.mamba_pool.mamba_cache
+    return layers.poisoned([*cache.conv, cache.temporal])
+
+
+MUTANTS = [
+    *layers.MUTANTS,
+    Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
+    Mutant(state_dropped_at_prefix_restore, "multi_turn"),
+    Mutant(state_dropped_at_prefix_restore, "prefix_chunked", "starved"),
+    Mutant(conv_window_not_restored, "prefix_aba"),
+    Mutant(slot_not_zeroed, "slot_reuse"),
+    Mutant(slot_not_zeroed, "aborts", "starved"),
+    Mutant(slot_not_zeroed, "preemption", "starved"),
+    Mutant(top_k_ignored, "sampled"),
+    Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
+    Mutant(verify_commits_one_step_early, "drafts_all_right", "mtp3"),
+    Mutant(verify_commits_one_step_early, "drafts_to_the_last_position", "mtp3"),
+    Mutant(layers.value_heads_swapped, "drafts_of_the_model", "mtp3"),
+    Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
+    Mutant(tree_verified_as_a_chain, "drafts_in_every_pattern", "mtp3-tree"),
+    Mutant(state_kept_one_step_late, "multi_turn", "mtp3-tree"),
+    Mutant(unused_slots_poisoned, "prefix_aba", harmless=True),
+    Mutant(unused_slots_poisoned, "drafts_in_every_pattern", "mtp3", harmless=True),
+]

@@ -122,14 +122,33 @@ def state_not_copied_between_blocks(worker: Any) -> AbstractContextManager[Any]:
     return _state_copy(lambda *args: None)
 
 
-MUTANTS = {
-    **layers.MUTANTS,
-    "state_dropped_at_prefix_restore": Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
-    "slot_not_zeroed": Mutant(slot_not_zeroed, "slot_reuse"),
-    "verify_commits_one_step_early": Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
-    "state_in_the_wrong_slot": Mutant(state_in_the_wrong_slot, "drafts_in_every_pattern", "mtp3"),
-    "conv_window_not_rolled_back": Mutant(conv_window_not_rolled_back, "drafts_in_every_pattern", "mtp3"),
-    "state_copy_ignores_accepted_drafts": Mutant(state_copy_ignores_accepted_drafts, "multi_turn", "mtp2"),
-    "state_not_copied_between_blocks": Mutant(state_not_copied_between_blocks, "multi_turn", "mtp2"),
-    "draft_reads_the_wrong_hidden_state": Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
-}
+def seeds_ignored(worker: Any) -> AbstractContextManager[Any]:
+    sampler = worker.model_runner.sampler.topk_topp_sampler
+    forward = sampler.forward
+    return patch.object(sampler, "forward", lambda logits, generators, k, p: forward(logits, {}, k, p))
+
+
+def unused_slots_poisoned(worker: Any) -> AbstractContextManager[Any]:
+    return layers.poisoned([state for mixer in layers.mixers(worker) for state in mixer.kv_cache])
+
+
+MUTANTS = [
+    *layers.MUTANTS,
+    Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
+    Mutant(state_dropped_at_prefix_restore, "prefix_chunked", "starved"),
+    Mutant(slot_not_zeroed, "slot_reuse"),
+    Mutant(slot_not_zeroed, "aborts", "starved"),
+    Mutant(slot_not_zeroed, "preemption", "starved"),
+    Mutant(seeds_ignored, "sampled"),
+    Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
+    Mutant(verify_commits_one_step_early, "drafts_all_right", "mtp3"),
+    Mutant(state_in_the_wrong_slot, "drafts_in_every_pattern", "mtp3"),
+    Mutant(state_in_the_wrong_slot, "drafts_to_the_last_position", "mtp3"),
+    Mutant(conv_window_not_rolled_back, "drafts_in_every_pattern", "mtp3"),
+    Mutant(conv_window_not_rolled_back, "drafts_of_the_model", "mtp3"),
+    Mutant(state_copy_ignores_accepted_drafts, "multi_turn", "mtp2"),
+    Mutant(state_not_copied_between_blocks, "multi_turn", "mtp2"),
+    Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
+    Mutant(unused_slots_poisoned, "prefix_aba", harmless=True),
+    Mutant(unused_slots_poisoned, "drafts_in_every_pattern", "mtp3", harmless=True),
+]

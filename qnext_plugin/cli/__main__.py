@@ -1,0 +1,5 @@
+"""``python -m qnext_plugin.cli``: the ``qnext`` command of this interpreter."""
+
+from qnext_plugin.cli import main
+
+raise SystemExit(main())

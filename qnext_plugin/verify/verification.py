@@ -1,0 +1,103 @@
+"""Run a plan against an engine and judge every scenario of it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from qnext_plugin.verify.comparison import (
+    Difference,
+    NotExercised,
+    Result,
+    check_conditions,
+    check_warm,
+    compare,
+    completions,
+    loops,
+    rounding,
+)
+from qnext_plugin.verify.reference import Recorded
+from qnext_plugin.verify.report import OK, Row
+from qnext_plugin.verify.runner import EngineFailed, Run, Start
+from qnext_plugin.verify.starts import Plan
+from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
+
+START_TIMEOUT = 7200.0  # seconds for one start and all it is asked
+
+
+def serve(
+    checkpoint: Path, engine: str, plan: Plan, directory: Path, native: bool, say: Callable[[str], None]
+) -> tuple[list[Start], dict[str, str]]:
+    """Every start of a plan, one after another, and by its name why one that failed did."""
+    starts, failures = [], {}
+    for name, (config, runs) in plan.starts.items():
+        start = Start(engine, checkpoint, config, runs, directory / name, native)
+        starts.append(start)
+        try:
+            start.run(START_TIMEOUT, say)
+        except EngineFailed as e:
+            failures[name] = e.reason
+            say(f"{name}: engine failed: {e}")
+    return starts, failures
+
+
+def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Recorded) -> list[Row]:
+    """A row for every scenario of every start; of a failed one the first not answered says why.
+
+    In float32 every position is held to the tolerance. In a lower precision the mean of a scenario is held to that of
+    `transformers` on the same tokens, and the largest to its largest anywhere: where a choice of experts flips, both
+    are off by as much, but not at the same positions.
+    """
+    answered = [(start, run, start[run.key]) for start in starts for run in start.runs if run.key in start]
+    queries = [completion.query for _, _, result in answered for _, completion in completions(result)]
+    roundings: dict[int, Difference] = {}
+    exact = recorded.of(torch.float32)
+    exact(queries)  # all at once, because each layer is read once for all
+    for dtype in {start.config.dtype for start in starts} - {"float32"}:
+        rounded = recorded.of(getattr(torch, dtype))
+        rounded(queries)
+        roundings |= {id(r): rounding(r, exact, rounded) for s, _, r in answered if s.config.dtype == dtype}
+    largest = max((difference.max for difference in roundings.values()), default=0.0)
+
+    rows: dict[tuple[str, str], Row] = {}
+    reasons = dict(failures)
+    for start, run, result in answered:
+        if id(result) in roundings:
+            difference = compare(result, exact)
+            bounds = LOGPROB_BFLOAT16_RATIO * largest, LOGPROB_BFLOAT16_RATIO * roundings[id(result)].mean
+        else:
+            bounds = (SERVED_LOGPROB_FLOAT32[start.engine],) * 2
+            difference = compare(result, exact, bounds[0], run.scenario.top_k)
+        said = sum(loops(completion.token_ids) for _, completion in completions(result))
+        verdict = _verdict(start, run, result, difference, *bounds)
+        rows[start.name, run.key] = Row(start.name, run.key, verdict, difference, *bounds, loops=said)
+    return [
+        rows.get((start.name, run.key)) or Row(start.name, run.key, _not_run(reasons.pop(start.name, None)))
+        for start in starts
+        for run in start.runs
+    ]
+
+
+def _not_run(reason: str | None) -> str:
+    return f"engine failed: {reason}" if reason else "not run"
+
+
+def _verdict(start: Start, run: Run, result: Result, difference: Difference, bound: float, mean_bound: float) -> str:
+    if not math.isfinite(difference.max) or difference.max > bound:
+        return f"off by more than {bound:.2g}"
+    if difference.mean > mean_bound:
+        return f"off by more than {mean_bound:.2g} on average"
+    if difference.wrong_tokens:
+        return f"{len(difference.wrong_tokens)} tokens that the reference would not choose"
+    if difference.ties > difference.positions:
+        return "most positions are behind ties between experts"
+    try:
+        check_conditions(run.scenario, start.config, result)
+        if run.warm:
+            check_warm(result)
+    except NotExercised as e:
+        return f"not exercised: {e}"
+    except AssertionError as e:
+        return str(e)
+    return OK

@@ -1,0 +1,131 @@
+"""The part of an engine's side that knows no engine: run scenarios one after the other and write their results.
+
+An adapter's ``verify`` module subclasses ``Worker`` and calls ``main``: ``python -m vllm_ext.verify SPEC.json OUT``.
+"""
+
+import json
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qnext_plugin.verify.comparison import Completion, Result
+from qnext_plugin.verify.scenarios import EngineConfig, Prompt, Scenario
+
+FULL_VOCAB = 2048  # larger ones are compared on their most likely ids
+MOST_LIKELY = 256
+
+
+class Worker(ABC):
+    """One started engine. ``block_size``: cached prefixes are whole multiples of it; ``seeded``: it honours seeds."""
+
+    config: EngineConfig
+    block_size: int
+    seeded = True
+
+    @abstractmethod
+    def __init__(self, model: str, config: EngineConfig) -> None: ...
+
+    @abstractmethod
+    def serving(self) -> dict[str, Any]:
+        """``modules`` of the classes that serve, the ``kernels`` of ours that ran so far, and sizes in ``memory``."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Empty the prefix cache."""
+
+    @abstractmethod
+    def broken(self, mutant: str) -> AbstractContextManager[Any]:
+        """The model is broken by ``mutant``, a ``module:function``, meanwhile; the cache is empty before and after."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, Any]:
+        """``num_preemptions``, ``num_drafts`` and ``num_accepted`` (by position) since the start."""
+
+    @abstractmethod
+    def drafts_as(self, pattern: str, sequences: list[list[int]]) -> None:
+        """From now on draft the right continuations of ``sequences``, or wrong ones, as ``pattern`` says."""
+
+    @abstractmethod
+    def generate(self, batch: Sequence[Prompt], scenario: Scenario) -> list[Completion]:
+        """Answer concurrent requests."""
+
+    @abstractmethod
+    def abort(self, batch: Sequence[Prompt]) -> None:
+        """Start requests, and drop them amid their work."""
+
+    def run(self, scenario: Scenario, reset: bool) -> Result:
+        """Answer a scenario; with drafts to be put in the model's mouth, once without them to learn the right ones."""
+        if reset:
+            self.reset()
+        if not self.config.draft_tokens or scenario.drafts == "own":
+            return self.answers(scenario)
+        plain = self.answers(replace(scenario, draft_logits=False))
+        self.drafts_as(scenario.drafts, [[*c.prompt, *c.token_ids] for batch in plain.batches for c in batch])
+        if reset:
+            self.reset()
+        try:
+            return self.answers(scenario)
+        finally:
+            self.drafts_as("own", [])
+
+    def answers(self, scenario: Scenario) -> Result:
+        """Everything a scenario says, in its order."""
+        before = self.counts()
+        if scenario.aborted:
+            self.abort(scenario.aborted)
+        batches = [self.generate(batch, scenario) for batch in scenario.batches]
+        said = batches[0][0]
+        for turn in scenario.turns:
+            batches.append(self.generate([(*said.prompt, *said.token_ids, *turn)], scenario))
+            said = batches[-1][0]
+        after = self.counts()
+        return Result(
+            batches,
+            num_preemptions=after["num_preemptions"] - before["num_preemptions"],
+            block_size=self.block_size,
+            num_drafts=after["num_drafts"] - before["num_drafts"],
+            num_accepted=[b - a for a, b in zip(before["num_accepted"], after["num_accepted"], strict=True)],
+            seeded=self.seeded,
+        )
+
+
+def main(worker: type[Worker]) -> None:
+    """Follow ``SPEC.json``; write ``OUT/serving.json`` after the start and the end, ``OUT/<i>.safetensors`` between.
+
+    ``SPEC`` holds ``model`` (a checkpoint directory), ``config`` (the fields of an ``EngineConfig``), ``runs`` (each
+    the fields of a ``scenario``, a ``mutant`` or "", and whether to ``reset`` the cache before) and ``expect_module``
+    (start of the module names of the classes that must serve).
+    """
+    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    engine = worker(spec["model"], EngineConfig(**spec["config"]))
+
+    def say_who_serves() -> None:
+        serving, expected = engine.serving(), spec["expect_module"]
+        assert serving["modules"], "no model serves"
+        assert all(m.startswith(expected) for m in serving["modules"]), f"{serving['modules']} serve, not {expected}"
+        (out / "serving.json").write_text(json.dumps(serving))
+
+    say_who_serves()
+    for i, run in enumerate(spec["runs"]):
+        with engine.broken(run["mutant"]) if run["mutant"] else nullcontext():
+            engine.run(Scenario(**run["scenario"]), run["reset"]).save(out / f"{i}.safetensors")
+    say_who_serves()
+    sys.stdout.flush()
+    os._exit(0)  # shutting an engine down can wait for ever; the caller ends the whole process group
+
+
+def num_logprobs(vocab_size: int) -> int:
+    """How many of each distribution's most likely ids are compared."""
+    return vocab_size if vocab_size <= FULL_VOCAB else MOST_LIKELY
+
+
+def top(entries: dict[int, float], k: int) -> tuple[list[int], list[float]]:
+    """The ``k`` most likely ids and their log-probabilities, of what an engine reported for one position."""
+    best = sorted(entries, key=entries.__getitem__, reverse=True)[:k]
+    assert len(best) == k, f"{len(best)} log-probabilities of {k}"
+    return best, [entries[i] for i in best]
