@@ -154,7 +154,8 @@ def dequantised(
         parts = held.setdefault(module, {})
         parts[leaf] = tensor
         if len(parts) == len(leaves):
-            yield f"{module}.weight", dequantise(held.pop(module), quantization)
+            weight = dequantise(held.pop(module), quantization)
+            yield f"{module}.weight", weight.to(vllm_config.model_config.dtype)
 
 
 def _parts(prefix: str, config: QNextConfig) -> list[str]:
