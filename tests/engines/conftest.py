@@ -35,8 +35,19 @@ SAMPLES, TOKENS = 20_000, 5
 REGEX = "([a-d][0-9]){12}"
 SAMPLING_MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"
 
+# Configurations that others cover in part.
+EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "tp2", "pp2", "ep2-mtp2"}
+
 # Files of tests that hold for one engine only carry its name.
 collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENGINE]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        config = params["mutant"].config if "mutant" in params else params.get("config")
+        if isinstance(config, str) and config in EXHAUSTIVE:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="session")

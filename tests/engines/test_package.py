@@ -11,7 +11,7 @@ import pytest
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 from tests.engines.installed import ENGINE
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 ROOT = Path(__file__).parents[2]
 MODELSCOPE = "modelscope==1.40.2"

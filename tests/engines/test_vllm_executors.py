@@ -13,7 +13,7 @@ from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.conftest import whole
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 MTP = EngineConfig("tiny", draft_tokens=2, num_blocks=64)
 SCENARIO = SCENARIOS["drafts_in_every_pattern"]

@@ -14,7 +14,7 @@ from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.several import case, serve
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 TRAINED = 512
 SMALL = {"num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}

@@ -19,7 +19,7 @@ from tests.dequantised import write_dequantised
 from tests.engines.several import case, serve
 from tests.tolerances import LOGPROB_QUANTISED_RATIO
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 # Every expert is used: between two that tie, rounding decides in any implementation.
 SIZES = {
