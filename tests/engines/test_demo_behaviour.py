@@ -41,16 +41,8 @@ COMMANDS = {
     ],
     "sglang": [
         *("sglang.launch_server", "--model-path", "{model}", "--enable-cache-report"),
-        *(
-            "--context-length",
-            "8192",
-            "--max-running-requests",
-            "8",
-            "--chunked-prefill-size",
-            "256",
-            "--max-mamba-cache-size",
-            "64",
-        ),
+        *("--context-length", "8192", "--max-running-requests", "8", "--chunked-prefill-size", "256"),
+        *("--max-mamba-cache-size", "64"),
         *("--tool-call-parser", "qwen", "--reasoning-parser", "qwen3"),
     ],
 }
