@@ -220,7 +220,7 @@ def test_hub_name_fetches_metadata_only(tmp_path):
     try:
         done = subprocess.run(
             [sys.executable, "-c", command, "plan", "someone/a-model", "--json"],
-            env={k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | env,
+            env={k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} | env,
             capture_output=True,
             text=True,
         )
