@@ -99,7 +99,7 @@ def build_tree_kernel_efficient_func(
 ) -> None:
     """From the chosen candidates' places among all that were drafted (``top_scores_index`` [N, D - 1], ``topk`` to a
     place in ``parent_list``) to links, positions and ``tree_mask``: [N, D, D], who sees whom."""
-    from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+    from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
     assert tree_mask_mode == TreeMaskMode.QLEN_ONLY, "what CpuAttentionBackend.verify_mask asks for"
     num_sequences, depth = len(seq_lens), num_verify_tokens

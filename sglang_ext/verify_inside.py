@@ -30,25 +30,28 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
         counts["retractions"] += 1
         return retract_decode(self, *args, **kwargs)
 
-    def control(self: Any) -> None:
-        file = Path(os.environ[CONTROL])
-        change = json.loads(file.read_text())
-        runner = self.tp_worker.model_runner
-        number, models = change.pop("control"), [runner.model]
-        wanted.update(change)
-        changed.close()
-        if wanted["mutant"]:
-            changed.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
-        if self.draft_worker is not None:
-            models.append(self.draft_worker.draft_worker.draft_runner.model)
-            if change.get("record"):
-                counts["draft_steps"] = []
-            changed.enter_context(control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"]))
-        written = file.parent / f"{os.getpid()}.part"
-        written.write_text(json.dumps({"control": number, "memory": memory(runner), **counts, **serving(models)}))
-        written.rename(file.parent / f"said.{os.getpid()}.json")
+    class Controlled(scheduler.Scheduler):
+        def qnext_control(self: Any) -> None:
+            file = Path(os.environ[CONTROL])
+            change = json.loads(file.read_text())
+            runner = self.tp_worker.model_runner
+            number, models = change.pop("control"), [runner.model]
+            wanted.update(change)
+            changed.close()
+            if wanted["mutant"]:
+                changed.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
+            if self.draft_worker is not None:
+                models.append(self.draft_worker.draft_worker.draft_runner.model)
+                if change.get("record"):
+                    counts["draft_steps"] = []
+                changed.enter_context(
+                    control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"])
+                )
+            written = file.parent / f"{os.getpid()}.part"
+            written.write_text(json.dumps({"control": number, "memory": memory(runner), **counts, **serving(models)}))
+            written.rename(file.parent / f"said.{os.getpid()}.json")
 
-    scheduler.Scheduler.qnext_control = control
+    scheduler.Scheduler = Controlled
     scheduler.ScheduleBatch.retract_decode = counted
     return scheduler.run_scheduler_process(*args, **kwargs)
 

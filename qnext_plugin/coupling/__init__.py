@@ -26,7 +26,10 @@ def check(adapter: str, engine: str, adapter_directory: Path, engine_directory: 
     source = Source({adapter: adapter_directory, engine: engine_directory, CORE: core})
     report, offered, used = Report(), dict[str, str](), set[str]()
     for file in sorted([*adapter_directory.rglob("*.py"), *core.rglob("*.py")]):
-        used |= {n.attr for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, ast.Attribute)}
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        used |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+        # Remote procedures are called by name.
+        used |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     for file in sorted(adapter_directory.rglob("*.py")):
         parts = [adapter, *file.relative_to(adapter_directory).with_suffix("").parts]
         module = source.module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
