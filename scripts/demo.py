@@ -1,4 +1,4 @@
-"""Serve the demo checkpoint (with MTP on vLLM), talk to it, say which classes served and how fast, and stop.
+"""Serve the demo checkpoint with MTP, talk to it, say which classes served and how fast, and stop.
 
 Usage: demo.py ENGINE MODEL PORT (scripts/demo prepares both)
 """
@@ -11,16 +11,17 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 from openai import OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
 
 START_TIMEOUT = 300
-MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
+DRAFTS = 2
 SERVING = {
     "vllm": (("Qwen3NextForCausalLM", "vllm_ext.model"), ("Qwen3NextMTP", "vllm_ext.mtp")),
-    "sglang": (("Qwen3NextForCausalLM", "sglang_ext.model"),),
+    "sglang": (("Qwen3NextForCausalLM", "sglang_ext.model"), ("Qwen3NextForCausalLMMTP", "sglang_ext.mtp")),
 }
 QUESTIONS = ("What is qnext-plugin?", "How do I serve the model on vLLM?", "Does MTP change the answers?")
 NOTES = """Notes:
@@ -50,11 +51,13 @@ def main(engine: str, model: str, port: str) -> None:
     server = start(command, log)
     try:
         wait_until_healthy(server, port, log)
-        speed = converse(port)
+        talk = converse(engine, port)
         report_serving_classes(engine, log)
-        if engine == "vllm":
-            report_acceptance(port)
-        print(speed, flush=True)
+        report_acceptance(talk.accepted if engine == "sglang" else accepted_by_vllm(port))
+        print(
+            f"speed: {talk.tokens} tokens in {talk.seconds:.2f} s, {talk.tokens / talk.seconds:.0f} tokens/s",
+            flush=True,
+        )
     except OpenAIError as error:
         fail(f"the request failed: {error}", log)
     except KeyboardInterrupt:
@@ -67,11 +70,14 @@ def main(engine: str, model: str, port: str) -> None:
 def serve_command(engine: str, model: str, port: str) -> list[str]:
     flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "demo"]
     if engine == "sglang":
+        drafts = ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(DRAFTS)]
+        drafts += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(DRAFTS + 1)]
         tools = ["--tool-call-parser", "qwen"]
-        return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *flags, *tools]
+        return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *flags, *tools, *drafts]
     small = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30)]
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    return ["vllm", "serve", model, *flags, *small, *tools, "--speculative-config", json.dumps(MTP)]
+    drafts = json.dumps({"method": "qwen3_next_mtp", "num_speculative_tokens": DRAFTS})
+    return ["vllm", "serve", model, *flags, *small, *tools, "--speculative-config", drafts]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -114,22 +120,24 @@ def healthy(port: str) -> bool:
         return False
 
 
-def converse(port: str) -> str:
-    """Show a conversation as it comes; returns how fast that was."""
+def converse(engine: str, port: str) -> "Conversation":
+    """Show a conversation as it comes."""
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
-    talk = Conversation(client)
+    talk = Conversation(client, {"return_spec_tokens_details": True} if engine == "sglang" else {})
     for question in (*QUESTIONS, NOTES):
         talk.ask(question)
     talk.ask("What is the weather in Kalholm?", TOOLS)
     print(flush=True)
-    return f"speed: {talk.tokens} tokens in {talk.seconds:.2f} s, {talk.tokens / talk.seconds:.0f} tokens/s"
+    return talk
 
 
 class Conversation:
-    """Each question starts anew; only a tool's result follows what was said."""
+    """Each question starts anew; only a tool's result follows what was said. ``accepted`` counts steps by how many of
+    their drafts were, where the answers say so."""
 
-    def __init__(self, client: OpenAI) -> None:
-        self.client, self.tokens, self.seconds = client, 0, 0.0
+    def __init__(self, client: OpenAI, extra: dict[str, object]) -> None:
+        self.client, self.extra = client, extra
+        self.tokens, self.seconds, self.accepted = 0, 0.0, Counter[int]()
 
     def ask(self, question: str, tools: list[dict[str, object]] | None = None) -> None:
         indented = question.replace("\n", "\n           ")
@@ -159,10 +167,13 @@ class Conversation:
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
+            extra_body=self.extra,
             **({"tools": tools} if tools else {}),
         ):
             if chunk.usage:
                 self.tokens += chunk.usage.completion_tokens
+            details = ((chunk.model_extra or {}).get("sglext") or {}).get("spec_tokens_details") or {}
+            self.accepted.update(dict(enumerate(details.get("spec_correct_drafts_histogram") or ())))
             for choice in chunk.choices:
                 text += choice.delta.content or ""
                 print(choice.delta.content or "", end="", flush=True)
@@ -196,20 +207,23 @@ def report_serving_classes(engine: str, log: Path) -> None:
         print(served[0], flush=True)
 
 
-def report_acceptance(port: str) -> None:
+def accepted_by_vllm(port: str) -> Counter[int]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
         families = text_string_to_metric_families(response.read().decode())
-    samples = [sample for family in families for sample in family.samples]
-    steps = sum(s.value for s in samples if s.name == "vllm:spec_decode_num_drafts_total")
-    accepted = {
-        int(s.labels["position"]): s.value
-        for s in samples
-        if s.name == "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-    }
-    if not steps or len(accepted) != MTP["num_speculative_tokens"]:
-        sys.exit("demo: the server's metrics say that it drafted no tokens")
-    positions = ", ".join(f"draft {i + 1}: {n:.0f}/{steps:.0f} accepted" for i, n in sorted(accepted.items()))
-    print(f"MTP: {positions}; {1 + sum(accepted.values()) / steps:.2f} tokens per step", flush=True)
+    values = {(s.name, s.labels.get("position")): int(s.value) for family in families for s in family.samples}
+    at_least = [values.get(("vllm:spec_decode_num_drafts_total", None), 0)]
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    at_least += [values.get((name, str(position)), 0) for position in range(DRAFTS)] + [0]
+    return Counter({n: at_least[n] - at_least[n + 1] for n in range(DRAFTS + 1)})
+
+
+def report_acceptance(accepted: Counter[int]) -> None:
+    steps = accepted.total()
+    if not steps:
+        sys.exit("demo: the server says that it drafted no tokens")
+    at_least = [sum(accepted[n] for n in range(draft, DRAFTS + 1)) for draft in range(1, DRAFTS + 1)]
+    drafts = ", ".join(f"draft {i}: {n}/{steps} accepted" for i, n in enumerate(at_least, 1))
+    print(f"MTP: {drafts}; {1 + sum(at_least) / steps:.2f} tokens per step", flush=True)
 
 
 def fail(message: str, log: Path) -> None:
