@@ -36,6 +36,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         if server_args.attention_backend in ("intel_amx", "torch_native"):  # not on PyPI; cannot verify drafts
             server_args.attention_backend = ATTENTION_BACKEND
         share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
+        if server_args.pp_size == 1:  # else the first stage may have to look for what the others send
+            server_args.sleep_on_idle = True  # or it asks for work all the time, which takes a core
         if server_args.mem_fraction_static is not None:
             return
         if server_args.max_running_requests is None:
