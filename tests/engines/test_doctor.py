@@ -50,21 +50,14 @@ def doctor(*arguments: str, path: Path | None = None, **env: str) -> tuple[int, 
 
 def engine_with(path: Path, edits: dict[str, tuple[str, str]]) -> None:
     """The installed engine's package once more in ``path``: links, and edited copies of some files."""
-    source = directory(ENGINE)
+    # Not links to directories: searches in the engine's sources do not follow those.
+    shutil.copytree(directory(ENGINE), path / ENGINE, copy_function=os.symlink)
     for file, (old, new) in edits.items():
-        folder, original = path / ENGINE, source
-        for part in Path(file).parts:
-            if folder.is_symlink():
-                folder.unlink()
-            folder.mkdir(parents=True, exist_ok=True)
-            for entry in original.iterdir():
-                if not (folder / entry.name).exists() and entry.name != "__pycache__":
-                    (folder / entry.name).symlink_to(entry)
-            folder, original = folder / part, original / part
-        text = original.read_text()
+        edited = path / ENGINE / file
+        text = edited.read_text()
         assert old in text
-        folder.unlink()
-        folder.write_text(text.replace(old, new))
+        edited.unlink()
+        edited.write_text(text.replace(old, new))
 
 
 def version_edit(version: str) -> dict[str, tuple[str, str]]:
