@@ -188,8 +188,9 @@ def guard_vocabulary() -> None:
         ids = req.origin_input_ids
         if ids and not 0 <= min(ids) <= max(ids) < req.vocab_size:
             return f"token ids from {min(ids)} to {max(ids)} found, expected 0 to {req.vocab_size - 1}"
-        if req.logprob.top_logprobs_num > req.vocab_size:
-            return f"{req.logprob.top_logprobs_num} log-probabilities asked for, of {req.vocab_size} token ids"
+        if (asked := req.logprob.top_logprobs_num) > req.vocab_size:
+            req.logprob.top_logprobs_num = 0  # what is refused is still computed with what runs beside it
+            return f"{asked} log-probabilities asked for, of {req.vocab_size} token ids"
         return original(req, *args, **kwargs)
 
     _wrap({"sglang.srt.managers.scheduler.validate_input_length": validate})
