@@ -66,7 +66,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
     def outcome(config: str) -> Start | AssertionError:
         start = Start(ENGINE, checkpoint(CONFIGS[config].checkpoint), CONFIGS[config], runs(config), root / config)
         try:
-            start.run(timeout=240)
+            start.run(timeout=600)
         except EngineFailed as e:
             return AssertionError(str(e))
         return start

@@ -281,7 +281,7 @@ def offline(tmp_path_factory, checkpoint) -> dict[str, Result]:
     runs = [Run("intact", demo.RECALL), Run("dropped", demo.RECALL, mutant=dropped)]
     root = tmp_path_factory.mktemp("offline") / "recall"
     start = Start(ENGINE, checkpoint("demo"), OFFLINE[ENGINE], runs, root)
-    start.run(timeout=240)
+    start.run(timeout=600)
     return {run.key: start[run.key] for run in runs}
 
 
