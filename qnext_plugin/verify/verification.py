@@ -21,7 +21,7 @@ from qnext_plugin.verify.reference import Recorded
 from qnext_plugin.verify.report import OK, Row
 from qnext_plugin.verify.runner import EngineFailed, Run, Start
 from qnext_plugin.verify.starts import Plan
-from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, float32_tolerance
+from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
 
 START_TIMEOUT = 7200.0  # seconds for one start and all it is asked
 
@@ -45,7 +45,7 @@ def serve(
 def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Recorded) -> list[Row]:
     """A row for every scenario of every start; of a failed one the first not answered says why.
 
-    In float32 every position is held to the tolerance, which goes with how far down the reference's distributions go. In a lower precision the mean of a scenario is held to that of
+    In float32 every position is held to the tolerance. In a lower precision the mean of a scenario is held to that of
     `transformers` on the same tokens, and the largest to its largest anywhere: where a choice of experts flips, both
     are off by as much, but not at the same positions.
     """
@@ -53,8 +53,7 @@ def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Record
     queries = [completion.query for _, _, result in answered for _, completion in completions(result)]
     roundings: dict[int, Difference] = {}
     exact = recorded.of(torch.float32)
-    # All at once, because each layer is read once for all.
-    lowest = min((float(rows.logprobs.min()) for rows in exact(queries)), default=0.0)
+    exact(queries)  # all at once, because each layer is read once for all
     for dtype in {start.config.dtype for start in starts} - {"float32"}:
         rounded = recorded.of(getattr(torch, dtype))
         rounded(queries)
@@ -68,7 +67,7 @@ def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Record
             difference = compare(result, exact)
             bounds = LOGPROB_BFLOAT16_RATIO * largest, LOGPROB_BFLOAT16_RATIO * roundings[id(result)].mean
         else:
-            bounds = (float32_tolerance(start.engine, lowest),) * 2
+            bounds = (SERVED_LOGPROB_FLOAT32[start.engine],) * 2
             difference = compare(result, exact, bounds[0], run.scenario.top_k)
         said = sum(loops(completion.token_ids) for _, completion in completions(result))
         verdict = _verdict(start, run, result, difference, *bounds)

@@ -24,7 +24,7 @@ OTHER = replace(SCENARIO, batches=tuple(batch[:1:-1] for batch in SCENARIO.batch
 def run(root, checkpoint, config, scenario, rank=0, **env):
     """What one process answers; it asserts that our classes serve."""
     start = Start("vllm", checkpoint, config, [Run("answers", scenario)], root / str(rank))
-    start.run(timeout=600, env=env)
+    start.run(timeout=240, env=env)
     return start["answers"]
 
 
