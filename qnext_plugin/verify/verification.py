@@ -21,7 +21,7 @@ from qnext_plugin.verify.reference import Recorded
 from qnext_plugin.verify.report import OK, Row
 from qnext_plugin.verify.runner import EngineFailed, Run, Start
 from qnext_plugin.verify.starts import Plan
-from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
+from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, LOGPROB_FLOAT32
 
 START_TIMEOUT = 7200.0  # seconds for one start and all it is asked
 
@@ -67,7 +67,7 @@ def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Record
             difference = compare(result, exact)
             bounds = LOGPROB_BFLOAT16_RATIO * largest, LOGPROB_BFLOAT16_RATIO * roundings[id(result)].mean
         else:
-            bounds = (SERVED_LOGPROB_FLOAT32[start.engine],) * 2
+            bounds = LOGPROB_FLOAT32, LOGPROB_FLOAT32
             difference = compare(result, exact, bounds[0], run.scenario.top_k)
         said = sum(loops(completion.token_ids) for _, completion in completions(result))
         verdict = _verdict(start, run, result, difference, *bounds)
