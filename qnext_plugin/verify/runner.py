@@ -138,5 +138,5 @@ class Start:
 def _reason(log: Path, status: int) -> str:
     """The last exception in a log, or its last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [match[0] for line in lines if (match := re.search(r"\b\w*(Error|Exception)\b: .*", line))]
+    errors = [match[0] for line in lines if (match := re.search(r"\b\w+(Error|Exception)\b: .*", line))]
     return errors[-1] if errors else f"status {status}: {lines[-1] if lines else 'no output'}"

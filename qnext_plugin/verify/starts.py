@@ -66,6 +66,8 @@ def plan(
             sizes["token_budget"] = max(base.token_budget, 2 * block)
         if "starved" in name:
             sizes["num_blocks"] = _starving_blocks(config, block, round(370 * scale), max_model_len, draft_tokens)
+        if base.tree:
+            sizes["tree"] = 4 * draft_tokens - 2  # all that a depth of so many has: two drafts, then four each
         drafts = draft_tokens if base.draft_tokens else 0
         chosen = replace(base, checkpoint="", dtype=dtype, draft_tokens=drafts, flags=tuple(flags), **sizes)
         starts[label] = chosen, passes(chosen, wanted)
