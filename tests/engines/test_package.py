@@ -14,7 +14,7 @@ from tests.engines.installed import ENGINE
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 ROOT = Path(__file__).parents[2]
-MODELSCOPE = "modelscope==1.40.2"
+MODELSCOPE = ("modelscope==1.40.2", "modelscope-hub==0.5.1")
 CACHE = os.environ.get("QNEXT_ENVS") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qnext-plugin"
 
 
@@ -57,9 +57,9 @@ def test_installation_changes_nothing_else(dist):
 @pytest.fixture(scope="module")
 def modelscope():
     """The real client, kept in the cache folder; it has no part in the engine's environment."""
-    target = Path(CACHE).expanduser() / MODELSCOPE.replace("==", "-")
+    target = Path(CACHE).expanduser() / "-".join(MODELSCOPE).replace("==", "-")
     if not target.exists():
-        pip("--no-deps", "--target", str(target), MODELSCOPE)
+        pip("--no-deps", "--target", str(target), *MODELSCOPE)
     return target
 
 
