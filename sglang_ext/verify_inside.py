@@ -35,20 +35,23 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
             file = Path(os.environ[CONTROL])
             change = json.loads(file.read_text())
             runner = self.tp_worker.model_runner
-            number, models = change.pop("control"), [runner.model]
+            number, models, draft = change.pop("control"), [runner.model], None
             wanted.update(change)
             changed.close()
             if wanted["mutant"]:
                 changed.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
             if self.draft_worker is not None:
-                models.append(self.draft_worker.draft_worker.draft_runner.model)
+                draft = self.draft_worker.draft_worker.draft_runner
+                models.append(draft.model)
                 if change.get("record"):
                     counts["draft_steps"] = []
                 changed.enter_context(
                     control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"])
                 )
             written = file.parent / f"{os.getpid()}.part"
-            written.write_text(json.dumps({"control": number, "memory": memory(runner), **counts, **serving(models)}))
+            written.write_text(
+                json.dumps({"control": number, "memory": memory(runner, draft), **counts, **serving(models)})
+            )
             written.rename(file.parent / f"said.{os.getpid()}.json")
 
     scheduler.Scheduler = Controlled
@@ -67,15 +70,20 @@ def serving(models: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def memory(runner: Any) -> dict[str, Any]:
-    """Sizes of this rank's caches and weights, in bytes, as they are."""
-    states, keys = runner.req_to_token_pool.mamba_pool.mamba_cache, runner.token_to_kv_pool.full_kv_pool
+def memory(runner: Any, draft: Any = None) -> dict[str, Any]:
+    """Sizes of this rank's caches and weights, in bytes, as they are, of target and draft; what they share once."""
+    states = runner.req_to_token_pool.mamba_pool.mamba_cache
+    pools, models = [runner.token_to_kv_pool.full_kv_pool], [runner.model]
+    if draft is not None:
+        pools.append(getattr(draft.token_to_kv_pool, "full_kv_pool", draft.token_to_kv_pool))
+        models.append(draft.model)
+    parameters = {id(p): p for model in models for p in model.parameters()}.values()
     return {
         "states": sum(t.numel() * t.itemsize for t in (*states.conv, states.temporal)),
         "slots": states.temporal.shape[1],
-        "keys_and_values": sum(t.numel() * t.itemsize for t in (*keys.k_buffer, *keys.v_buffer)),
-        "tokens": keys.k_buffer[0].shape[0],
-        "weights": sum(getattr(p, "plain_shape", p.shape).numel() * p.itemsize for p in runner.model.parameters()),
+        "keys_and_values": sum(t.numel() * t.itemsize for pool in pools for t in (*pool.k_buffer, *pool.v_buffer)),
+        "tokens": pools[0].k_buffer[0].shape[0],
+        "weights": sum(getattr(p, "plain_shape", p.shape).numel() * p.itemsize for p in parameters),
     }
 
 
