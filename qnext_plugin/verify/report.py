@@ -11,14 +11,14 @@ COLUMNS = ("start", "scenario", "positions", "max", "mean", "KL", "top-1", "wors
 
 @dataclass(frozen=True)
 class Row:
-    """What ``difference.max`` and ``difference.mean`` may be; ``loops`` counts outputs that end in a loop."""
+    """What ``difference.max`` and ``difference.usual`` may be; ``loops`` counts outputs that end in a loop."""
 
     start: str
     scenario: str
     verdict: str
     difference: Difference | None = None
     max_bound: float | None = None
-    mean_bound: float | None = None
+    usual_bound: float | None = None
     loops: int = 0
 
     def cells(self) -> list[str]:
@@ -30,7 +30,11 @@ class Row:
         return [self.start, self.scenario, positions, *numbers, f"{d.agreement:.1%}", d.worst, self.verdict]
 
     def as_json(self) -> dict[str, object]:
-        return asdict(self)
+        found = asdict(self)
+        if self.difference is not None:
+            del found["difference"]["by_position"]
+            found["difference"] |= {"mean": self.difference.mean, "usual": self.difference.usual}
+        return found
 
 
 def table(rows: Sequence[Row]) -> str:

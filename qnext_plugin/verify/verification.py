@@ -45,9 +45,9 @@ def serve(
 def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Recorded) -> list[Row]:
     """A row for every scenario of every start; of a failed one the first not answered says why.
 
-    In float32 every position is held to the tolerance. In a lower precision the mean of a scenario is held to that of
-    `transformers` on the same tokens, and the largest to its largest anywhere: where a choice of experts flips, both
-    are off by as much, but not at the same positions.
+    In float32 every position is held to the tolerance. In a lower precision what is usual in a scenario is held to that
+    of `transformers` on the same tokens, and the largest to its largest anywhere: where a choice of experts flips,
+    both are off by as much, but not at the same positions.
     """
     answered = [(start, run, start[run.key]) for start in starts for run in start.runs if run.key in start]
     queries = [completion.query for _, _, result in answered for _, completion in completions(result)]
@@ -65,7 +65,7 @@ def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Record
     for start, run, result in answered:
         if id(result) in roundings:
             difference = compare(result, exact)
-            bounds = LOGPROB_BFLOAT16_RATIO * largest, LOGPROB_BFLOAT16_RATIO * roundings[id(result)].mean
+            bounds = LOGPROB_BFLOAT16_RATIO * largest, LOGPROB_BFLOAT16_RATIO * roundings[id(result)].usual
         else:
             bounds = LOGPROB_FLOAT32, LOGPROB_FLOAT32
             difference = compare(result, exact, bounds[0], run.scenario.top_k)
@@ -83,11 +83,11 @@ def _not_run(reason: str | None) -> str:
     return f"engine failed: {reason}" if reason else "not run"
 
 
-def _verdict(start: Start, run: Run, result: Result, difference: Difference, bound: float, mean_bound: float) -> str:
+def _verdict(start: Start, run: Run, result: Result, difference: Difference, bound: float, usual_bound: float) -> str:
     if not math.isfinite(difference.max) or difference.max > bound:
         return f"off by more than {bound:.2g}"
-    if difference.mean > mean_bound:
-        return f"off by more than {mean_bound:.2g} on average"
+    if difference.usual > usual_bound:
+        return f"off by more than {usual_bound:.2g} at nine positions in ten"
     if difference.wrong_tokens:
         return f"{len(difference.wrong_tokens)} tokens that the reference would not choose"
     if difference.ties > difference.positions:
