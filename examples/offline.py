@@ -21,7 +21,7 @@ def with_vllm(model: str) -> list[str]:
 def with_sglang(model: str) -> list[str]:
     import sglang
 
-    with sglang.Engine(model_path=model, context_length=2048) as engine:
+    with sglang.Engine(model_path=model, context_length=2048, log_level="info") as engine:  # says which class serves
         outputs = engine.generate(PROMPTS, SAMPLING | {"max_new_tokens": 64})
     return [output["text"] for output in outputs]
 
