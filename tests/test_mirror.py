@@ -12,6 +12,7 @@ ONLY = {
     "vllm_ext/cpu_triton.py": "SGLang's are in kernels.py and cpu_speculation.py",
     "vllm_ext/norm.py": "SGLang's norm has a path for CPU that rounds once",
     "vllm_ext/quantization.py": "not there for SGLang yet",
+    "vllm_ext/lora.py": "not there for SGLang yet",
     "vllm_ext/scheduler.py": "SGLang's scheduler serves drafts on pipelines itself",
     "vllm_ext/ray_executor.py": "SGLang has no executors, and serves on CPUs without Ray",
     "vllm_ext/compat.py: ReloadSession": "SGLang copies new weights as they come",

@@ -4,15 +4,17 @@ A repair is applied when a model that needs it is built, checks that its target 
 alone. Each says when it can go.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from typing import Any
 
 import torch
 import vllm
 from torch import nn
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.platforms import current_platform
 
 PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
@@ -30,6 +32,9 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
     _seeded_prompts_in_pieces()
     parallel = vllm_config.parallel_config
     _experts_loaded_again()
+    if vllm_config.lora_config is not None:
+        _experts_without_adapters()
+        _requests_without_adapters()
     if vllm_config.speculative_config is not None:
         from vllm_ext import cpu_triton
 
@@ -52,6 +57,64 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
                     f"the token they follow: add --scheduler-cls {PIPELINE_DRAFT_SCHEDULER}"
                 )
             _pipeline_parallel_with_mtp()
+
+
+@cache
+def prepare_adapters() -> None:
+    """Show a model with ``prepare_adapter`` each LoRA adapter once it is read, before anything of it is used.
+
+    Can go when vLLM's ``SupportsLoRA`` has such a method.
+    """
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    def load(original: Callable[..., Any], self: Any, lora_request: Any) -> Any:
+        adapter = original(self, lora_request)
+        show(self._adapter_manager.model, adapter)
+        return adapter
+
+    def show(model: Any, adapter: Any) -> None:
+        if hasattr(model, "prepare_adapter"):
+            model.prepare_adapter(adapter)
+
+    _replace(WorkerLoRAManager, "_load_adapter", load, ("lora_request",))
+
+
+def experts_config(vllm_config: VllmConfig) -> AbstractContextManager[Any]:
+    """The configuration to build routed experts in: with LoRA vLLM takes a Triton kernel for them, also on a CPU.
+
+    Can go when ``select_unquantized_moe_backend`` asks for the platform first.
+    """
+    if vllm_config.lora_config is None or not current_platform.is_cpu():
+        return nullcontext()
+    view = copy.copy(vllm_config)
+    view.lora_config = None
+    return set_current_vllm_config(view)
+
+
+@cache
+def _experts_without_adapters() -> None:
+    """With LoRA, vLLM's wrapper of routed experts ends the start where their kernel has no LoRA; here it declines.
+
+    Can go when ``FusedMoEWithLoRA.can_replace_layer`` asks the kernel.
+    """
+    from vllm.lora.layers import FusedMoEWithLoRA
+
+    _replace(FusedMoEWithLoRA, "can_replace_layer", lambda original, **kwargs: False, ("source_layer",))
+
+
+@cache
+def _requests_without_adapters() -> None:
+    """In a batch with adapters, requests without one get that of the last slot: their index there is -1.
+
+    Mended in vLLM 0.33: can go with the support of 0.32.
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    def shrink(original: Callable[..., None], self: Any, y: torch.Tensor, *args: Any) -> None:
+        original(self, y, *args)
+        y.masked_fill_((self.token_lora_indices < 0)[:, None], 0)
+
+    _replace(PunicaWrapperCPU, "_apply_shrink", shrink, ("y", "x", "w_t_all", "scale"))
 
 
 class ReloadSession:

@@ -10,6 +10,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
+from vllm.lora.lora_model import LoRAModel
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -19,6 +20,7 @@ from vllm.model_executor.models.interfaces import (
     IsHybrid,
     MixtureOfExperts,
     SupportsEagle3,
+    SupportsLoRA,
     SupportsPP,
 )
 from vllm.model_executor.models.utils import (
@@ -32,11 +34,12 @@ from vllm.sequence import IntermediateTensors
 
 from qnext_plugin import __version__
 from qnext_plugin.config import FULL, QNextConfig
-from vllm_ext.compat import repair_cpu_backend
+from vllm_ext.compat import prepare_adapters, repair_cpu_backend
 from vllm_ext.config import qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.loading import Loading
+from vllm_ext.lora import prepare
 from vllm_ext.norm import ZeroCenteredRMSNorm
 from vllm_ext.quantization import build, report
 from vllm_ext.sparse_moe import MLP, SparseMoeBlock
@@ -162,17 +165,22 @@ def check_speculation(vllm_config: VllmConfig) -> None:
         )
 
 
-class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping, SupportsEagle3, SupportsPP):
+class Qwen3NextForCausalLM(
+    nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping, SupportsEagle3, SupportsLoRA, SupportsPP
+):
     packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
         "in_proj_qkvz": ["in_proj_qkvz"],
         "in_proj_ba": ["in_proj_ba"],
     }
+    lora_skip_prefixes = ["mtp."]  # noqa: RUF012  the draft is served without adapters
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         repair_cpu_backend(vllm_config)
+        if vllm_config.lora_config is not None:
+            prepare_adapters()
         self.config = qnext_config(vllm_config)
         check_speculation(vllm_config)
         self._loading = Loading(self, self.config, vllm_config)
@@ -210,6 +218,10 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return self._loading.load(weights, lambda checked: load_weights(self, self.config, self.vllm_config, checked))
+
+    def prepare_adapter(self, adapter: LoRAModel) -> None:
+        """Called with each LoRA adapter that vLLM has read, before it is used."""
+        prepare(self, self.lora_manager, self.config, adapter)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:

@@ -126,7 +126,7 @@ def report(model: nn.Module, vllm_config: VllmConfig, *, draft: bool) -> None:
     layers = dict(model.named_modules())
     reasons: dict[str, list[str]] = {}
     for name, leaves in (stored_quantised(vllm_config) or {}).items():
-        layer = layers.get(_layer_name(name))
+        layer = layers.get(layer_name(name))
         if is_quantised(leaves) and layer is not None and is_plain(layer) and name.startswith("mtp.") == draft:
             reasons.setdefault(getattr(layer, "dequantised", "has no quantised form here"), []).append(name)
     for reason, names in reasons.items():
@@ -146,7 +146,7 @@ def dequantised(
     for name, tensor in weights:
         module, _, leaf = name.rpartition(".")
         leaves = stored.get(module, {})
-        layer = layers.get(_layer_name(module)) if leaf in leaves and is_quantised(leaves) else None
+        layer = layers.get(layer_name(module)) if leaf in leaves and is_quantised(leaves) else None
         plain_already = leaf == "weight" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if layer is None or not is_plain(layer) or plain_already:
             yield name, tensor
@@ -167,7 +167,7 @@ def _parts(prefix: str, config: QNextConfig) -> list[str]:
     return [f"{outer}.{name}" if outer else name for name in PARTS.get(last, (last,))]
 
 
-def _layer_name(module: str) -> str:
+def layer_name(module: str) -> str:
     """The layer of ours that holds a module of the checkpoint."""
     name = re.sub(r"\.experts\.\d+\.\w+$", ".experts", re.sub(r"^mtp\.", "model.", module))
     outer, _, last = name.rpartition(".")

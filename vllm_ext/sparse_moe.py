@@ -1,5 +1,6 @@
 """The feed-forward halves of a layer: mixture of experts with a gated shared expert, and the dense MLP."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, Replic
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 
 from qnext_plugin.config import QNextConfig
+from vllm_ext.compat import experts_config
 from vllm_ext.quantization import build, routed_experts
 
 
@@ -24,7 +26,7 @@ class MLP(nn.Module):
         intermediate_size: int,
         vllm_config: VllmConfig,
         prefix: str,
-        gate: nn.Module | None = None,
+        gate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         reduce_results: bool = True,
         disable_tp: bool = False,
     ) -> None:
@@ -47,13 +49,11 @@ class MLP(nn.Module):
         self.gate_up_proj = build(gate_up_proj, config, vllm_config, f"{prefix}.gate_up_proj")
         self.down_proj = build(down_proj, config, vllm_config, f"{prefix}.down_proj")
         self.act_fn = SiluAndMul()
-        # In a tuple, so that the gate stays a parameter of the block that owns it.
-        self._gate = (gate,)
+        self._gate = gate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out, _ = self.down_proj(self.act_fn(self.gate_up_proj(x)[0]))
-        (gate,) = self._gate
-        return out if gate is None else torch.sigmoid(gate(x)[0]) * out
+        return out if self._gate is None else torch.sigmoid(self._gate(x)) * out
 
 
 class SparseMoeBlock(nn.Module):
@@ -82,7 +82,8 @@ class SparseMoeBlock(nn.Module):
             config.shared_expert_intermediate_size,
             vllm_config,
             prefix=f"{prefix}.shared_expert",
-            gate=self.shared_expert_gate,
+            # Not the module: it belongs to this block, where an adapter may take its place.
+            gate=lambda x: self.shared_expert_gate(x)[0],
             reduce_results=False,
             disable_tp=self.is_sequence_parallel,
         )
@@ -100,7 +101,8 @@ class SparseMoeBlock(nn.Module):
             is_sequence_parallel=self.is_sequence_parallel,
             routed_experts_cls=routed_experts,
         )
-        self.experts = build(experts, config, vllm_config, f"{prefix}.experts")
+        with experts_config(vllm_config):
+            self.experts = build(experts, config, vllm_config, f"{prefix}.experts")
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]

@@ -3,7 +3,7 @@
 import json
 import os
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +105,16 @@ class Server:
 
 @contextmanager
 def crowded(engine: str, model: Path, log: Path) -> Iterator[Server]:
+    with serving(engine, COMMANDS[engine], model, log, ENVIRONMENT) as server:
+        yield server
+
+
+@contextmanager
+def serving(engine: str, command: Sequence[str], model: Path, log: Path, env: Mapping[str, str]) -> Iterator[Server]:
+    """Run ``command``, with the model for ``{model}``, until it answers."""
     port = process.free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [word.format(model=model) if word == "{model}" else word for word in COMMANDS[engine]]
+    command = [word.format(model=model) if word == "{model}" else word for word in command]
     command += ["--dtype", "float32", "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
 
     def healthy() -> bool:
@@ -117,7 +124,7 @@ def crowded(engine: str, model: Path, log: Path) -> Iterator[Server]:
         except OSError:
             return False
 
-    with process.started(command, log, ENVIRONMENT) as server:
+    with process.started(command, log, env) as server:
         process.wait_until(healthy, server, log, timeout=400)
         assert "is served by" in log.read_text(errors="replace"), process.tail(log)
         yield Server(engine, url, log, server.pid)

@@ -1,0 +1,50 @@
+"""LoRA adapters: what vLLM has read is held against the model, and its rows are put in the order of our weights.
+
+``compat.prepare_adapters`` has vLLM call ``prepare`` before anything of an adapter is used.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.utils import is_in_target_modules
+
+from qnext_plugin.checkpoint import listing
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.layouts import KINDS, ungroup
+from qnext_plugin.lora import check_adapter
+from vllm_ext.quantization import layer_name
+
+if TYPE_CHECKING:
+    from vllm.lora.model_manager import LoRAModelManager
+
+
+def prepare(model: nn.Module, manager: "LoRAModelManager", config: QNextConfig, adapter: LoRAModel) -> None:
+    """Put ``lora_B`` of the input projections in flat order; ``ValueError`` for an adapter that cannot be served.
+
+    Fused tensors of routed experts, which no checkpoint has a name for, are left to vLLM where it adapts experts.
+    """
+    adapted, layers, filtered = manager.modules, dict(model.named_modules()), manager.lora_config.target_modules
+    left_out = [
+        name
+        for name in adapter.loras
+        if (layer := layer_name(name)) in layers
+        and layer not in adapted
+        # What --lora-target-modules leaves out, vLLM leaves out of adapters.
+        and is_in_target_modules(layer, filtered, manager.packed_modules_mapping)
+    ]
+    if left_out:
+        raise ValueError(
+            f"{listing('adapter changes what vLLM cannot adapt here, modules', left_out)}; on a CPU these are the "
+            "routed experts, with --fully-sharded-loras the input projections: merge it into the weights"
+        )
+    own = {name: lora for name, lora in adapter.loras.items() if "experts" not in name.split(".")}
+    check_adapter(config, {name: (lora.lora_a, lora.lora_b) for name, lora in own.items()})
+    for name, lora in own.items():
+        if lora.lora_a.shape[0] != lora.rank:
+            raise ValueError(
+                f"adapter has rank {lora.lora_a.shape[0]} in {name}, and {lora.rank} in adapter_config.json: its two "
+                "files do not belong together"
+            )
+        if kind := KINDS.get(name.rpartition(".")[2]):
+            lora.lora_b = ungroup(lora.lora_b, config.gdn, kind, "lora_B.weight")
