@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -42,7 +42,7 @@ class Side:
     @property
     def version(self) -> str:
         """Of the engine."""
-        names = "from importlib.metadata import packages_distributions, version; import sys\n"
+        names = "from importlib.metadata import packages_distributions, version\n"
         code = names + f"print(version(packages_distributions()[{self.engine!r}][0]))"
         return subprocess.check_output([self.python, "-c", code], text=True).strip()
 
@@ -129,6 +129,10 @@ def offline(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
             return found | peak_memory(child, before)
 
         yield measure
+        assert child.stdin
+        child.stdin.close()  # which ends it
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(20)
 
 
 def tell(child: subprocess.Popen[bytes]) -> None:
