@@ -81,6 +81,13 @@ def test_decode_with_drafts_verifies_them_and_passes_the_draft_once_for_each():
     assert work.flops == verified + 2 * drafted == 8924
 
 
+def test_prefill_passes_the_draft_over_the_prompt_once():
+    drafted = model(drafts=2).prefill(2, 5).flops - model().prefill(2, 5).flops
+    each = 4 * 8 + ATTENTION[0] + DENSE + EXPERTS / 2
+    prompt, token = 2 * (10 * each + 2 * HEAD) + 4 * 2 * 8 * 15, 2 * (2 * each + 2 * HEAD) + 4 * 2 * 8
+    assert drafted == prompt + token
+
+
 def test_a_tied_head_reads_the_embedding():
     tied, own = model(tie_word_embeddings=True).decode(1, 6), model().decode(1, 6)
     assert own.bytes - tied.bytes == 2 * 4  # the row of the token
@@ -188,7 +195,7 @@ def test_every_prompt_batch_fits_in_one_step_and_drafts_behind_the_last_token():
     flags = task.flags("vllm")
     given = dict(zip(flags[::2], flags[1::2], strict=False))
     assert given["--max-num-seqs"] == "9" and given["--max-num-batched-tokens"] == "3500"
-    assert given["--max-model-len"] == str(500 + 1 + 2)
+    assert given["--max-model-len"] == str(500 + 1 + 3)
     assert "--no-enable-prefix-caching" in flags and "qwen3_next_mtp" in flags[-1]
     assert Task("m", workloads, prompts=[[1] * 600]).longest == 600 + 20 + 1
 

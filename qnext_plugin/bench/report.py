@@ -17,7 +17,7 @@ ABOUT = (
 
 def summary(pairs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Of what each side measured, pair by pair: by workload its rates, the ``ratio`` of the first side's to the
-    second's (the median of those of each pair), and whatever else was found, as lists by side."""
+    second's (the median of those of each pair), and whatever else both found, as lists by side."""
     names = list(pairs[0])
     table: dict[str, dict[str, Any]] = {}
     for workload, found in pairs[0][names[0]]["workloads"].items():
@@ -25,9 +25,8 @@ def summary(pairs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[
         table[workload] = {name: [run[RATE] for run in runs[name]] for name in names}
         if len(names) == 2:
             table[workload]["ratio"] = statistics.median(ratios(table[workload], names))
-        table[workload] |= {
-            key: {name: [run[key] for run in runs[name]] for name in names} for key in found if key != RATE
-        }
+        more = [key for key in found if key != RATE and all(key in run for each in runs.values() for run in each)]
+        table[workload] |= {key: {name: [run[key] for run in runs[name]] for name in names} for key in more}
     return table
 
 
@@ -122,6 +121,7 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
     figure.axes[0].set_ylabel("tokens per second")
     what = f"{names[0]} / {names[1]}: median ratio (range); " if len(names) == 2 else ""
     figure.suptitle(
-        f"{report['model']} on {report['engine']}, {report['machine']}\n{what}dashed: the machine's limit", fontsize=10
+        f"{report['model']} on {report['engines'][names[0]]}, {report['machine']}\n{what}dashed: the machine's limit",
+        fontsize=10,
     )
     figure.savefig(file, dpi=150)

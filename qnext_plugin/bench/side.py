@@ -69,11 +69,11 @@ class Task:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence; behind it there is room for drafts."""
+        """Tokens of the longest sequence, and of a step behind its last."""
         lengths = [w["length"] + w.get("output", 0) + 1 for w in self.workloads.values()]
         given = max(map(len, self.prompts), default=0)
         outputs = [given + w["output"] + 1 for w in self.workloads.values() if "output" in w]
-        return max(lengths + outputs) + self.draft_tokens
+        return max(lengths + outputs) + (self.draft_tokens and self.draft_tokens + 1)
 
     def flags(self, engine: str) -> list[str]:
         """Of the engine's command line: a batch's prompts in one step, no prefix found in a cache."""
