@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import tables
 from qnext_plugin.bench import report
 from qnext_plugin.bench.ceilings import Ceilings
 from qnext_plugin.bench.limits import Model, limit
@@ -246,3 +247,13 @@ def test_an_engine_that_is_not_installed(monkeypatch, capsys):
     monkeypatch.setattr("qnext_plugin.cli.bench.find_spec", lambda name: None)
     assert main(["bench", "MODEL", "--engine", "vllm"]) == 2
     assert "run qnext with the engine's own python" in capsys.readouterr().err
+
+
+def test_readme_tables():
+    made = tables.bench(reported() | {"workloads": {"prefill 2x9": reported()["workloads"]["prefill 2x9"]}})
+    assert "| Workload | ours | vLLM's own | ratio | ours, of the limit |" in made
+    assert "| prefill 2x9 | 30 | 20 | 2.00 (1.00-3.00) | 50% |" in made
+    steps = {"Gated DeltaNet": {"1024": 100.0, "32768": 102.0}, "gated attention": {"1024": 50.0, "32768": 400.0}}
+    made = tables.context({"microseconds by context": steps})
+    assert "| us of a layer | 1,024 tokens | 32,768 tokens | longest over shortest |" in made
+    assert "| gated attention | 50 | 400 | 8.00 |" in made
