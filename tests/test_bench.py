@@ -196,9 +196,9 @@ def test_every_prompt_batch_fits_in_one_step_and_drafts_behind_the_last_token():
     flags = task.flags("vllm")
     given = dict(zip(flags[::2], flags[1::2], strict=False))
     assert given["--max-num-seqs"] == "9" and given["--max-num-batched-tokens"] == "3500"
-    assert given["--max-model-len"] == str(500 + 1 + 3)
+    assert given["--max-model-len"] == str(500 + 1 + 32)
     assert "--no-enable-prefix-caching" in flags and "qwen3_next_mtp" in flags[-1]
-    assert Task("m", workloads, prompts=[[1] * 600]).longest == 600 + 20 + 1
+    assert Task("m", workloads, prompts=[[1] * 600]).longest == 600 + 20 + 1 + 32
 
 
 @pytest.mark.parametrize(("native", "module"), [(False, "sglang_ext."), (True, "sglang.")])
@@ -222,8 +222,8 @@ def tiny(tmp_path_factory):
         (["--engine", "vllm", "--against", "sglang"], "give --against-python the one it is in"),
         (["--engine", "vllm", "--mtp", "8"], "--mtp is 8, expected 0 to 7"),
         (["--engine", "vllm", "--prefill", "--batch"], "nothing to measure"),
-        (["--engine", "vllm", "--prefill", "2x512"], "sequences of 513 tokens, and the model takes 512"),
-        (["--engine", "vllm", "--prefill", "2x9", "--input-len", "500"], "sequences of 533 tokens"),
+        (["--engine", "vllm", "--prefill", "2x512"], "sequences of 545 tokens, and the model takes 512"),
+        (["--engine", "vllm", "--prefill", "2x9", "--input-len", "500"], "sequences of 565 tokens"),
         (["--engine", "vllm", "--prompts", "/dev/null"], "/dev/null: no prompts"),
         (["--engine", "vllm", "--plot", "chart.png"], "--plot needs matplotlib, which is not installed"),
     ],

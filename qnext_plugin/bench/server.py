@@ -5,7 +5,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from qnext_plugin.bench.side import TIMEOUT, Measure, Side, Task, device_bytes, 
 from qnext_plugin.verify.runner import EngineFailed, failure
 
 ROUNDS = 4  # requests of each client that the load imitates
-SLACK = 16  # tokens that a prompt may have more than asked for when the server has tokenised its text
 
 SERVERS = {
     "vllm": ("-m", "vllm.entrypoints.cli.main", "serve", "{model}"),
@@ -52,9 +50,8 @@ def behind_http(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
     log, before, port, begun = directory / "log", device_bytes(), process.free_port(), time.monotonic()
     values: dict[str, Any] = {"model": task.model, "url": f"http://127.0.0.1:{port}"}
     command = [word.format(**values) for word in SERVERS[side.engine]]
-    room = {name: {**workload, "length": workload["length"] + SLACK} for name, workload in task.workloads.items()}
     command += [
-        *replace(task, workloads=room).flags(side.engine),
+        *task.flags(side.engine),
         "--host",
         "127.0.0.1",
         "--port",
