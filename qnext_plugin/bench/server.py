@@ -50,14 +50,7 @@ def behind_http(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
     log, before, port, begun = directory / "log", device_bytes(), process.free_port(), time.monotonic()
     values: dict[str, Any] = {"model": task.model, "url": f"http://127.0.0.1:{port}"}
     command = [word.format(**values) for word in SERVERS[side.engine]]
-    command += [
-        *task.flags(side.engine),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        *side.flags,
-    ]
+    command += [*task.flags(side.engine), "--host", "127.0.0.1", "--port", str(port), *side.flags]
     with process.started(command, log, side.environment, side.python) as server:
 
         def measure() -> dict[str, Any]:
