@@ -33,6 +33,8 @@ from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGated
 from vllm.third_party.flash_linear_attention.ops.layernorm_guard import layer_norm_fwd
 
 from bench.gpu_check.layer import PREFIX, Layer, OneLaunch, Request, Turn
+from qnext_plugin.bench import ceilings
+from qnext_plugin.bench.ceilings import Ceilings
 from qnext_plugin.config import GatedDeltaNetDims
 
 torch._dynamo.config.suppress_errors = True
@@ -76,19 +78,8 @@ def seconds(calls: Sequence[Call], graph: bool = True, rounds: int = 9) -> float
 
 
 @cache
-def peak_bandwidth() -> float:
-    """Bytes per second that a copy reads and writes."""
-    x = torch.empty(1 << (30 if GPU else 20), dtype=torch.uint8, device=DEVICE)
-    y = torch.empty_like(x)
-    return 2 * len(x) / seconds([lambda: y.copy_(x)] * 4)
-
-
-@cache
-def peak_flops() -> float:
-    """Operations per second of a bfloat16 matrix product."""
-    n = 8192 if GPU else 64
-    a, b = torch.randn(2, n, n, device=DEVICE).to(BF16)
-    return 2 * n**3 / seconds([lambda: a @ b] * 4)
+def reached() -> Ceilings:
+    return ceilings.measure(BF16, DEVICE)
 
 
 def compare(times: dict[str, float], moved: float = 0.0, flops: float = 0.0) -> dict[str, Any]:
@@ -101,9 +92,9 @@ def compare(times: dict[str, float], moved: float = 0.0, flops: float = 0.0) -> 
     if others:
         found["best_other"] = min(others, key=others.__getitem__)
     if moved:
-        found |= {"GB/s": moved / ours / 1e9, "of_peak": moved / ours / peak_bandwidth()}
+        found |= {"GB/s": moved / ours / 1e9, "of_peak": moved / ours / reached().copy}
     if flops:
-        found |= {"TFLOP/s": flops / ours / 1e12, "of_peak": flops / ours / peak_flops()}
+        found |= {"TFLOP/s": flops / ours / 1e12, "of_peak": flops / ours / reached().gemm}
     return found
 
 
@@ -350,7 +341,7 @@ def main() -> int:
     lengths = (1024, 16384) if args.quick else (256, 1024, 4096, 16384, 65536)
     if not GPU:
         batches, lengths = (2,), (5,)
-    report.run("ceilings", lambda: {"GB/s": peak_bandwidth() / 1e9, "TFLOP/s": peak_flops() / 1e12})
+    report.run("ceilings", lambda: {"GB/s": reached().copy / 1e9, "TFLOP/s": reached().gemm / 1e12})
     for drafts in (0, 2):
         for batch in batches:
             what = f"verify {drafts} drafts, batch {batch}" if drafts else f"decode, batch {batch}"

@@ -22,13 +22,29 @@ def table(rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rest])
 
 
-def native(found: dict[str, Any]) -> str:
-    """Of ``bench/native.py``: tokens per second, ours and vLLM's own."""
-    rows = [["Workload", "ours", "vLLM's own", "ratio"]]
+def bench(found: dict[str, Any]) -> str:
+    """Of ``qnext bench``: tokens per second of both sides, and how much of its limit the first reaches, if counted."""
+    sides = found.get("sides", ["ours", "native"])
+    limited = all("limit" in row for row in found["workloads"].values())
+    engine = found.get("engines", {}).get("native", "vllm").split()[0]
+    own = {"native": f"{ {'vllm': 'vLLM', 'sglang': 'SGLang'}[engine] }'s own"}
+    rows = [["Workload", *(own.get(side, side) for side in sides), "ratio"]]
+    rows[0] += ["ours, of the limit"] * limited
     for name, row in found["workloads"].items():
-        ratios = [a / b for a, b in zip(row["ours"], row["native"], strict=True)]
+        medians = [statistics.median(row[side]) for side in sides]
+        ratios = [a / b for a, b in zip(*(row[side] for side in sides), strict=True)]
         spread = f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        rows.append([name, *(f"{statistics.median(row[side]):.0f}" for side in ("ours", "native")), spread])
+        share = [f"{medians[0] / row['limit'][sides[0]]:.0%}"] if limited else []
+        rows.append([name, *(f"{median:.0f}" for median in medians), spread, *share])
+    return table(rows)
+
+
+def context(found: dict[str, Any]) -> str:
+    """Of ``bench/context.py``: a layer's decode step by the length of the context."""
+    lengths = sorted(next(iter(found["microseconds by context"].values())), key=int)
+    rows = [["us of a layer", *(f"{int(n):,} tokens" for n in lengths), "longest over shortest"]]
+    for kind, by in found["microseconds by context"].items():
+        rows.append([kind, *(f"{by[n]:.0f}" for n in lengths), f"{by[lengths[-1]] / by[lengths[0]]:.2f}"])
     return table(rows)
 
 
@@ -55,7 +71,7 @@ def gpu_check(found: dict[str, Any]) -> str:
 
     last = {check["check"].split(",")[0]: check for check in checks if "workloads" in check}
     for mtp, check in last.items():
-        parts += [f"{mtp}, tokens per second end to end:\n", native(check)]
+        parts += [f"{mtp}, tokens per second end to end:\n", bench(check)]
     return "\n".join(parts)
 
 
@@ -64,7 +80,8 @@ def written(readme: str) -> str:
 
     def region(match: re.Match[str]) -> str:
         found = json.loads((ROOT / match["file"]).read_text())
-        made = gpu_check(found) if "checks" in found else native(found)
+        kinds = {"checks": gpu_check, "microseconds by context": context, "workloads": bench}
+        made = next(make for key, make in kinds.items() if key in found)(found)
         return f"{match[1]}\n{made}\n{match[3]}"
 
     return REGION.sub(region, readme)

@@ -3,8 +3,10 @@
 The formulas are those of vLLM 0.32 and SGLang 0.5.23, the names theirs. All sizes are in bytes on one rank.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -23,6 +25,13 @@ class Device:
 
 
 DEVICES = {"cuda": Device(16, 16), "cpu": Device(32, 128)}
+
+
+def default_state_dtype(engine: str, device: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """Of recurrent states, unless a flag says otherwise; ``config`` as ``config.json`` has it, ``dtype`` as served."""
+    if engine == "vllm":
+        return torch.float32 if device == "cpu" else dtype
+    return torch.float32 if (named := config.get("mamba_ssm_dtype")) is None else getattr(torch, named)
 
 
 @dataclass(frozen=True)

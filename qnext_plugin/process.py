@@ -18,12 +18,16 @@ def tail(log: Path, lines: int = 40) -> str:
 
 @contextmanager
 def started(
-    command: Sequence[str], log: Path, env: Mapping[str, str] = MappingProxyType({})
+    command: Sequence[str], log: Path, env: Mapping[str, str] = MappingProxyType({}), python: str = sys.executable
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``python *command`` in its own process group, output to ``log``; the whole group is gone on leaving."""
+    """Run ``python *command`` in its own process group, output to ``log``; the whole group is gone on leaving.
+
+    Its standard input stays open until then.
+    """
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [python, *command],
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=os.environ | dict(env),
@@ -32,6 +36,9 @@ def started(
     try:
         yield process
     finally:
+        assert process.stdin
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
@@ -41,13 +48,30 @@ def started(
         process.wait()
 
 
-def run(command: Sequence[str], log: Path, env: Mapping[str, str] = MappingProxyType({}), timeout: float = 240) -> int:
+def run(
+    command: Sequence[str],
+    log: Path,
+    env: Mapping[str, str] = MappingProxyType({}),
+    timeout: float = 240,
+    python: str = sys.executable,
+) -> int:
     """Exit status of ``python *command``; a timeout is an assertion error with the log's tail."""
-    with started(command, log, env) as process:
+    with started(command, log, env, python) as process:
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{' '.join(command)}: still running after {timeout} s\n{tail(log)}") from None
+
+
+def peak_resident_bytes(group: int) -> int:
+    """The most that each living process of a process group held in memory, summed; what they share counts for each."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if int((process / "stat").read_text().rpartition(")")[2].split()[2]) == group:
+                status = (process / "status").read_text()
+                total += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
+    return total
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
 """Memory that a model takes on one tensor-parallel rank: weights, keys and values, states. All sizes are in bytes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,22 +55,23 @@ class Serving:
         """One Gated DeltaNet layer's state of one sequence."""
         return StateSpec(self.config.gdn.shard(self.tp_size), conv_dtype, recurrent_dtype, num_draft_tokens)
 
-    def weights(self, headers: Mapping[str, TensorInfo] | None = None) -> dict[str, int]:
-        """Bytes by kind of weight; of a quantised checkpoint only its ``headers`` can tell."""
+    def tensors(self, headers: Mapping[str, TensorInfo] | None = None) -> Iterator[tuple[str, float]]:
+        """Name and bytes of each weight; of a quantised checkpoint only its ``headers`` can tell."""
         bits = self.dtype.itemsize * 8
         if headers is None:
-            shapes = expected_tensors(self.config, mtp=self.num_draft_tokens > 0)
-            tensors = [(name, shape, bits) for name, shape in shapes.items()]
-        else:
-            tensors = [
-                (name, info.shape, bits if info.dtype in FLOAT_DTYPES else _BITS.get(info.dtype, 8))
-                for name, info in headers.items()
-                if self.num_draft_tokens or name.split(".")[0] != "mtp"
-            ]
+            for name, shape in expected_tensors(self.config, mtp=self.num_draft_tokens > 0).items():
+                yield name, self._rank_elements(name, shape) * bits / 8
+            return
+        for name, info in headers.items():
+            if self.num_draft_tokens or name.split(".")[0] != "mtp":
+                width = bits if info.dtype in FLOAT_DTYPES else _BITS.get(info.dtype, 8)
+                yield name, self._rank_elements(name, info.shape) * width / 8
+
+    def weights(self, headers: Mapping[str, TensorInfo] | None = None) -> dict[str, int]:
+        """Bytes by kind of weight."""
         sizes: dict[str, float] = {}
-        for name, shape, width in tensors:
-            kind = _kind(name)
-            sizes[kind] = sizes.get(kind, 0) + self._rank_elements(name, shape) * width / 8
+        for name, size in self.tensors(headers):
+            sizes[_kind(name)] = sizes.get(_kind(name), 0) + size
         return {kind: math.ceil(size) for kind, size in sizes.items()}
 
     def _rank_elements(self, name: str, shape: tuple[int, ...]) -> float:

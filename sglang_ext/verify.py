@@ -134,7 +134,7 @@ class Engine(Worker):
         self.reset()
 
     def counts(self) -> dict[str, Any]:
-        said = self.control()
+        said = self.control(count=True)
         accepted = max((one["accepted"] for one in said), key=len)
         return {
             "num_preemptions": max(one["retractions"] for one in said),

@@ -1,8 +1,9 @@
 """What runs inside SGLang's scheduler processes, where the models live.
 
 ``run_scheduler`` starts one in SGLang's place, with a further remote procedure: ``qnext_control`` reads from a file
-which mutant to apply and what to put in the draft's mouth, and writes what serves and what was counted. Random weights
-are almost never accepted, so without that control nothing past a rejected first draft would be tested.
+which mutant to apply, whether to count what the draft does and what to put in its mouth, and writes what serves and
+what was counted. Random weights are almost never accepted, so without that control nothing past a rejected first draft
+would be tested.
 """
 
 import itertools
@@ -22,7 +23,7 @@ CONTROL = "QNEXT_VERIFY_CONTROL"
 def run_scheduler(*args: Any, **kwargs: Any) -> Any:
     from sglang.srt.managers import scheduler
 
-    changed, wanted = ExitStack(), {"mutant": "", "drafts": {}, "record": False}
+    changed, wanted = ExitStack(), {"mutant": "", "drafts": {}, "record": False, "count": False}
     counts: dict[str, Any] = {"retractions": 0, "accepted": [], "draft_steps": []}
     retract_decode = scheduler.ScheduleBatch.retract_decode
 
@@ -45,9 +46,10 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
                 models.append(draft.model)
                 if change.get("record"):
                     counts["draft_steps"] = []
-                changed.enter_context(
-                    control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"])
-                )
+                if wanted["count"]:
+                    changed.enter_context(
+                        control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"])
+                    )
             written = file.parent / f"{os.getpid()}.part"
             written.write_text(
                 json.dumps({"control": number, "memory": memory(runner, draft), **counts, **serving(models)})

@@ -6,13 +6,16 @@ both sides.
 """
 
 import argparse
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench import native
 from bench.gpu_check import engines
 from bench.gpu_check.report import Report
+from qnext_plugin.bench.report import summary
+from qnext_plugin.bench.side import Side, Task, offline
 
 CHECKPOINT = {
     "serving": {
@@ -21,6 +24,18 @@ CHECKPOINT = {
         "overrides": {"num_hidden_layers": 4, "num_experts": 64},
     }
 }
+WORKLOADS = {
+    "prefill 8x2048": {"batch": 8, "length": 2048},
+    "prefill 1x8000": {"batch": 1, "length": 8000},
+    "decode batch 1": {"batch": 1, "length": 32, "output": 128},
+    "decode batch 8": {"batch": 8, "length": 32, "output": 128},
+    "decode batch 64": {"batch": 64, "length": 32, "output": 128},
+}
+# Four engines share the GPU.
+FLAGS = (
+    *("--additional-config", '{"gdn_prefill_backend": "triton"}'),
+    *("--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(5 << 30)),
+)
 MTP = (2, 0)
 
 
@@ -42,30 +57,32 @@ def main() -> int:
     report.run("write the checkpoint" if args.prepare else "checkpoint", prepare)
     if args.prepare or "model" not in made:
         return int(report.failed)
-
-    # All load at once; while one is measured the others wait for input.
-    sides: dict[int, list[native.Side]] = {}
-    for mtp in MTP[:1] if args.quick else MTP:
-        options = native.parse([made["model"], "--mtp", str(mtp), "--prefill-backend", "triton"])
-        sides[mtp] = [native.Side(options, is_native) for is_native in (False, True)]
-    pairs: dict[int, list[Any]] = {mtp: [] for mtp in sides}
-    rounds = 2 if args.quick else 3
-    try:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        # All load at once; while one is measured the others wait.
+        sides = {
+            mtp: {
+                side.name: stack.enter_context(
+                    offline(side, Task(made["model"], WORKLOADS, draft_tokens=mtp), folder / f"{side.name}-{mtp}")
+                )
+                for side in (Side("ours", "vllm", flags=FLAGS), Side("native", "vllm", native=True, flags=FLAGS))
+            }
+            for mtp in (MTP[:1] if args.quick else MTP)
+        }
+        pairs: dict[int, list[Any]] = {mtp: [] for mtp in sides}
+        rounds = 2 if args.quick else 3
         for i in range(rounds):
-            for mtp, (ours, theirs) in sides.items():
+            for mtp in sides:
 
-                def pair(mtp: int = mtp, ours: native.Side = ours, theirs: native.Side = theirs) -> dict[str, Any]:
-                    pairs[mtp].append((ours.measure(), theirs.measure()))
-                    table = native.summary(pairs[mtp])
+                def pair(mtp: int = mtp) -> dict[str, Any]:
+                    pairs[mtp].append({name: measure() for name, measure in sides[mtp].items()})
+                    table = summary(pairs[mtp])
                     ratios = {f"{name}, ratio": row["ratio"] for name, row in table.items()}
                     decodes = [row["ratio"] for name, row in table.items() if name.startswith("decode")]
                     target = "met" if min(decodes) >= (1.1 if mtp else 1.0) else "missed"
                     return ratios | {"target": target, "workloads": table}
 
                 report.run(f"MTP {mtp}, pair {i + 1} of {rounds}", pair)
-    finally:
-        for side in [side for both in sides.values() for side in both]:
-            side.process.kill()
     return int(report.failed)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qnext_plugin import __version__
-from qnext_plugin.cli import checkpoint, doctor, plan, verify
+from qnext_plugin.cli import bench, checkpoint, doctor, plan, verify
 
-_COMMANDS = (checkpoint, doctor, plan, verify)
+_COMMANDS = (bench, checkpoint, doctor, plan, verify)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from qnext_plugin.flags import mtp_flags
+
 GIB = 2**30
 BAR = 24
 DTYPES = ("float32", "bfloat16", "float16")
@@ -98,10 +100,9 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
 def _vllm(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], weights: int) -> tuple[Any, Any, int]:
     import torch
 
-    from qnext_plugin.plan import DEVICES, VllmCache
+    from qnext_plugin.plan import DEVICES, VllmCache, default_state_dtype
 
-    default = "float32" if args.device == "cpu" else str(serving.dtype).removeprefix("torch.")
-    state_dtype = args.state_dtype or default
+    state_dtype = args.state_dtype or _name(default_state_dtype("vllm", args.device, config, serving.dtype))
     device = DEVICES[args.device]
     cache = VllmCache(serving, getattr(torch, state_dtype), device, not args.no_prefix_caching, args.block_size)
     memory = _cache_memory(args, args.gpu_memory_utilization, weights, args.reserve)
@@ -123,9 +124,9 @@ def _vllm(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], wei
 def _sglang(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], weights: int) -> tuple[Any, Any, int]:
     import torch
 
-    from qnext_plugin.plan import SglangCache
+    from qnext_plugin.plan import SglangCache, default_state_dtype
 
-    state_dtype = args.state_dtype or config.get("mamba_ssm_dtype") or "float32"
+    state_dtype = args.state_dtype or _name(default_state_dtype("sglang", args.device, config, serving.dtype))
     prefix_caching = not args.no_prefix_caching
     cache = SglangCache(serving, getattr(torch, state_dtype), prefix_caching, max_running_requests=args.max_num_seqs)
     memory = _cache_memory(args, args.mem_fraction_static, weights, 0)
@@ -139,6 +140,10 @@ def _sglang(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], w
         "max_num_seqs": args.max_num_seqs or cache.running_requests(memory),
     }
     return numbers, cache, memory
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _cache_memory(args: argparse.Namespace, share: float, weights: int, reserve: float) -> int:
@@ -157,9 +162,7 @@ def _vllm_command(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
     words += _given(args, {"dtype": "--dtype", "state_dtype": "--mamba-ssm-cache-dtype", "block_size": "--block-size"})
     words += ["--kv-cache-dtype", "fp8"] if args.kv_cache_dtype == "fp8" else []
     words += ["--no-enable-prefix-caching"] if args.no_prefix_caching else []
-    if args.mtp:
-        mtp = {"method": "qwen3_next_mtp", "num_speculative_tokens": args.mtp}
-        words += ["--speculative-config", json.dumps(mtp, separators=(",", ":"))]
+    words += mtp_flags("vllm", args.mtp)
     longer = plan["context_length"] > plan["trained_length"]
     return "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 " * longer + shlex.join(words)
 
@@ -172,9 +175,7 @@ def _sglang_command(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
     words += _given(args, names)
     words += ["--kv-cache-dtype", "fp8_e4m3"] if args.kv_cache_dtype == "fp8" else []
     words += ["--disable-radix-cache"] if args.no_prefix_caching else []
-    if args.mtp:
-        words += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(args.mtp)]
-        words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(args.mtp + 1)]
+    words += mtp_flags("sglang", args.mtp)
     longer = plan["context_length"] > plan["trained_length"]
     return "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 " * longer + shlex.join(words)
 

@@ -58,7 +58,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if not find_spec(args.engine):
         raise ValueError(f"{args.engine} is not installed in this environment; run qnext with the engine's own python")
-    checkpoint = _directory(args.model)
+    checkpoint = checkpoint_directory(args.model)
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -88,7 +88,8 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if all(row.verdict == OK for row in rows) else 1
 
 
-def _directory(model: str) -> Path:
+def checkpoint_directory(model: str) -> Path:
+    """Of a local checkpoint, or of one of the hub, which is downloaded."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download

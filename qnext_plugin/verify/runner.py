@@ -81,7 +81,7 @@ class Start:
         with process.started(command, self.log, env) as child:
             self._follow(child, timeout, progress)
         if child.returncode:
-            raise EngineFailed(_reason(self.log, child.returncode), self.log)
+            raise EngineFailed(failure(self.log, child.returncode), self.log)
 
     def _follow(self, child: subprocess.Popen[bytes], timeout: float, progress: Callable[[str], None]) -> None:
         steps = ["serving.json", *(f"{i}.safetensors" for i in range(len(self.runs)))]
@@ -135,7 +135,7 @@ class Start:
         return self.directory / f"{[run.key for run in self.runs].index(key)}.safetensors"
 
 
-def _reason(log: Path, status: int) -> str:
+def failure(log: Path, status: int) -> str:
     """The last exception in a log, or its last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [match[0] for line in lines if (match := re.search(r"\b\w+(Error|Exception)\b: .*", line))]

@@ -105,9 +105,8 @@ def main(worker: type[Worker]) -> None:
     engine = worker(spec["model"], EngineConfig(**spec["config"]))
 
     def say_who_serves() -> None:
-        serving, expected = engine.serving(), spec["expect_module"]
-        assert serving["modules"], "no model serves"
-        assert all(m.startswith(expected) for m in serving["modules"]), f"{serving['modules']} serve, not {expected}"
+        serving = engine.serving()
+        check_modules(serving["modules"], spec["expect_module"])
         (out / "serving.json").write_text(json.dumps(serving))
 
     say_who_serves()
@@ -117,6 +116,12 @@ def main(worker: type[Worker]) -> None:
     say_who_serves()
     sys.stdout.flush()
     os._exit(0)  # shutting an engine down can wait for ever; the caller ends the whole process group
+
+
+def check_modules(modules: Sequence[str], expected: str) -> None:
+    """An assertion error where a class that serves is of another module than those that begin with ``expected``."""
+    assert modules, "no model serves"
+    assert all(module.startswith(expected) for module in modules), f"{modules} serve, not {expected}"
 
 
 def num_logprobs(vocab_size: int) -> int:

@@ -1,0 +1,1 @@
+"""Speed of a served model, measured in turn against another, with what the machine allows at the most."""

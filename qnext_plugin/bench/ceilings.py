@@ -1,0 +1,54 @@
+"""What this machine reaches: ``python -m qnext_plugin.bench.ceilings DTYPE OUT.json``."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes per second that are read, bytes per second that a copy reads and writes, operations per second of a GEMM.
+
+    On one device; on a CPU with as many threads as torch takes.
+    """
+
+    read: float
+    copy: float
+    gemm: float
+
+
+def measure(dtype: torch.dtype, device: str) -> Ceilings:
+    """The best of a few rounds: a sum over 1 GiB, a copy of it, a product of two square matrices in ``dtype``."""
+    source = torch.ones(1 << 28, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return Ceilings(
+        read=source.nbytes / _seconds(source.sum, device),
+        copy=2 * source.nbytes / _seconds(lambda: target.copy_(source), device),
+        gemm=2 * size**3 / _seconds(lambda: torch.nn.functional.linear(a, b), device),
+    )
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    found = []
+    for _ in range(1 + ROUNDS):
+        begin = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begin)
+    return min(found[1:])
+
+
+if __name__ == "__main__":
+    found = measure(getattr(torch, sys.argv[1]), "cuda" if torch.cuda.is_available() else "cpu")
+    Path(sys.argv[2]).write_text(json.dumps(asdict(found)))

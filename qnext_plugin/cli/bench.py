@@ -1,0 +1,296 @@
+"""``qnext bench``: how fast a model is served, against the engine's own model and against what the machine allows."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qnext_plugin.cli.verify import checkpoint_directory
+from qnext_plugin.verify.scenarios import ENGINES
+
+
+def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="tokens per second, against the engine's own model and the machine's limits",
+        description="Serve a checkpoint with the engine of this environment, in turn with this plugin and with another "
+        "model, each time in a fresh process; prefill and decode apart, the best of two after a warm-up. Further "
+        "arguments are the engine's own, such as --enforce-eager. Exit status 1: an engine failed.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_bench, flags=[])  # the engine's own are what nobody else knows
+    parser.add_argument("model", metavar="MODEL", help="a local directory or a hub name")
+    parser.add_argument("--engine", required=True, choices=ENGINES)
+    parser.add_argument(
+        "--against",
+        default="native",
+        choices=("native", "none", *ENGINES),
+        help="the engine's own model (default), nothing, or this plugin on an engine",
+    )
+    parser.add_argument(
+        "--against-python", default=sys.executable, metavar="PYTHON", help="that has --against's engine"
+    )
+    parser.add_argument("--against-flags", type=shlex.split, metavar="FLAGS", help="in one word (default: the same)")
+    parser.add_argument("--serve", action="store_true", help="over HTTP, loaded by the engine's own bench client")
+    parser.add_argument(
+        "--pairs", type=_positive, default=2, metavar="N", help="how often each side serves (default: 2)"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--mtp", type=int, default=0, metavar="N", help="draft N tokens each step")
+    parser.add_argument(
+        "--prefill",
+        type=_prompts,
+        nargs="*",
+        default=[(4, 512), (1, 2000)],
+        metavar="BxLEN",
+        help="prompts that arrive at once, and their tokens (default: 4x512 1x2000)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        nargs="*",
+        default=[1, 4, 8],
+        metavar="N",
+        help="sequences that are decoded at once (default: 1 4 8); with --serve: requests",
+    )
+    parser.add_argument("--input-len", type=_positive, default=32, metavar="N", help="before a decode (default: 32)")
+    parser.add_argument(
+        "--output-len", type=_positive, default=32, metavar="N", help="tokens of a decode (default: 32)"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="decode these, one a line, instead of random ones")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a chart, .png, .svg or .pdf (wants matplotlib)")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the engines' logs in a new directory")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from qnext_plugin.bench import report
+    from qnext_plugin.bench.side import Task
+    from qnext_plugin.verify.runner import EngineFailed
+
+    if args.plot:
+        report.check_plot(args.plot)
+    sides = chosen_sides(args)
+    directory = checkpoint_directory(args.model)
+    prompts = read_prompts(directory, args.prompts) if args.prompts else []
+    task = Task(str(directory), workloads(args, prompts), args.dtype, args.mtp, prompts)
+    check_lengths(directory, task)
+    try:
+        with _logs(args.logs) as logs:
+            ceilings = measured_ceilings(args.dtype, logs)
+            pairs = [dict(_measured(args, sides, task, logs / f"{i + 1}", i + 1)) for i in range(args.pairs)]
+    except EngineFailed as e:
+        print(f"qnext: {e}", file=sys.stderr)
+        return 1
+    found = about(args, sides, pairs, ceilings) | {"workloads": report.summary(pairs)}
+    add_acceptance(found)
+    if not args.serve:
+        add_limits(found, directory, task)
+    print(f"\n{report.text(found)}")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.plot:
+        report.plot(found, args.plot)
+    return 0
+
+
+def chosen_sides(args: argparse.Namespace) -> list[Any]:
+    """Ours and what it is compared with; ``ValueError`` for what is known not to run here."""
+    import torch
+
+    from qnext_plugin.bench.side import Side
+
+    if not find_spec(args.engine):
+        raise ValueError(f"{args.engine} is not installed in this environment; run qnext with the engine's own python")
+    if not 0 <= args.mtp < 8:
+        raise ValueError(f"--mtp is {args.mtp}, expected 0 to 7")
+    ours = Side("ours", args.engine, flags=tuple(args.flags))
+    if args.against == "none":
+        return [ours]
+    flags = tuple(args.flags if args.against_flags is None else args.against_flags)
+    if args.against in ENGINES:
+        if args.against_flags is None and args.against != args.engine:
+            flags = ()  # each engine has flags of its own
+        if args.against_python == sys.executable and not find_spec(args.against):
+            raise ValueError(
+                f"{args.against} is not installed in this environment; give --against-python the one it is in"
+            )
+        return [ours, Side(args.against, args.against, python=args.against_python, flags=flags)]
+    if not torch.accelerator.is_available():
+        if args.engine == "sglang":
+            raise ValueError("SGLang's own model does not run without an accelerator; measure ours with --against none")
+        if args.dtype != "bfloat16":
+            raise ValueError(
+                f"vLLM's own model runs in bfloat16 only on a CPU, not in {args.dtype}; see --against none"
+            )
+    return [ours, Side("native", args.engine, native=True, flags=flags)]
+
+
+def workloads(args: argparse.Namespace, prompts: Sequence[Sequence[int]] = ()) -> dict[str, dict[str, int]]:
+    """As ``bench.worker.measure`` takes them; ``prompts`` are what decodes start from, if not random tokens."""
+    length = max(map(len, prompts), default=args.input_len)
+    if args.serve:
+        if prompts:
+            raise ValueError("--prompts is for the engine alone; the bench clients of --serve send random tokens")
+        return {f"serve {n}": {"batch": n, "length": length, "output": args.output_len} for n in args.batch}
+    found = {f"prefill {batch}x{tokens}": {"batch": batch, "length": tokens} for batch, tokens in args.prefill}
+    decode = {"length": length, "output": args.output_len}
+    found |= {f"decode batch {n}": {"batch": n, **decode} for n in args.batch}
+    if not found:
+        raise ValueError("nothing to measure: both --prefill and --batch are empty")
+    return found
+
+
+def check_lengths(directory: Path, task: Any) -> None:
+    from qnext_plugin.config import QNextConfig
+
+    longest = QNextConfig.from_pretrained(directory).max_position_embeddings
+    if task.longest > longest:
+        raise ValueError(
+            f"sequences of {task.longest} tokens, and the model takes {longest}; choose smaller --prefill, --input-len "
+            "or --output-len"
+        )
+
+
+def read_prompts(directory: Path, file: Path) -> list[list[int]]:
+    """Each line as a user's question through the checkpoint's chat template, or as it is where there is none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    lines = [line for line in file.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{file}: no prompts, expected one a line")
+    if not tokenizer.chat_template:
+        return [tokenizer(line)["input_ids"] for line in lines]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": line}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for line in lines
+    ]
+
+
+def measured_ceilings(dtype: str, logs: Path) -> dict[str, float]:
+    """In a process of its own, with the threads that the engines get."""
+    from qnext_plugin import process
+
+    out, log = logs / "ceilings.json", logs / "ceilings.log"
+    status = process.run(["-m", "qnext_plugin.bench.ceilings", dtype, str(out)], log)
+    if status:
+        raise OSError(f"measuring memory and GEMM rates failed:\n{process.tail(log)}")
+    return dict(json.loads(out.read_text()))
+
+
+def _measured(
+    args: argparse.Namespace, sides: Sequence[Any], task: Any, directory: Path, pair: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    from qnext_plugin.bench.report import RATE
+    from qnext_plugin.bench.server import behind_http
+    from qnext_plugin.bench.side import offline
+
+    for side in sides:
+        with (behind_http if args.serve else offline)(side, task, directory / side.name) as measure:
+            found = measure()
+        rates = ", ".join(f"{name} {one[RATE]:.1f}" for name, one in found["workloads"].items())
+        print(
+            f"pair {pair} of {args.pairs}: {side.name} ({', '.join(found['modules']) or 'native'}): {rates}", flush=True
+        )
+        yield side.name, found
+
+
+def about(
+    args: argparse.Namespace, sides: Sequence[Any], pairs: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]
+) -> dict[str, Any]:
+    """Everything but the workloads. Of paths in the command only the names are kept."""
+    import torch
+
+    from qnext_plugin.bench.report import ABOUT
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    found: dict[str, Any] = {
+        "command": shlex.join(["qnext", *words]),
+        "model": Path(args.model).name,
+        "machine": gpu or f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d"),
+        "sides": [side.name for side in sides],
+        "engines": {side.name: f"{side.engine} {side.version}" for side in sides},
+        "modules": {side.name: pairs[0][side.name]["modules"] for side in sides},
+        "ranks": pairs[0]["ours"].get("ranks"),
+        "dtype": args.dtype,
+        "mtp": args.mtp,
+        "ceilings": dict(ceilings),
+    }
+    for key, *_ in ABOUT:
+        if all(key in measured for pair in pairs for measured in pair.values()):
+            found[key] = {side.name: [pair[side.name][key] for pair in pairs] for side in sides}
+    return found
+
+
+def add_acceptance(found: dict[str, Any]) -> None:
+    """The share of drafts accepted, from the tokens of a step, of which one is not a draft."""
+    for row in found["workloads"].values():
+        if found["mtp"] and "tokens per step" in row:
+            steps = row["tokens per step"].items()
+            row["acceptance"] = {name: [(one - 1) / found["mtp"] for one in each] for name, each in steps}
+
+
+def add_limits(found: dict[str, Any], directory: Path, task: Any) -> None:
+    """Tokens per second that the machine's rates allow, by side, where one device does all the work."""
+    import torch
+
+    from qnext_plugin.bench.ceilings import Ceilings
+    from qnext_plugin.bench.limits import Model, limit
+    from qnext_plugin.config import QNextConfig
+    from qnext_plugin.metadata import read_metadata
+    from qnext_plugin.plan import default_state_dtype
+    from qnext_plugin.sizes import Serving
+
+    if found["ranks"] != 1:
+        return
+    metadata = read_metadata(str(directory))
+    dtype = getattr(torch, task.dtype)
+    serving = Serving(QNextConfig.from_dict(metadata.config), 1, task.draft_tokens, dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, row in found["workloads"].items():
+        row["limit"] = {}
+        for side in found["sides"]:
+            state_dtype = default_state_dtype(found["engines"][side].split()[0], device, metadata.config, dtype)
+            model = Model(serving, state_dtype, metadata.headers)
+            steps = statistics.median(row.get("tokens per step", {}).get(side, [1.0]))
+            row["limit"][side] = limit(
+                model, Ceilings(**found["ceilings"]), tokens_per_step=steps, **task.workloads[name]
+            )
+
+
+@contextmanager
+def _logs(kept: Path | None) -> Iterator[Path]:
+    if kept:
+        kept.mkdir(parents=True)
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
+
+
+def _prompts(text: str) -> tuple[int, int]:
+    batch, x, length = text.partition("x")
+    if not x:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxTOKENS, such as 4x512")
+    return _positive(batch), _positive(length)

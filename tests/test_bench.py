@@ -1,0 +1,259 @@
+"""`qnext bench`: what is counted, divided and refused; engines/test_bench.py measures a real engine."""
+
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import tables
+from qnext_plugin.bench import report
+from qnext_plugin.bench.ceilings import Ceilings
+from qnext_plugin.bench.limits import Model, limit
+from qnext_plugin.bench.side import Side, Task
+from qnext_plugin.bench.worker import Answered, given_prompts, measure, random_prompts
+from qnext_plugin.checkpoint import TensorInfo, expected_tensors
+from qnext_plugin.cli import main
+from qnext_plugin.cli.bench import add_acceptance
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.sizes import Serving
+
+# One layer of each kind, so small that everything can be counted by hand.
+COUNTED = {
+    "vocab_size": 64,
+    "hidden_size": 4,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 3,
+    "linear_value_head_dim": 5,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 3,
+    "shared_expert_intermediate_size": 2,
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+}
+# Numbers in matrices and in all: qkvz 26x4, ba 4x4, convolution 16x4, out 4x10; q and gate 16x4, k, v 4x4, o 4x8.
+DELTA_NET, ATTENTION = (224, 224 + 9), (128, 128 + 8)
+# Router, gate and shared expert; all four experts; a layer's norms; the final norm; the embedding, and the head.
+DENSE, EXPERTS, NORMS, NORM, HEAD = 16 + 4 + 24, 4 * 36, 8, 4, 64 * 4
+TRUNK = DELTA_NET[0] + ATTENTION[0] + 2 * DENSE
+TRUNK_AND_VECTORS = DELTA_NET[1] + ATTENTION[1] + 2 * (DENSE + NORMS) + NORM
+STATE = 16 * 3 * 2 + 2 * 3 * 5 * 4
+DRAFTED_STATE = 16 * 5 * 2 + 2 * 3 * 5 * 4
+KV = 2 * 4 * 2  # of one token
+
+
+def model(drafts: int = 0, headers=None, **changes) -> Model:
+    return Model(Serving(QNextConfig.from_dict(COUNTED | changes), 1, drafts), torch.float32, headers)
+
+
+def test_decode_reads_each_weight_once_and_the_experts_that_are_likely_hit():
+    one, three = model().decode(1, context=6), model().decode(3, context=6)
+    assert one.bytes == 2 * (TRUNK_AND_VECTORS + EXPERTS + HEAD + 4) + 7 * KV + 2 * STATE == 2306
+    likely = 2 * EXPERTS * (1 - 0.5**3)
+    assert three.bytes == 2 * (TRUNK_AND_VECTORS + likely + HEAD + 12) + 3 * (7 * KV + 2 * STATE) == 3626
+    assert one.flops == 2 * (TRUNK + EXPERTS + HEAD) + 4 * 2 * 4 * 7 + 6 * 30 == 2084
+    assert three.flops == 3 * one.flops
+
+
+def test_prefill_computes_the_head_once_for_each_prompt_and_attention_to_what_is_before():
+    work = model().prefill(2, 5)
+    assert work.flops == 2 * (10 * (TRUNK + EXPERTS) + 2 * HEAD) + 4 * 2 * 2 * 4 * 15 + 6 * 10 * 30 == 15464
+    experts = 2 * EXPERTS * (1 - 0.5**10)
+    assert work.bytes == 2 * (TRUNK_AND_VECTORS + experts + HEAD + 40) + 2 * (5 * KV + 2 * STATE)
+
+
+def test_decode_with_drafts_verifies_them_and_passes_the_draft_once_for_each():
+    work = model(drafts=2).decode(1, context=6)
+    likely = 2 * EXPERTS * (1 - 0.5**3)
+    trunk = 2 * (TRUNK_AND_VECTORS + likely + HEAD + 12) + 9 * KV + 2 * DRAFTED_STATE + 2 * 30 * 4
+    fc, vectors = 4 * 8, 3 * NORM + NORMS
+    draft = 2 * (fc + vectors + ATTENTION[1] + DENSE + EXPERTS / 2 + HEAD) + 7 * KV
+    assert work.bytes == trunk + 2 * draft == 5402
+    verified = 2 * 3 * (TRUNK + EXPERTS + HEAD) + 4 * 8 * (3 * 6 + 6) + 6 * 3 * 30
+    drafted = 2 * (fc + ATTENTION[0] + DENSE + EXPERTS / 2 + HEAD) + 4 * 8 * 7
+    assert work.flops == verified + 2 * drafted == 8924
+
+
+def test_prefill_passes_the_draft_over_the_prompt_once():
+    drafted = model(drafts=2).prefill(2, 5).flops - model().prefill(2, 5).flops
+    each = 4 * 8 + ATTENTION[0] + DENSE + EXPERTS / 2
+    prompt, token = 2 * (10 * each + 2 * HEAD) + 4 * 2 * 8 * 15, 2 * (2 * each + 2 * HEAD) + 4 * 2 * 8
+    assert drafted == prompt + token
+
+
+def test_a_tied_head_reads_the_embedding():
+    tied, own = model(tie_word_embeddings=True).decode(1, 6), model().decode(1, 6)
+    assert own.bytes - tied.bytes == 2 * 4  # the row of the token
+    assert own.flops == tied.flops
+
+
+def test_quantised_weights_have_the_bytes_of_their_headers():
+    shapes = expected_tensors(QNextConfig.from_dict(COUNTED))
+    headers = {n: TensorInfo(s, "I8" if "experts" in n.split(".") else "BF16", Path()) for n, s in shapes.items()}
+    assert model().decode(1, 6).bytes - model(headers=headers).decode(1, 6).bytes == EXPERTS
+
+
+def test_limit_is_what_takes_longer():
+    moving = Ceilings(read=1000.0, copy=0.0, gemm=1e9)
+    assert limit(model(), moving, batch=1, length=5, output=2) == pytest.approx(1 / 2.306)
+    assert limit(model(), moving, batch=1, length=5, output=2, tokens_per_step=1.5) == pytest.approx(1.5 / 2.306)
+    computing = Ceilings(read=1e9, copy=0.0, gemm=100.0)
+    assert limit(model(), computing, batch=2, length=5) == pytest.approx(10 / 154.64)
+
+
+def test_rates_exclude_the_warm_up_and_the_prompt():
+    asked = []
+
+    def answer(prompts, num_tokens):
+        """Of an engine that takes 2 s for a prompt and 0.5 s for a step of 2 tokens; the first time 100 s more."""
+        new = (len(prompts), num_tokens) not in asked
+        asked.append((len(prompts), num_tokens))
+        steps = (num_tokens - 1) / 2
+        return Answered(2 + 0.5 * steps + 100 * new, [[7] * num_tokens] * len(prompts), len(prompts) * int(steps))
+
+    workloads = {"prefill": {"batch": 3, "length": 10}, "decode": {"batch": 2, "length": 5, "output": 8}}
+    found = measure(answer, random_prompts(50), random_prompts(50), workloads)
+    assert found["prefill"] == {"tokens per second": 3 * 10 / 2}
+    assert found["decode"] == {"tokens per second": 2 * 8 / 2, "tokens per step": 2.0, "looping": 0}
+
+
+def test_random_prompts_never_repeat_and_given_ones_do():
+    drawn = random_prompts(100)
+    prompts = {tuple(prompt) for _ in range(5) for prompt in drawn(4, 9)}
+    assert len(prompts) == 20 and {len(prompt) for prompt in prompts} == {9}
+    assert given_prompts([[1], [2, 3]])(3, 77) == [[1], [2, 3], [1]]
+
+
+def side_found(rate: float, steps: float) -> dict:
+    decode = {"tokens per second": 2 * rate, "tokens per step": steps, "looping": 1}
+    return {"workloads": {"prefill 2x9": {"tokens per second": rate}, "decode batch 3": decode}}
+
+
+PAIRS = [
+    {"ours": side_found(30, 1.5), "native": side_found(10, 1.0)},
+    {"ours": side_found(20, 2.5), "native": side_found(20, 1.0)},
+    {"ours": side_found(40, 2.0), "native": side_found(20, 2.0)},
+]
+REPORT = {
+    **{"sides": ["ours", "native"], "model": "M", "machine": "two cores", "dtype": "bfloat16", "mtp": 2},
+    **{"engines": {"ours": "vllm 0", "native": "vllm 0"}, "ceilings": {"read": 5e9, "copy": 3e9, "gemm": 2e11}},
+    "peak resident bytes": {"ours": [2**30, 3 * 2**30], "native": [2**31]},
+}
+
+
+def reported() -> dict:
+    found = REPORT | {"workloads": report.summary(PAIRS)}
+    add_acceptance(found)
+    found["workloads"]["prefill 2x9"]["limit"] = {"ours": 60.0, "native": 80.0}
+    return found
+
+
+def test_ratio_is_the_median_of_those_of_each_pair():
+    row = reported()["workloads"]["prefill 2x9"]
+    assert (row["ours"], row["native"], row["ratio"]) == ([30, 20, 40], [10, 20, 20], 2.0)
+    assert row["ratio"] != statistics.median(row["ours"]) / statistics.median(row["native"])
+    assert report.spread(row, ["ours", "native"]) == "2.00 (1.00-3.00)"
+
+
+def test_acceptance_leaves_out_the_token_that_is_no_draft():
+    row = reported()["workloads"]["decode batch 3"]
+    assert row["acceptance"] == {"ours": [0.25, 0.75, 0.5], "native": [0.0, 0.0, 0.5]}
+
+
+def test_text_has_the_limit_next_to_the_figure():
+    lines = report.text(reported()).splitlines()
+    cells = [line.split() for line in lines]
+    assert cells[1] == ["prefill", "2x9", "30.0", "20.0", "2.00", "(1.00-3.00)", "60", "/", "80", "50%", "25%"]
+    assert cells[2][-4:] == ["2.00", "1.00", "0.50", "0.00"]
+    assert "peak resident: ours 2.00 GiB, native 2.00 GiB" in lines
+    assert "reached here: 5.0 GB/s read, 3.0 GB/s copied, 200 GFLOP/s in bfloat16" in lines
+
+
+def test_one_side_alone_has_no_ratio():
+    alone = report.summary([{"ours": pair["ours"]} for pair in PAIRS])
+    assert alone["prefill 2x9"] == {"ours": [30, 20, 40]}
+    assert "ratio" not in report.text(reported() | {"sides": ["ours"], "workloads": alone})
+
+
+def test_chart(tmp_path):
+    pytest.importorskip("matplotlib", reason="only --plot needs it")
+    report.plot(reported(), tmp_path / "chart.svg")
+    drawn = (tmp_path / "chart.svg").read_text()
+    assert drawn.count("stroke-dasharray") >= 2  # the limits
+
+
+def test_every_prompt_batch_fits_in_one_step_and_drafts_behind_the_last_token():
+    workloads = {"p": {"batch": 7, "length": 500}, "d": {"batch": 9, "length": 30, "output": 20}}
+    task = Task("m", workloads, draft_tokens=2)
+    flags = task.flags("vllm")
+    given = dict(zip(flags[::2], flags[1::2], strict=False))
+    assert given["--max-num-seqs"] == "9" and given["--max-num-batched-tokens"] == "3500"
+    assert given["--max-model-len"] == str(500 + 1 + 32)
+    assert "--no-enable-prefix-caching" in flags and "qwen3_next_mtp" in flags[-1]
+    assert Task("m", workloads, prompts=[[1] * 600]).longest == 600 + 20 + 1 + 32
+
+
+@pytest.mark.parametrize(("native", "module"), [(False, "sglang_ext."), (True, "sglang.")])
+def test_sides_expect_classes_of_their_own(native, module):
+    side = Side("x", "sglang", native)
+    assert side.module == module and side.environment["QNEXT_DISABLE"] == str(int(native))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bench") / "tiny"
+    write_random_checkpoint(directory, overrides={"max_position_embeddings": 512})
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--engine", "sglang"], "does not run without an accelerator; measure ours with --against none"),
+        (["--engine", "vllm", "--dtype", "float32"], "in bfloat16 only on a CPU, not in float32"),
+        (["--engine", "vllm", "--against", "sglang"], "give --against-python the one it is in"),
+        (["--engine", "vllm", "--mtp", "8"], "--mtp is 8, expected 0 to 7"),
+        (["--engine", "vllm", "--prefill", "--batch"], "nothing to measure"),
+        (["--engine", "vllm", "--prefill", "2x512"], "sequences of 545 tokens, and the model takes 512"),
+        (["--engine", "vllm", "--prefill", "2x9", "--input-len", "500"], "sequences of 565 tokens"),
+        (["--engine", "vllm", "--prompts", "/dev/null"], "/dev/null: no prompts"),
+        (["--engine", "vllm", "--plot", "chart.png"], "--plot needs matplotlib, which is not installed"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(monkeypatch, capsys, tiny, options, words):
+    monkeypatch.setattr("qnext_plugin.cli.bench.find_spec", lambda name: name == options[1])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert main(["bench", tiny, *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--prefill", "512"], ["--prefill", "0x5"], ["--batch", "-1"], ["--pairs", "0"]])
+def test_sizes_that_are_none(capsys, options):
+    with pytest.raises(SystemExit):
+        main(["bench", "MODEL", "--engine", "vllm", *options])
+    assert "qnext bench: error: argument" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("qnext_plugin.cli.bench.find_spec", lambda name: None)
+    assert main(["bench", "MODEL", "--engine", "vllm"]) == 2
+    assert "run qnext with the engine's own python" in capsys.readouterr().err
+
+
+def test_readme_tables():
+    made = tables.bench(reported() | {"workloads": {"prefill 2x9": reported()["workloads"]["prefill 2x9"]}})
+    assert "| Workload | ours | vLLM's own | ratio | ours, of the limit |" in made
+    assert "| prefill 2x9 | 30 | 20 | 2.00 (1.00-3.00) | 50% |" in made
+    steps = {"Gated DeltaNet": {"1024": 100.0, "32768": 102.0}, "gated attention": {"1024": 50.0, "32768": 400.0}}
+    made = tables.context({"microseconds by context": steps})
+    assert "| us of a layer | 1,024 tokens | 32,768 tokens | longest over shortest |" in made
+    assert "| gated attention | 50 | 400 | 8.00 |" in made
