@@ -207,15 +207,21 @@ def _expert_parallel() -> None:
 
     def apply(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         call = signature.bind(self, *args, **kwargs).arguments
-        expert_map, ids = call["expert_map"], call["topk_ids"]
-        if expert_map is not None:
-            local = expert_map[ids.long()].to(ids.dtype)
-            call["topk_weights"] = torch.where(local < 0, 0, call["topk_weights"])
-            call["topk_ids"] = local.clamp_min(0)
-            # Another rank adds this expert's share; here it is any expert's, weighted with zero.
+        local = local_experts(call["expert_map"], call["topk_weights"], call["topk_ids"])
+        call["topk_weights"], call["topk_ids"] = local
         original(**call)
 
     signature = _replace(CPUUnquantizedExperts, "apply", apply, ("topk_weights", "topk_ids", "expert_map"))
+
+
+def local_experts(
+    expert_map: torch.Tensor | None, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``topk_weights`` and ``topk_ids`` by this rank's numbers of the experts, with zero for another rank's."""
+    if expert_map is None:
+        return topk_weights, topk_ids
+    local = expert_map[topk_ids.long()].to(topk_ids.dtype)
+    return torch.where(local < 0, 0, topk_weights), local.clamp_min(0)
 
 
 @cache

@@ -76,9 +76,9 @@ def experts_kernel(config: Any, vllm_config: Any) -> str:
     """As vLLM chooses it for one rank alone."""
     import torch
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
     from vllm.utils.network_utils import get_open_port
 
+    from vllm_ext.kernels import choose_gemms
     from vllm_ext.sparse_moe import SparseMoeBlock
 
     if vllm_config.quant_config is not None:
@@ -87,7 +87,9 @@ def experts_kernel(config: Any, vllm_config: Any) -> str:
     initialize_model_parallel()
     with torch.device("meta"):
         block = SparseMoeBlock(config, vllm_config, prefix="mlp")
-    return str(select_unquantized_moe_backend(block.experts.moe_config)[0].value)
+    choose_gemms(block, config, vllm_config)
+    method = block.experts.routed_experts.quant_method
+    return str(vars(method.experts_cls).get("name", method.unquantized_backend.value))
 
 
 def risks(vllm_config: Any) -> list[tuple[str, str]]:

@@ -9,16 +9,18 @@ CPU     convolution: bfloat16, width 4, AVX512-BF16 or Arm bf16  ``cpp``: vLLM's
 CPU     delta rule: bfloat16, K = V in (64, 128)                 ``cpp``: vLLM's C++ delta rule
 CPU     otherwise, each on its own                               ``torch``: ``qnext_plugin.ops``, any dtype and size
 ======  =======================================================  ==================================================
+
+Matrix products are vLLM's choice, but for bfloat16 on CPUs with AVX512-BF16 and without AMX (``cpu_gemm``).
 """
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn  # noqa: F401  registers the op that calls us
 from vllm.platforms import current_platform
 
-from qnext_plugin.config import GatedDeltaNetDims
+from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
 
 if TYPE_CHECKING:
     from vllm_ext.cpu_kernels import CpuKernels
@@ -41,6 +43,14 @@ def select_kernels(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> "CpuKern
     from vllm_ext.gpu_kernels import GpuKernels
 
     return GpuKernels(dims, vllm_config)
+
+
+def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
+    """Which matrix products serve ``model``, where that is not vLLM's choice; called before weights are loaded."""
+    if current_platform.is_cpu():
+        from vllm_ext import cpu_gemm
+
+        cpu_gemm.choose_gemms(model, config, vllm_config)
 
 
 def split_heads(dims: GatedDeltaNetDims, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,7 @@ from vllm_ext.compat import prepare_adapters, repair_cpu_backend
 from vllm_ext.config import qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
+from vllm_ext.kernels import choose_gemms
 from vllm_ext.loading import Loading
 from vllm_ext.lora import prepare
 from vllm_ext.norm import ZeroCenteredRMSNorm
@@ -196,6 +197,7 @@ class Qwen3NextForCausalLM(
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.describe_experts(self.model.layers)
+        choose_gemms(self, self.config, vllm_config)
         report(self, vllm_config, draft=False)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
 

@@ -130,6 +130,9 @@ CONFIGS = {
     "odd-d": EngineConfig("odd-d", engines=ENGINES),
     "bfloat16": EngineConfig("bfloat16", dtype="bfloat16", engines=ENGINES),
     "bfloat16-mtp2": EngineConfig("bfloat16", dtype="bfloat16", draft_tokens=2),
+    "bfloat16-ep2-mtp2": EngineConfig(
+        "bfloat16", dtype="bfloat16", draft_tokens=2, tensor_parallel=2, expert_parallel=True
+    ),
     "bfloat16-compiled": EngineConfig("bfloat16", dtype="bfloat16", compiled=True, prefix_caching=True),
 }
 

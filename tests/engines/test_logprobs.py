@@ -95,7 +95,8 @@ def expected_kernels(engine, config):
     conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"
     delta = "cpp" if fast else "torch"
     phases = ("prefill", "verify") if config.draft_tokens else ("decode", "prefill")
-    return [f"{phase}: {conv}, {delta}" for phase in phases]
+    packed = fast and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return sorted([f"{phase}: {conv}, {delta}" for phase in phases] + ["experts: packed"] * packed)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

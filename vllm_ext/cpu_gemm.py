@@ -1,0 +1,122 @@
+"""Matrix products on CPUs with AVX512-BF16 and without AMX: bfloat16 weights packed once for kernels of vLLM's.
+
+vLLM keeps these kernels for CPUs with AMX. Elsewhere its linear layers are oneDNN's, slower for few tokens, and its
+experts a kernel that computes in float32, slower for any number. One packing serves prefill and decode, in the place
+of the plain weight.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm import _custom_ops as engine_ops
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import current_platform
+
+from qnext_plugin.config import QNextConfig
+from vllm_ext.compat import local_experts
+from vllm_ext.kernels import record
+
+BLOCK = 32
+"""Both sizes of a packed matrix are multiples of it."""
+
+
+def packs() -> bool:
+    """Whether bfloat16 weights are packed here. AMX and zentorch bring kernels of their own."""
+    return (
+        not current_platform.is_zen_cpu()
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+    )
+
+
+def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
+    """Have every layer of ``model`` that can be packed pack its weights after loading."""
+    # The weight of a tied head is an embedding, and to compute in another type vLLM reads the weight itself.
+    plain_head = config.tie_word_embeddings or vllm_config.model_config.head_dtype != torch.bfloat16
+    for module in model.modules() if packs() else ():
+        method = getattr(module, "quant_method", None)
+        if type(method) is UnquantizedFusedMoEMethod and method.experts_cls is CPUUnquantizedExperts:
+            if method.moe.in_dtype == torch.bfloat16:
+                method.experts_cls = PackedExperts
+        elif type(method) is UnquantizedLinearMethod and fits(module.weight):
+            module.quant_method = PackedLinearMethod()
+        elif type(module) is ParallelLMHead and type(method) is UnquantizedEmbeddingMethod:
+            module.quant_method = PackedHeadMethod() if fits(module.weight) and not plain_head else method
+
+
+def fits(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.dim() == 2 and not any(size % BLOCK for size in weight.shape)
+
+
+def pack(layer: nn.Module, name: str) -> None:
+    """Put the packed form of [..., out, in] in its place; the shape stays."""
+    replace_parameter(layer, name, torch.ops._C.convert_weight_packed(getattr(layer, name)))
+
+
+def pack_linear(layer: nn.Module) -> None:
+    pack(layer, "weight")
+    layer.cpu_linear = packed_linear  # what vLLM calls
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # From the layer and not kept here, so that a compiled graph follows weights that are loaded again.
+    bias = None if bias is None else bias.float()
+    return engine_ops.weight_packed_linear_cpu(x, weight, weight.shape[0], bias)
+
+
+class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pack_linear(layer)
+
+
+class PackedHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pack_linear(layer)
+
+
+class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
+    """SwiGLU experts without biases; vLLM's own class pads sizes and says which it supports."""
+
+    name = "packed"
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self._pad_moe_intermediate(layer)
+        pack(layer, "w13_weight")
+        pack(layer, "w2_weight")
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        topk_weights, topk_ids = local_experts(expert_map, topk_weights, topk_ids)
+        engine_ops.fused_experts_cpu(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            engine_ops.CPUQuantMethod.UNQUANT,
+            w1_scale=None,
+            w2_scale=None,
+            w1_zero=None,
+            w2_zero=None,
+            block_size=None,
+        )
+        record(f"experts: {self.name}")
