@@ -35,7 +35,7 @@ class Drafts:
 
     ``slots`` [N, D] is a slot for the state after each of them, the first also the convolution's; ``num_accepted``
     [N] of the previous step's tokens were accepted, so that the state to go on from is in slot ``num_accepted - 1``.
-    ``rows`` [N, D] pads the packed tokens to a rectangle and ``real`` [N, D] tells which are no padding.
+    ``rows`` [N, D] pads the packed tokens to a rectangle and ``real`` [N, D] tells which are no padding, as a rule all.
     """
 
     slots: Tensor
@@ -43,6 +43,14 @@ class Drafts:
     cu_seqlens: Tensor
     rows: Tensor
     real: Tensor
+    full: bool
+
+    def rectangle(self, packed: Tensor) -> Tensor:
+        """[N, D, ...]"""
+        return packed.unflatten(0, self.rows.shape) if self.full else packed[self.rows]
+
+    def packed(self, rectangle: Tensor) -> Tensor:
+        return rectangle.flatten(0, 1) if self.full else rectangle[self.real]
 
     @classmethod
     def of(cls, metadata: GDNAttentionMetadata) -> "Drafts":
@@ -51,7 +59,8 @@ class Drafts:
         start, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
         rows = start + torch.arange(slots.shape[1], dtype=cu_seqlens.dtype)
         accepted = metadata.num_accepted_tokens[:n]
-        return cls(slots, accepted, cu_seqlens, torch.minimum(rows, end - 1), rows < end)
+        real = rows < end
+        return cls(slots, accepted, cu_seqlens, torch.minimum(rows, end - 1), real, full=bool(real.all()))
 
 
 def cpp_conv_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
@@ -114,17 +123,20 @@ class CpuKernels:
             verify, decode, prefill = metadata.spec_token_indx, None, metadata.non_spec_token_indx
         else:
             verify, decode, prefill = slice(None), None, None
+
+        def finish(rows: slice | Tensor, core: Tensor, phase: str) -> None:
+            out[rows] = ops.rms_norm_gated(core, z[rows], layer.norm.weight, layer.norm.eps)
+            record(f"{phase}: {self.conv.name}, {self.delta.name}")
+
         # The slots are columns of a block table; the C++ kernels take them for contiguous.
         if metadata.num_spec_decodes:
             drafts = Drafts.of(metadata)
             mixed = self.conv.verify(layer, qkv[verify], drafts)
-            out[verify] = self.delta.verify(layer, mixed, b[verify], a[verify], drafts)
-            record(f"verify: {self.conv.name}, {self.delta.name}")
+            finish(verify, self.delta.verify(layer, mixed, b[verify], a[verify], drafts), "verify")
         if metadata.num_decodes:
             slots = metadata.non_spec_state_indices_tensor[: metadata.num_decodes].contiguous()
             mixed = self.conv.decode(layer, qkv[decode], slots)
-            out[decode] = self.delta.decode(layer, mixed, b[decode], a[decode], slots)
-            record(f"decode: {self.conv.name}, {self.delta.name}")
+            finish(decode, self.delta.decode(layer, mixed, b[decode], a[decode], slots), "decode")
         if metadata.num_prefills:
             n = metadata.num_prefills
             batch = Prefills(
@@ -133,9 +145,7 @@ class CpuKernels:
                 metadata.prefill_query_start_loc[: n + 1],
             )
             mixed = self.conv.prefill(layer, qkv[prefill], batch)
-            out[prefill] = self.delta.prefill(layer, mixed, b[prefill], a[prefill], batch)
-            record(f"prefill: {self.conv.name}, {self.delta.name}")
-        out.copy_(ops.rms_norm_gated(out, z, layer.norm.weight, layer.norm.eps))
+            finish(prefill, self.delta.prefill(layer, mixed, b[prefill], a[prefill], batch), "prefill")
 
 
 class TorchConv:
@@ -160,12 +170,12 @@ class TorchConv:
     def verify(self, layer: "GatedDeltaNet", x: Tensor, drafts: Drafts) -> Tensor:
         cache, slots = conv_view(layer.kv_cache[0]), drafts.slots[:, 0]
         out, cache[slots] = ops.causal_conv1d_verify(
-            x[drafts.rows],
+            drafts.rectangle(x),
             layer.conv1d.weight.squeeze(1),
             conv_state=cache[slots],
             num_accepted=drafts.num_accepted,
         )
-        return out[drafts.real]
+        return drafts.packed(out)
 
     def _history(self, layer: "GatedDeltaNet") -> Tensor:
         """While speculating the cache also has columns for the drafts, behind these."""
@@ -185,8 +195,8 @@ class CppConv:
         return self._update(layer, x.contiguous(), slots)
 
     def verify(self, layer: "GatedDeltaNet", x: Tensor, drafts: Drafts) -> Tensor:
-        out = self._update(layer, x[drafts.rows], drafts.slots[:, 0].contiguous(), drafts.num_accepted)
-        return out[drafts.real]
+        x = drafts.rectangle(x).contiguous()
+        return drafts.packed(self._update(layer, x, drafts.slots[:, 0].contiguous(), drafts.num_accepted))
 
     def prefill(self, layer: "GatedDeltaNet", x: Tensor, batch: Prefills) -> Tensor:
         return engine_ops.causal_conv1d_fwd_cpu(
@@ -238,12 +248,12 @@ class TorchDelta:
 
     def verify(self, layer: "GatedDeltaNet", mixed: Tensor, b: Tensor, a: Tensor, drafts: Drafts) -> Tensor:
         cache = layer.kv_cache[1]
-        q, k, v = (x[drafts.rows] for x in split_heads(layer.dims, mixed))
-        g, beta = ops.gating(a[drafts.rows], b[drafts.rows], A_log=layer.A_log, dt_bias=layer.dt_bias)
+        q, k, v, a, b = (drafts.rectangle(x) for x in (*split_heads(layer.dims, mixed), a, b))
+        g, beta = ops.gating(a, b, A_log=layer.A_log, dt_bias=layer.dt_bias)
         accepted = drafts.slots.gather(1, drafts.num_accepted[:, None].long() - 1).squeeze(1)
         out, states = ops.verify_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=cache[accepted].float())
         cache[drafts.slots[drafts.real]] = states[drafts.real].to(cache.dtype)
-        return out[drafts.real]
+        return drafts.packed(out)
 
 
 class CppDelta:

@@ -1,0 +1,68 @@
+"""Operators of a layer's forward pass that only move data: ``python -m tests.engines.vllm_operators MODEL OUT.json``.
+
+``OUT`` has the largest number of them in a layer, by the layer's mixer, for a prompt and for a decode step.
+Conversions between data types count: they are copies too.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
+from vllm_ext.verify import Engine
+
+MOVES = {"aten::copy_", "aten::cat", "aten::index", "aten::index_select", "aten::_index_put_impl_"}
+PROMPT, BATCH = 150, 7
+
+
+def size(event: Any) -> int:
+    """Elements of what is written to, or read from."""
+    shapes = [shape for shape in event.input_shapes if shape and all(isinstance(n, int) for n in shape)]
+    return max((math.prod(shape) for shape in shapes[:1]), default=sys.maxsize)
+
+
+def layer_of(event: Any) -> str | None:
+    while event is not None and not event.name.startswith("layer "):
+        event = event.cpu_parent
+    return event.name if event else None
+
+
+def main(model: str, out: str) -> None:
+    engine = Engine(model, EngineConfig("", dtype="bfloat16"))
+    layers = engine.worker.model_runner.model.model.layers
+    hidden_size = engine.worker.model_runner.model.config.hidden_size
+    for i, layer in enumerate(layers):
+
+        def forward(*args: Any, forward: Any = layer.forward, name: str = f"layer {i}") -> Any:
+            with record_function(name):
+                return forward(*args)
+
+        layer.forward = forward
+    found: dict[str, dict[str, int]] = {}
+    batches = {"prefill": ((tokens(PROMPT, seed=1),), 1), "decode": (tuple(tokens(1, i) for i in range(BATCH)), 2)}
+    for phase, (batch, max_tokens) in batches.items():
+        scenario = Scenario((batch,), configs=(), max_tokens=(max_tokens,))
+        engine.generate(batch, scenario)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as events:
+            engine.generate(batch, scenario)
+        steps = max_tokens
+        rows = PROMPT if phase == "prefill" else BATCH
+        counts: dict[str, int] = {}
+        for event in events.events():
+            name = layer_of(event)
+            if name and event.name in MOVES and size(event) >= rows * hidden_size:
+                counts[name] = counts.get(name, 0) + 1
+        found[phase] = {}
+        for i, layer in enumerate(layers):
+            mixer = "full_attention" if layer.full_attention else "linear_attention"
+            most = found[phase].get(mixer, 0)
+            found[phase][mixer] = max(most, math.ceil(counts.get(f"layer {i}", 0) / steps))
+    Path(out).write_text(json.dumps({"serving": engine.serving(), "moves": found}) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
