@@ -14,7 +14,11 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
@@ -41,13 +45,13 @@ def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig)
     plain_head = config.tie_word_embeddings or vllm_config.model_config.head_dtype != torch.bfloat16
     for module in model.modules() if packs() else ():
         method = getattr(module, "quant_method", None)
-        if type(method) is UnquantizedFusedMoEMethod and method.experts_cls is CPUUnquantizedExperts:
-            if method.moe.in_dtype == torch.bfloat16:
+        if type(module) is VocabParallelEmbedding or (type(module) is ParallelLMHead and plain_head):
+            continue
+        if type(method) is UnquantizedFusedMoEMethod:
+            if method.experts_cls is CPUUnquantizedExperts and method.moe.in_dtype == torch.bfloat16:
                 method.experts_cls = PackedExperts
-        elif type(method) is UnquantizedLinearMethod and fits(module.weight):
-            module.quant_method = PackedLinearMethod()
-        elif type(module) is ParallelLMHead and type(method) is UnquantizedEmbeddingMethod:
-            module.quant_method = PackedHeadMethod() if fits(module.weight) and not plain_head else method
+        elif type(method) in PACKED and fits(module.weight):
+            module.quant_method = PACKED[type(method)]()
 
 
 def fits(weight: Tensor) -> bool:
@@ -78,6 +82,9 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 class PackedHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pack_linear(layer)
+
+
+PACKED = {UnquantizedLinearMethod: PackedLinearMethod, UnquantizedEmbeddingMethod: PackedHeadMethod}
 
 
 class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
