@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qnext_plugin import process
+from vllm_ext.cpu_gemm import packs
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
@@ -13,15 +14,29 @@ BUDGET = {
     "prefill": {"linear_attention": 9, "full_attention": 12},
     "decode": {"linear_attention": 9, "full_attention": 12},
 }
+# Modules too small for packing: as many rows as experts, as DeltaNet heads, one.
+SMALL = ["gate", "in_proj_ba", "shared_expert_gate"]
 
 
-def test_layers_move_no_more_than_their_budget(tmp_path, checkpoint):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, checkpoint):
+    tmp_path = tmp_path_factory.mktemp("operators")
     out, log = tmp_path / "out.json", tmp_path / "log"
     status = process.run(["-m", "tests.engines.vllm_operators", str(checkpoint("bfloat16")), str(out)], log)
     assert status == 0, process.tail(log)
     found = json.loads(out.read_text())
     assert found["serving"]["modules"] == ["vllm_ext.model"]
+    return found
+
+
+def test_layers_move_no_more_than_their_budget(found):
     print(found["moves"])
     for phase, budget in BUDGET.items():
         for mixer, most in budget.items():
             assert 0 < found["moves"][phase][mixer] <= most, f"{phase}, {mixer}: {found['moves'][phase][mixer]}"
+
+
+def test_weights_are_packed(found):
+    methods = found["methods"]
+    assert not packs() or methods["UnquantizedLinearMethod"] == SMALL
+    assert ("PackedHeadMethod" in methods, "experts: packed" in found["serving"]["kernels"]) == (packs(), packs())

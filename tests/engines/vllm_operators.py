@@ -1,7 +1,7 @@
 """Operators of a layer's forward pass that only move data: ``python -m tests.engines.vllm_operators MODEL OUT.json``.
 
-``OUT`` has the largest number of them in a layer, by the layer's mixer, for a prompt and for a decode step.
-Conversions between data types count: they are copies too.
+``OUT`` has the largest number of them in a layer, by the layer's mixer, for a prompt and for a decode step, and what
+multiplies by the weights of which modules. Conversions between data types count: they are copies too.
 """
 
 import json
@@ -61,7 +61,12 @@ def main(model: str, out: str) -> None:
             mixer = "full_attention" if layer.full_attention else "linear_attention"
             most = found[phase].get(mixer, 0)
             found[phase][mixer] = max(most, math.ceil(counts.get(f"layer {i}", 0) / steps))
-    Path(out).write_text(json.dumps({"serving": engine.serving(), "moves": found}) + "\n")
+    methods: dict[str, set[str]] = {}
+    for name, module in engine.worker.model_runner.model.named_modules():
+        if hasattr(module, "quant_method"):
+            methods.setdefault(type(module.quant_method).__name__, set()).add(name.rpartition(".")[2])
+    report = {"serving": engine.serving(), "moves": found, "methods": {m: sorted(n) for m, n in methods.items()}}
+    Path(out).write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
