@@ -1,0 +1,110 @@
+"""Quantised checkpoints served by SGLang, with NEXTN, against `transformers` with the same dequantised weights.
+
+On a CPU every layer is dequantised while loading, so float32 is held to the bound of an unquantised checkpoint. One
+engine starts with the first of its formats and has the others loaded over it, which is how weights are updated.
+"""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from qnext_plugin import process
+from qnext_plugin.quantize import FORMATS
+from qnext_plugin.verify.comparison import Result, check_conditions, compare, rounding
+from qnext_plugin.verify.reference import Whole
+from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
+from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
+from tests.engines.quantised import SCENARIO, dequantised, write
+from tests.engines.test_logprobs import compare_draft
+
+pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
+
+TOLERANCE = SERVED_LOGPROB_FLOAT32["sglang"]
+# What the draft computes is compared itself: a wrong one is corrected by the model, and not seen otherwise.
+DRAFT = Scenario(((tokens(61, seed=7),),), configs=(), drafts="cycle", draft_logits=True)
+CONFIG = EngineConfig("", draft_tokens=2)
+BFLOAT16 = replace(CONFIG, dtype="bfloat16")
+STARTS = {
+    # What SGLang has to be told first on a CPU comes first.
+    "one process": (("gptq", *(name for name in FORMATS if name != "gptq")), CONFIG),
+    "TP 2": (("w4a16", "fp8-block"), replace(BFLOAT16, tensor_parallel=2)),
+    "PP 2": (("awq",), replace(BFLOAT16, pipeline_parallel=2)),
+    "EP 2": (("w8a8",), replace(BFLOAT16, tensor_parallel=2, flags=("--ep-size", "2"))),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantised")
+    write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(checkpoints):
+    """By start and format, the result of each scenario; the log by start."""
+    results, logs = {}, {}
+    for name, (forms, config) in STARTS.items():
+        root = checkpoints / name.replace(" ", "-")
+        root.mkdir()
+        scenarios = (SCENARIO, DRAFT) if config.dtype == "float32" else (SCENARIO,)
+        spec = {
+            "models": [str(checkpoints / form) for form in forms],
+            "config": asdict(config),
+            "scenarios": [asdict(scenario) for scenario in scenarios],
+        }
+        (root / "spec.json").write_text(json.dumps(spec))
+        status = process.run(
+            ["-m", "tests.engines.sglang_several", str(root / "spec.json"), str(root)], root / "log", timeout=600
+        )
+        assert status == 0, process.tail(root / "log")
+        assert json.loads((root / "modules.json").read_text()) == ["sglang_ext.model", "sglang_ext.mtp"]
+        logs[name] = (root / "log").read_text()
+        for n, form in enumerate(forms):
+            results[name, form] = [Result.load(root / f"{n}.{i}.safetensors") for i in range(len(scenarios))]
+    return results, logs
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
+    results, _ = served
+    answered, drafted = results["one process", form]
+    check_conditions(SCENARIO, CONFIG, answered)
+    directory = dequantised(checkpoints, form)
+    difference, draft = compare(answered, Whole(directory), TOLERANCE), compare_draft(drafted, directory)
+    print(f"{form}: {difference.max:.3g} at {difference.worst}; draft {draft.max:.3g} at {draft.worst}")
+    assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"
+    assert not difference.wrong_tokens
+    assert draft.max <= TOLERANCE, f"{draft.max:.3g} at {draft.worst}"
+    record_property("matrix", f"{form} | SGLang | one process, MTP | end to end on CPU, dequantised while loading")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, (forms, _) in STARTS.items() if name != "one process" for form in forms]
+)
+def test_a_quantised_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name, form):
+    results, _ = served
+    (answered,) = results[name, form]
+    check_conditions(SCENARIO, STARTS[name][1], answered)
+    directory = dequantised(checkpoints, form)
+    exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
+    ours, theirs = compare(answered, exact), rounding(answered, exact, rounded)
+    print(f"{name} {form}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}")
+    assert ours.max <= LOGPROB_BFLOAT16_RATIO * theirs.max, f"{ours.max:.3g} at {ours.worst}"
+    record_property("matrix", f"{form} | SGLang | {name} | end to end on CPU, with MTP")
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_what_is_dequantised_is_named_in_one_line(served, name):
+    _, logs = served
+    lines = {
+        line.partition("dequantised while loading: ")[2]
+        for line in logs[name].splitlines()
+        if "dequantised while loading: " in line
+    }
+    for part in ("linear_attn.in_proj_qkvz", "mlp.experts.{0..3}.up_proj", "mtp.layers.0.self_attn.q_proj"):
+        (line,) = (line for line in lines if part in line)
+        assert line.endswith("(SGLang has no kernel for it on this CPU)"), line
+    assert not any("mtp.fc" in line or "in_proj_ba" in line for line in lines)
