@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from qnext_plugin.checkpoint import read_headers
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.quantization import stored_modules
 from qnext_plugin.quantised_layers import (
     dequantised,
     layer_name,
@@ -18,6 +17,7 @@ from qnext_plugin.quantised_layers import (
     reports,
     without_exclusions,
 )
+from qnext_plugin.quantization import stored_modules
 from qnext_plugin.quantize import quantize_checkpoint
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 from tests import dequantised as oracle

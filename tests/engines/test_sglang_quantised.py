@@ -6,6 +6,7 @@ engine starts with the first of its formats and has the others loaded over it, w
 
 import json
 from dataclasses import asdict, replace
+from functools import cache
 
 import pytest
 import torch
@@ -26,12 +27,17 @@ TOLERANCE = SERVED_LOGPROB_FLOAT32["sglang"]
 DRAFT = Scenario(((tokens(61, seed=7),),), configs=(), drafts="cycle", draft_logits=True)
 CONFIG = EngineConfig("", draft_tokens=2)
 BFLOAT16 = replace(CONFIG, dtype="bfloat16")
+# Four experts, each twice, in no order, as a load balancer leaves them.
+PHYSICAL = [2, 0, 3, 2, 1, 3, 0, 1]
+LOCATION = json.dumps({"physical_to_logical_map": [PHYSICAL, PHYSICAL[::-1]] * 2})
+BALANCED = ("--ep-size", "2", "--ep-num-redundant-experts", "4", "--init-expert-location", LOCATION)
 STARTS = {
     # What SGLang has to be told first on a CPU comes first.
     "one process": (("gptq", *(name for name in FORMATS if name != "gptq")), CONFIG),
     "TP 2": (("w4a16", "fp8-block"), replace(BFLOAT16, tensor_parallel=2)),
     "PP 2": (("awq",), replace(BFLOAT16, pipeline_parallel=2)),
     "EP 2": (("w8a8",), replace(BFLOAT16, tensor_parallel=2, flags=("--ep-size", "2"))),
+    "EP 2, balanced": (("fp8-channel",), replace(BFLOAT16, tensor_parallel=2, flags=BALANCED)),
 }
 
 
@@ -44,10 +50,11 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(checkpoints):
-    """By start and format, the result of each scenario; the log by start."""
-    results, logs = {}, {}
-    for name, (forms, config) in STARTS.items():
-        root = checkpoints / name.replace(" ", "-")
+    """What a start's engine answered, for each of its formats a result of each scenario, and its log."""
+
+    @cache
+    def start(name: str) -> tuple[dict[str, list[Result]], str]:
+        (forms, config), root = STARTS[name], checkpoints / name.replace(" ", "-")
         root.mkdir()
         scenarios = (SCENARIO, DRAFT) if config.dtype == "float32" else (SCENARIO,)
         spec = {
@@ -56,21 +63,23 @@ def served(checkpoints):
             "scenarios": [asdict(scenario) for scenario in scenarios],
         }
         (root / "spec.json").write_text(json.dumps(spec))
-        status = process.run(
-            ["-m", "tests.engines.sglang_several", str(root / "spec.json"), str(root)], root / "log", timeout=600
-        )
+        command = ["-m", "tests.engines.sglang_several", str(root / "spec.json"), str(root)]
+        status = process.run(command, root / "log", timeout=600)
         assert status == 0, process.tail(root / "log")
         assert json.loads((root / "modules.json").read_text()) == ["sglang_ext.model", "sglang_ext.mtp"]
-        logs[name] = (root / "log").read_text()
-        for n, form in enumerate(forms):
-            results[name, form] = [Result.load(root / f"{n}.{i}.safetensors") for i in range(len(scenarios))]
-    return results, logs
+        results = {
+            form: [Result.load(root / f"{n}.{i}.safetensors") for i in range(len(scenarios))]
+            for n, form in enumerate(forms)
+        }
+        return results, (root / "log").read_text()
+
+    return start
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
-    results, _ = served
-    answered, drafted = results["one process", form]
+    results, _ = served("one process")
+    answered, drafted = results[form]
     check_conditions(SCENARIO, CONFIG, answered)
     directory = dequantised(checkpoints, form)
     difference, draft = compare(answered, Whole(directory), TOLERANCE), compare_draft(drafted, directory)
@@ -85,23 +94,25 @@ def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, ch
     ("name", "form"), [(name, form) for name, (forms, _) in STARTS.items() if name != "one process" for form in forms]
 )
 def test_a_quantised_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name, form):
-    results, _ = served
-    (answered,) = results[name, form]
+    results, _ = served(name)
+    (answered,) = results[form]
     check_conditions(SCENARIO, STARTS[name][1], answered)
     directory = dequantised(checkpoints, form)
     exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
     ours, theirs = compare(answered, exact), rounding(answered, exact, rounded)
     print(f"{name} {form}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}")
     assert ours.max <= LOGPROB_BFLOAT16_RATIO * theirs.max, f"{ours.max:.3g} at {ours.worst}"
-    record_property("matrix", f"{form} | SGLang | {name} | end to end on CPU, with MTP")
+    column, _, balanced = name.partition(",")
+    how = "with MTP, each expert twice" if balanced else "with MTP"
+    record_property("matrix", f"{form} | SGLang | {column} | end to end on CPU, {how}")
 
 
 @pytest.mark.parametrize("name", STARTS)
 def test_what_is_dequantised_is_named_in_one_line(served, name):
-    _, logs = served
+    _, log = served(name)
     lines = {
         line.partition("dequantised while loading: ")[2]
-        for line in logs[name].splitlines()
+        for line in log.splitlines()
         if "dequantised while loading: " in line
     }
     for part in ("linear_attn.in_proj_qkvz", "mlp.experts.{0..3}.up_proj", "mtp.layers.0.self_attn.q_proj"):
