@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qnext_plugin.config import QNextConfig
 from tests.dequantised import dequantised
@@ -109,12 +109,35 @@ def read(directory: Path, quantised: bool) -> dict[str, Any]:
         count = QNextConfig.from_pretrained(directory).num_experts
         physical = [i % count for i in range(experts.global_num_experts)]
         mine = physical[len(physical) // 2 :] if parallel.enable_expert_parallel else physical
+        read_experts = mine
+        if parallel.enable_eplb:
+            mine = rearranged(model, mine)
         for held, logical in zip(experts.w2_weight, mine, strict=True):
             down = tensors[f"model.layers.0.mlp.experts.{logical}.down_proj.weight"].to(held.dtype)
             down = down if parallel.enable_expert_parallel else down.chunk(2, 1)[1]
             torch.testing.assert_close(held, down, rtol=0, atol=0)
-        found[way] = reads.summary(mine)
+        found[way] = reads.summary(read_experts)
     return found
+
+
+def rearranged(model: nn.Module, old: list[int]) -> list[int]:
+    """Let vLLM's load balancer move the experts of a rank about; which ones it then has."""
+    from vllm.distributed.eplb.eplb_communicator import TorchDistGlooStagedEplbCommunicator
+    from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
+
+    layers, alone, new = model.num_moe_layers, torch.distributed.group.WORLD, sorted(old)[-2:] + sorted(old)[::-2] + [0]
+    model.set_eplb_state(
+        torch.zeros(layers, 2 * len(old)), torch.zeros(layers, max(old) + 1, 2), torch.ones(layers, max(old) + 1)
+    )
+    rearrange_expert_weights_inplace(
+        torch.tensor([old] * layers),
+        torch.tensor([new] * layers),
+        model.expert_weights,
+        [torch.empty_like(weight) for weight in model.expert_weights[0]],
+        alone,
+        TorchDistGlooStagedEplbCommunicator(alone),
+    )
+    return new
 
 
 def main(root: str) -> None:
