@@ -136,6 +136,14 @@ def _replace(replacements: dict[str, Callable[..., Any]]) -> None:
         raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))} to replace on CPU")
 
 
+def uses_expert_location(experts: Any) -> bool:
+    """Whether a layer's experts are where the load balancer wants them, which those of a draft are not.
+
+    SGLang 0.5.22 makes no difference. The question can go with its support.
+    """
+    return bool(getattr(experts, "uses_expert_location", True))
+
+
 def accept_quantisations() -> None:
     """Let a CPU load checkpoints in any format, which are dequantised there; idempotent.
 

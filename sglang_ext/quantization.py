@@ -26,7 +26,7 @@ from qnext_plugin.config import QNextConfig, read_config
 from qnext_plugin.metadata import read_metadata
 from qnext_plugin.quantised_layers import obstacle, quantised_parts, without_exclusions
 from qnext_plugin.quantization import Leaves, stored_modules
-from sglang_ext.compat import ON_CPU
+from sglang_ext.compat import ON_CPU, uses_expert_location
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -
         first = experts.moe_ep_rank * experts.num_local_experts
         copies = (
             [expert]
-            if location is None or not experts.uses_expert_location
+            if location is None or not uses_expert_location(experts)
             else location.logical_to_all_physical(experts.layer_id, expert)
         )
         return any(first <= copy < first + experts.num_local_experts for copy in copies)
