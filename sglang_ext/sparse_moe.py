@@ -79,7 +79,9 @@ class SparseMoeBlock(nn.Module):
             get_moe_impl_class(quant_config),
             layer_id=layer_idx,
             top_k=config.num_experts_per_tok,
-            num_experts=config.num_experts + get_exec().moe.ep_num_redundant_experts,
+            # The load balancer has no spare experts in a draft.
+            num_experts=config.num_experts
+            + (0 if prefix.startswith("mtp.") else get_exec().moe.ep_num_redundant_experts),
             hidden_size=config.hidden_size,
             intermediate_size=config.moe_intermediate_size,
             routing_method_type=(

@@ -116,7 +116,11 @@ def test_what_is_dequantised_is_named_in_one_line(served, name):
         for line in log.splitlines()
         if "dequantised while loading: " in line
     }
-    for part in ("linear_attn.in_proj_qkvz", "mlp.experts.{0..3}.up_proj", "mtp.layers.0.self_attn.q_proj"):
-        (line,) = (line for line in lines if part in line)
-        assert line.endswith("(SGLang has no kernel for it on this CPU)"), line
+    for part in (
+        "linear_attn.in_proj_qkvz",
+        "mtp.layers.0.mlp.experts.{0..3}.up_proj",
+        "mtp.layers.0.self_attn.q_proj",
+    ):
+        named = [line for line in lines if part in line]  # pipeline stages name their own
+        assert named and all(line.endswith("(SGLang has no kernel for it on this CPU)") for line in named), named
     assert not any("mtp.fc" in line or "in_proj_ba" in line for line in lines)
