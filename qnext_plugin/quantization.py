@@ -123,23 +123,27 @@ def dequantise(tensors: Mapping[str, Tensor], quantization_config: Mapping[str, 
         scale = scale / tensors["weight_global_scale"].float()
     if "weight_scale_2" in tensors:
         scale = scale * tensors["weight_scale_2"].float()
-    if isinstance(zero, Tensor):
-        zero = _spread(zero, values)
-    return (values - zero) * _spread(scale, values)
+    scale = _by_group(scale, values)
+    groups = values.unflatten(1, (scale.shape[1], -1))  # a view, so that nothing of the weight's size is allocated
+    groups.sub_(_by_group(zero, values).unsqueeze(-1) if isinstance(zero, Tensor) else zero)
+    groups.mul_(scale.unsqueeze(-1))
+    return values
 
 
-def _spread(scale: Tensor, values: Tensor) -> Tensor:
-    """Bring scales per tensor, row, group of inputs or 128x128 block to something that multiplies ``[rows, in]``."""
+def _by_group(scale: Tensor, values: Tensor) -> Tensor:
+    """Bring scales per tensor, row, group of inputs or 128x128 block of ``[rows, in]`` to ``[rows or 1, groups]``."""
     rows, columns = values.shape
     if scale.numel() == 1:
-        return scale.reshape(())
+        return scale.reshape(1, 1)
     if scale.ndim == 4:  # ModelOpt's blocks
         scale = scale[:, 0, :, 0]
     if scale.ndim == 1:
         scale = scale[:, None]
     if scale.shape[0] != rows:
-        scale = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-    return scale.repeat_interleave(columns // scale.shape[1], 1)
+        scale = scale.repeat_interleave(128, 0)[:rows]
+        if columns % 128:
+            scale = scale.repeat_interleave(128, 1)[:, :columns]
+    return scale
 
 
 def _from_words(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:

@@ -1,7 +1,8 @@
 """Write the README's table of quantised checkpoints from test results: ``python scripts/quantization_table.py XML...``.
 
 The arguments are JUnit files (``pytest --junitxml``). A passed test fills cells with properties named ``matrix``, each
-``format | engine | column | what was shown``; a cell that no passed test fills is unproven.
+``format | engine | column | what was shown``; a cell that no passed test fills is unproven. Rows of an engine that none
+of the files is about stay as they are: each is tested in an environment of its own.
 """
 
 import sys
@@ -31,10 +32,14 @@ def cells(files: Iterable[str]) -> dict[tuple[str, str, str], str]:
     return found
 
 
-def table(found: dict[tuple[str, str, str], str]) -> str:
+def table(found: dict[tuple[str, str, str], str], before: str) -> str:
     rows = [["format", "engine", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
+    kept = {tuple(words[:2]): words for line in before.splitlines() if (words := line.strip("| ").split(" | "))}
+    tested = {engine for _, engine, _ in found}
     rows += [
         [f"`{form}`", engine, *(found.get((form, engine, column), UNPROVEN) for column in COLUMNS)]
+        if engine in tested
+        else kept[f"`{form}`", engine]
         for engine in ENGINES
         for form in FORMATS
     ]
@@ -43,8 +48,8 @@ def table(found: dict[tuple[str, str, str], str]) -> str:
 
 def main(*files: str) -> None:
     before, rest = README.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(before + BEGIN + table(cells(files)) + END + after)
+    old, after = rest.split(END)
+    README.write_text(before + BEGIN + table(cells(files), old) + END + after)
 
 
 if __name__ == "__main__":

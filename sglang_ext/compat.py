@@ -136,6 +136,27 @@ def _replace(replacements: dict[str, Callable[..., Any]]) -> None:
         raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))} to replace on CPU")
 
 
+def uses_expert_location(experts: Any) -> bool:
+    """Whether a layer's experts are where the load balancer wants them, which those of a draft are not.
+
+    SGLang 0.5.22 makes no difference. The question can go with its support.
+    """
+    return bool(getattr(experts, "uses_expert_location", True))
+
+
+def accept_quantisations() -> None:
+    """Let a CPU load checkpoints in any format, which are dequantised there; idempotent.
+
+    SGLang 0.5.23 knows ``gptq`` only where it has kernels for it. It can go when it asks an out-of-tree platform first.
+    """
+    from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+
+    from sglang_ext.quantization import DequantisedConfig
+
+    if ON_CPU:
+        QUANTIZATION_METHODS.setdefault("gptq", DequantisedConfig)
+
+
 @cache
 def guard_weight_updates() -> None:
     """Tell our models that an update begins, and answer one that they refuse; idempotent.
@@ -154,12 +175,16 @@ def guard_weight_updates() -> None:
         return original(updater, *args, **kwargs)
 
     def from_disk(original: Around, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
+        from sglang_ext.quantization import loading_from, read_stored
+
         try:
             if loading(updater) is not None:
                 loading(updater).begin(model_path)
+            stored = read_stored(model_path)
         except ValueError as e:
             return False, f"{e}; the old weights serve on"
-        return original(updater, model_path, *args, **kwargs)
+        with loading_from(stored):
+            return original(updater, model_path, *args, **kwargs)
 
     def from_tensor(original: Around, *args: Any, **kwargs: Any) -> Any:
         try:

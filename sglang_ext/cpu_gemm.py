@@ -89,13 +89,16 @@ def routed_experts(
 ) -> Tensor:
     """``sum_k topk_weights[:, k] w2[e] (silu(gate) up)`` where ``[gate | up] = w13[e] x`` and ``e = topk_ids[:, k]``.
 
-    ``x`` [T, H]; ``w13`` [2 I, H] and ``w2`` [H, I] for each expert; ``topk_weights``, ``topk_ids`` [T, K].
-    Returns [T, H].
+    ``x`` [T, H]; ``w13`` [2 I, H] and ``w2`` [H, I] for each expert; ``topk_weights``, ``topk_ids`` [T, K], with -1 for
+    another rank's experts. Returns [T, H].
     """
     flat_ids = topk_ids.flatten()
-    order = flat_ids.argsort()
-    counts = flat_ids.bincount(minlength=len(w13)).tolist()
+    order = flat_ids.argsort()[int((flat_ids < 0).sum()) :]
+    counts = flat_ids[order].bincount(minlength=len(w13)).tolist()
     used = [(expert, count) for expert, count in enumerate(counts) if count]
+
+    if not used:
+        return torch.zeros_like(x)
 
     def products(rows: Tensor, weights: Sequence[Tensor] | Tensor) -> Tensor:
         parts = rows.split([count for _, count in used])
@@ -104,4 +107,11 @@ def routed_experts(
     gate, up = products(x.index_select(0, order // topk_ids.shape[1]), w13).float().chunk(2, dim=-1)
     # The rest is linear, so the routing weights may come before it, to be rounded together with what they multiply.
     hidden = F.silu(gate).mul_(up).mul_(topk_weights.flatten()[order, None])
-    return F.embedding_bag(order.argsort().view_as(topk_ids), products(hidden.to(x.dtype), w2), mode="sum")
+    out = products(hidden.to(x.dtype), w2)
+    if len(order) == len(flat_ids):
+        places = order.argsort()
+    else:
+        places = torch.full_like(flat_ids, len(order), dtype=order.dtype)
+        places[order] = torch.arange(len(order))
+        out = F.pad(out, (0, 0, 0, 1))
+    return F.embedding_bag(places.view_as(topk_ids), out, mode="sum")

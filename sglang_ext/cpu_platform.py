@@ -72,6 +72,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 
+    def get_quantization_config(self, quantization: str) -> Any:
+        from sglang_ext.quantization import DequantisedConfig
+
+        return DequantisedConfig
+
     def init_backend(self) -> None:
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 

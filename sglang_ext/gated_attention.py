@@ -1,5 +1,7 @@
 """Softmax attention with per-head QK norm, partial RoPE and a sigmoid output gate."""
 
+from functools import partial
+
 import torch
 from sglang.srt.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -12,6 +14,7 @@ from sglang.srt.utils import add_prefix, is_cuda
 from torch import nn
 
 from qnext_plugin.config import QNextConfig
+from sglang_ext.quantization import build
 
 
 class GatedAttention(nn.Module):
@@ -29,25 +32,25 @@ class GatedAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // tp_size
         self.num_kv_heads = max(1, config.num_key_value_heads // tp_size)
-        self.qkv_proj = QKVParallelLinear(
+        qkv_proj = partial(
+            QKVParallelLinear,
             config.hidden_size,
             config.head_dim,
             2 * config.num_attention_heads,
             config.num_key_value_heads,
             bias=config.attention_bias,
-            quant_config=quant_config,
-            prefix=add_prefix("qkv_proj", prefix),
             parallel_group="attn_tp",
         )
-        self.o_proj = RowParallelLinear(
+        o_proj = partial(
+            RowParallelLinear,
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
             bias=config.attention_bias,
-            quant_config=quant_config,
             reduce_results=False,
-            prefix=add_prefix("o_proj", prefix),
             parallel_group="attn_tp",
         )
+        self.qkv_proj = build(qkv_proj, config, quant_config, add_prefix("qkv_proj", prefix))
+        self.o_proj = build(o_proj, config, quant_config, add_prefix("o_proj", prefix))
         self.q_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(

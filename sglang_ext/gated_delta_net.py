@@ -1,5 +1,7 @@
 """Gated DeltaNet on SGLang's hybrid state pool, its weights flat: ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
 
+from functools import partial
+
 import torch
 from sglang.kernels.ops.attention.fla.layernorm_gated import RMSNorm
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
@@ -13,7 +15,9 @@ from torch import nn
 
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
+from qnext_plugin.layouts import section_sizes
 from sglang_ext.compat import ON_CPU, is_prefill_alone
+from sglang_ext.quantization import build
 
 
 class CausalConv1d(nn.Module):
@@ -51,37 +55,22 @@ class GatedDeltaNet(nn.Module):
         tp_rank, tp_size = parallel.attn_tp_rank, parallel.attn_tp_size
         dims = config.gdn
         self.dims = dims.shard(tp_size)
-        self.in_proj_qkvz = MergedColumnParallelLinear(
-            config.hidden_size,
-            [dims.key_dim, dims.key_dim, dims.value_dim, dims.value_dim],
-            bias=False,
-            quant_config=quant_config,
-            prefix=add_prefix("in_proj_qkvz", prefix),
-            parallel_group="attn_tp",
-        )
-        self.in_proj_ba = MergedColumnParallelLinear(
-            config.hidden_size,
-            [dims.num_v_heads] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=add_prefix("in_proj_ba", prefix),
-            parallel_group="attn_tp",
-        )
+
+        def linear(name: str, layer_class: type[nn.Module], *sizes: int | list[int], **args: bool) -> nn.Module:
+            make = partial(layer_class, *sizes, bias=False, parallel_group="attn_tp", **args)
+            return build(make, config, quant_config, add_prefix(name, prefix))
+
+        hidden_size = config.hidden_size
+        qkvz, ba = (list(section_sizes(dims, kind)) for kind in ("qkvz", "ba"))
+        self.in_proj_qkvz = linear("in_proj_qkvz", MergedColumnParallelLinear, hidden_size, qkvz)
+        self.in_proj_ba = linear("in_proj_ba", MergedColumnParallelLinear, hidden_size, ba)
         self.conv1d = CausalConv1d(dims, tp_rank, tp_size)
         self.A_log = nn.Parameter(torch.empty(self.dims.num_v_heads, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(self.dims.num_v_heads), requires_grad=False)
         for param in (self.A_log, self.dt_bias):
             param.weight_loader = sharded_weight_loader(0, parallel_group="attn_tp")  # type: ignore[attr-defined]
         self.norm = RMSNormGated(dims.head_v_dim, eps=config.rms_norm_eps)
-        self.out_proj = RowParallelLinear(
-            dims.value_dim,
-            config.hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            reduce_results=False,
-            prefix=add_prefix("out_proj", prefix),
-            parallel_group="attn_tp",
-        )
+        self.out_proj = linear("out_proj", RowParallelLinear, dims.value_dim, hidden_size, reduce_results=False)
         self.attn = RadixLinearAttention(
             layer_id=layer_idx,
             num_q_heads=self.dims.num_k_heads,

@@ -12,9 +12,9 @@ from typing import Literal, Protocol
 import torch
 from sglang.srt.runtime_context import get_model
 
-from qnext_plugin.checkpoint import TensorInfo, UpdateCheck, check_coverage, check_stream, describe, read_headers
+from qnext_plugin.checkpoint import TensorInfo, UpdateCheck, check_coverage, check_stream, describe
 from qnext_plugin.config import QNextConfig
-from sglang_ext.weights import check_checkpoint
+from sglang_ext.weights import check_checkpoint, check_directory
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -42,7 +42,7 @@ class Loading:
     def begin(self, directory: str | None = None) -> None:
         """An update begins: of tensors to come, or of a local checkpoint; ``ValueError`` where that does not fit."""
         if directory is not None and any(Path(directory).glob("*.safetensors")):
-            check_coverage(self._config, read_headers(directory), mtp=self._mtp)
+            check_directory(self._config, Path(directory), self._mtp)
         self._changed = False
 
     def check_complete(self) -> None:

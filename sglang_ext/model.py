@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
 from sglang_ext.loading import Loading
+from sglang_ext.quantization import build, report
 from sglang_ext.sparse_moe import MLP, SparseMoeBlock
 from sglang_ext.weights import load_weights
 
@@ -70,7 +72,7 @@ class DecoderLayer(nn.Module):
             SparseMoeBlock(config, layer_idx, quant_config, add_prefix("mlp", prefix))
             if config.is_sparse(layer_idx)
             else MLP(
-                config.hidden_size,
+                config,
                 config.intermediate_size,
                 quant_config,
                 add_prefix("mlp", prefix),
@@ -195,13 +197,13 @@ class Qwen3NextForCausalLM(nn.Module):
         elif self.qnext_config.tie_word_embeddings and self.pp_group.is_first_rank:
             self.lm_head = self.model.embed_tokens
         else:
-            self.lm_head = ParallelLMHead(
+            lm_head = partial(
+                ParallelLMHead,
                 self.qnext_config.vocab_size,
                 self.qnext_config.hidden_size,
-                quant_config=quant_config,
-                prefix=add_prefix("lm_head", prefix),
                 use_attn_tp_group=get_parallel().enable_dp_lm_head,
             )
+            self.lm_head = build(lm_head, self.qnext_config, quant_config, add_prefix("lm_head", prefix))
         self.logits_processor = LogitsProcessor(config)
         self.routed_experts_weights = LazyValue(
             lambda: {
@@ -210,6 +212,7 @@ class Qwen3NextForCausalLM(nn.Module):
                 if isinstance(self.model.layers[idx].mlp, SparseMoeBlock)
             }
         )
+        report(self, draft=False)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
 
     @property
@@ -242,12 +245,9 @@ class Qwen3NextForCausalLM(nn.Module):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch, aux_hidden_states or None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        quant_method = None if self.quant_config is None else self.quant_config.get_name()
-
         def copy(weights: Iterable[tuple[str, torch.Tensor]], *, complete: bool) -> set[str]:
-            complete = complete and quant_method is None
             with plain_weights(self):
-                return load_weights(self, self.qnext_config, weights, quant_method, complete=complete)
+                return load_weights(self, self.qnext_config, weights, complete=complete)
 
         return self.loading.load(weights, copy)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from qnext_plugin.config import QNextConfig
 from sglang_ext.config import draft_config, qnext_config
 from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.model import PACKED_MODULES, Qwen3NextModel
-from sglang_ext.weights import is_quantised, load_draft_weights
+from sglang_ext.quantization import build, report
+from sglang_ext.weights import load_draft_weights
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +37,11 @@ class MultiTokenPredictor(Qwen3NextModel):
     """
 
     def __init__(self, config: QNextConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
-        super().__init__(draft_config(config), quant_config if is_quantised("mtp.layers") else None, prefix)
+        super().__init__(draft_config(config), quant_config, prefix)
         self.pre_fc_norm_embedding = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.pre_fc_norm_hidden = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.fc = ReplicatedLinear(
-            2 * config.hidden_size,
-            config.hidden_size,
-            bias=False,
-            quant_config=quant_config if is_quantised("mtp.fc") else None,
-            prefix=add_prefix("fc", prefix),
-        )
+        fc = partial(ReplicatedLinear, 2 * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = build(fc, config, quant_config, add_prefix("fc", prefix))
 
     def forward(
         self,
@@ -78,7 +75,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
-        self._complete = get_model().load_format != "dummy" and quant_config is None
+        self._complete = get_model().load_format != "dummy"
         self.model = MultiTokenPredictor(self.qnext_config, quant_config, add_prefix("mtp", prefix))
         self.lm_head = ParallelLMHead(
             self.qnext_config.vocab_size,
@@ -87,6 +84,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
             use_attn_tp_group=get_parallel().enable_dp_lm_head,
         )
         self.logits_processor = LogitsProcessor(config)
+        report(self, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLMMTP is served by %s", __version__, type(self).__module__)
 
     @torch.no_grad()

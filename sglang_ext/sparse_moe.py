@@ -3,6 +3,8 @@
 Both return this rank's share of the output (a partial sum), which the layer's boundary completes.
 """
 
+from functools import partial
+
 import torch
 from sglang.kernels.ops.elementwise.elementwise import fused_gate_sigmoid_mul_add
 from sglang.srt.layers.activation import SiluAndMul
@@ -18,6 +20,7 @@ from torch import nn
 
 from qnext_plugin.config import QNextConfig
 from sglang_ext.compat import bind_topk
+from sglang_ext.quantization import build
 
 
 class MLP(nn.Module):
@@ -25,7 +28,7 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        config: QNextConfig,
         intermediate_size: int,
         quant_config: QuantizationConfig | None,
         prefix: str,
@@ -33,23 +36,23 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         parallel_group = "replicated" if replicated else "tp"
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size,
+        gate_up_proj = partial(
+            MergedColumnParallelLinear,
+            config.hidden_size,
             [intermediate_size] * 2,
             bias=False,
-            quant_config=quant_config,
-            prefix=add_prefix("gate_up_proj", prefix),
             parallel_group=parallel_group,
         )
-        self.down_proj = RowParallelLinear(
+        down_proj = partial(
+            RowParallelLinear,
             intermediate_size,
-            hidden_size,
+            config.hidden_size,
             bias=False,
-            quant_config=quant_config,
             reduce_results=False,
-            prefix=add_prefix("down_proj", prefix),
             parallel_group=parallel_group,
         )
+        self.gate_up_proj = build(gate_up_proj, config, quant_config, add_prefix("gate_up_proj", prefix))
+        self.down_proj = build(down_proj, config, quant_config, add_prefix("down_proj", prefix))
         self.act_fn = SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,24 +75,26 @@ class SparseMoeBlock(nn.Module):
             config.hidden_size, config.num_experts, bias=False, quant_config=None, prefix=add_prefix("gate", prefix)
         )
         self.topk = TopK(top_k=config.num_experts_per_tok, renormalize=config.norm_topk_prob, layer_id=layer_idx)
-        self.experts = get_moe_impl_class(quant_config)(
+        experts = partial(
+            get_moe_impl_class(quant_config),
             layer_id=layer_idx,
             top_k=config.num_experts_per_tok,
-            num_experts=config.num_experts + get_exec().moe.ep_num_redundant_experts,
+            # The load balancer has no spare experts in a draft.
+            num_experts=config.num_experts
+            + (0 if prefix.startswith("mtp.") else get_exec().moe.ep_num_redundant_experts),
             hidden_size=config.hidden_size,
             intermediate_size=config.moe_intermediate_size,
-            quant_config=quant_config,
-            prefix=add_prefix("experts", prefix),
             routing_method_type=(
                 RoutingMethodType.RenormalizeNaive if config.norm_topk_prob else RoutingMethodType.Default
             ),
             # The shared expert's gate reads the input afterwards.
             inplace=False,
         )
+        self.experts = build(experts, config, quant_config, add_prefix("experts", prefix))
         bind_topk(self.topk, self.experts)
         # With an all-to-all backend a rank's output is complete, not a partial sum.
         self.shared_expert = MLP(
-            config.hidden_size,
+            config,
             config.shared_expert_intermediate_size,
             quant_config,
             prefix=add_prefix("shared_expert", prefix),

@@ -93,6 +93,8 @@ class Engine(Worker):
         if config.draft_tokens:
             os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
             os.environ["SGLANG_ENABLE_PP_SPEC"] = str(int(config.pipeline_parallel > 1))
+        if config.stages:
+            os.environ["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, config.stages))
         if config.overlap:
             from sglang.srt.arg_groups import speculative_hook
 

@@ -9,16 +9,12 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_model
 from torch import nn
 
-from qnext_plugin.checkpoint import (
-    CACHE_SCALES,
-    PACKED_WEIGHTS,
-    QUANT_COMPANIONS,
-    check_coverage,
-    collapse,
-    read_headers,
-)
+from qnext_plugin.checkpoint import check_coverage, collapse, read_headers
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.layouts import ungroup
+from qnext_plugin.quantised_layers import layer_name
+from qnext_plugin.quantization import check_quantisation, layout_method
+from sglang_ext.quantization import dequantised, is_plain, quantization_config, stored_quantised
 
 # Module names of the checkpoint whose rows are a part of another module's.
 STACKED: dict[str, tuple[str, str | int]] = {
@@ -42,35 +38,24 @@ def check_checkpoint(config: QNextConfig, mtp: Literal["required", "optional"] =
 
     Returns whether there was such a checkpoint; one that the loader is yet to fetch is left to ``check_stream``.
     """
-    directory = _local_checkpoint()
-    if directory is not None:
-        check_coverage(config, read_headers(directory), mtp=mtp)
-    return directory is not None
-
-
-def is_quantised(module: str) -> bool:
-    """Whether a local checkpoint stores weights at or below ``module`` quantised.
-
-    Of one that is yet to be fetched nothing is known: then what its configuration excludes has to tell.
-    """
-    directory = _local_checkpoint()
-    marks = {*PACKED_WEIGHTS, *QUANT_COMPANIONS}.difference(CACHE_SCALES)
-    return directory is None or any(
-        name.startswith(f"{module}.") and name.rpartition(".")[2] in marks for name in read_headers(directory)
-    )
-
-
-def _local_checkpoint() -> Path | None:
     directory = Path(get_model().model_path)
     local = get_model().load_format in ("auto", "safetensors") and any(directory.glob("*.safetensors"))
-    return directory if local else None
+    if local:
+        check_directory(config, directory, mtp)
+    return local
+
+
+def check_directory(config: QNextConfig, directory: Path, mtp: Literal["required", "optional"]) -> None:
+    """``ValueError`` where the headers of a safetensors checkpoint do not fit the configuration, or each other."""
+    headers = read_headers(directory)
+    check_coverage(config, headers, mtp=mtp)
+    check_quantisation(headers, quantization_config(directory))
 
 
 def load_weights(
     model: nn.Module,
     config: QNextConfig,
     weights: Iterable[tuple[str, torch.Tensor]],
-    quant_method: str | None,
     *,
     complete: bool,
 ) -> set[str]:
@@ -79,34 +64,38 @@ def load_weights(
     ``complete``: the stream holds all of them, so that a parameter left without a value is a ``ValueError``.
     """
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name, config))
-    return _load(model, config, trunk, quant_method, complete, set())
+    return _load(model, config, dequantised(trunk, model), complete, set())
 
 
 def load_draft_weights(
     model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]], *, complete: bool
 ) -> set[str]:
     """The same for ``mtp.*``; SGLang hands the draft the trunk's embedding and head."""
-    draft = ((f"model.{name.removeprefix('mtp.')}", tensor) for name, tensor in weights if name.split(".")[0] == "mtp")
-    return _load(model, config, draft, None, complete, SHARED_WITH_TRUNK)
+    draft = ((name, tensor) for name, tensor in weights if name.split(".")[0] == "mtp")
+    renamed = ((f"model.{name.removeprefix('mtp.')}", tensor) for name, tensor in dequantised(draft, model))
+    return _load(model, config, renamed, complete, SHARED_WITH_TRUNK)
 
 
 def _load(
     model: nn.Module,
     config: QNextConfig,
     weights: Iterable[tuple[str, torch.Tensor]],
-    quant_method: str | None,
     complete: bool,
     optional: set[str],
 ) -> set[str]:
-    params = dict(model.named_parameters())
-    loaded = set()
+    params, layers = dict(model.named_parameters()), dict(model.named_modules())
+    loaded, stored = set(), stored_quantised()
+    quant_method = None if stored is None else layout_method(stored.config)
     for name, tensor in weights:
+        if layer_name(name.rpartition(".")[0]) not in layers:
+            continue  # another pipeline stage's
         for param_name, rows, args in placements(name, tensor, config, quant_method):
-            if param_name in params:  # else it is another pipeline stage's
+            if param_name in params:
                 param = params[param_name]
                 getattr(param, "weight_loader", default_weight_loader)(param, rows, *args)
                 loaded.add(param_name)
-    missing = params.keys() - loaded - optional
+    # A quantised layer has parameters that only some checkpoints store.
+    missing = {name for name in params.keys() - loaded - optional if is_plain(layers[name.rpartition(".")[0]])}
     if complete and missing:
         raise ValueError(f"the checkpoint leaves parameters without a value: {', '.join(collapse(sorted(missing)))}")
     return loaded

@@ -13,7 +13,7 @@ from qnext_plugin.checkpoint import listing
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.layouts import KINDS, ungroup
 from qnext_plugin.lora import check_adapter
-from vllm_ext.quantization import layer_name
+from qnext_plugin.quantised_layers import layer_name
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager

@@ -73,6 +73,8 @@ class Engine(Worker):
         from vllm import LLM
 
         self.config = config
+        if config.stages:
+            os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, config.stages))
         self.llm = LLM(**engine_args(model, config) | more)
         self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
         self.num_logprobs = num_logprobs(self.llm.llm_engine.model_config.get_vocab_size())

@@ -1,7 +1,7 @@
 """From checkpoint names and rows to our parameters."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from qnext_plugin.checkpoint import check_coverage
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.layouts import KINDS, ungroup
+from qnext_plugin.quantised_layers import layer_name
 from qnext_plugin.quantization import check_quantisation, layout_method
 from vllm_ext.quantization import checkpoint_headers, dequantised, quantization_config
 
@@ -52,7 +53,8 @@ def load_weights(
     model: nn.Module, config: QNextConfig, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> set[str]:
     """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded."""
-    trunk = ((name, tensor) for name, tensor in weights if is_trunk(name))
+    layers = {name for name, _ in model.named_modules()}
+    trunk = ((name, tensor) for name, tensor in weights if is_trunk(name) and is_here(name, layers))
     quantization = quantization_config(vllm_config)
     quant_method = None if quantization is None else layout_method(quantization)
     return _load(model, config, flatten(dequantised(trunk, model, vllm_config), config, quant_method))
@@ -69,6 +71,11 @@ def load_draft_weights(
 
 def is_trunk(name: str) -> bool:
     return name.split(".")[0] != "mtp"
+
+
+def is_here(name: str, layers: Container[str]) -> bool:
+    """Whether a tensor belongs to no layer, or to one of ``layers``: others are another pipeline stage's."""
+    return not name.startswith("model.layers.") or layer_name(name.rpartition(".")[0]) in layers
 
 
 def is_draft(name: str) -> bool:

@@ -23,7 +23,8 @@ class EngineConfig:
     are kept for prefix caching. ``draft_tokens`` is how many the model's own draft proposes each step, one after
     another; 0 is no speculation. On SGLang ``tree`` makes a tree of them, of that many tokens, two after each, and
     ``overlap`` lets it schedule ahead of the drafts, as it does on GPU. A ``warm`` start runs its scenarios twice, the
-    second time on the cache that the first left. ``flags`` are the engine's own, and win.
+    second time on the cache that the first left. ``stages`` are the layers of each pipeline stage, where they are not
+    shared out evenly. ``flags`` are the engine's own, and win.
     """
 
     checkpoint: str
@@ -44,6 +45,7 @@ class EngineConfig:
     overlap: bool = False
     max_model_len: int = MAX_MODEL_LEN
     warm: bool = False
+    stages: tuple[int, ...] = ()
     flags: tuple[str, ...] = ()
 
 
@@ -122,7 +124,9 @@ CONFIGS = {
     "mtp3-compiled": EngineConfig("tiny", draft_tokens=3, compiled=True, num_blocks=64),
     "tp2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, num_blocks=64, engines=ENGINES),
     "pp2": EngineConfig("tiny", pipeline_parallel=2, num_blocks=48, engines=ENGINES),
-    "pp2-mtp2": EngineConfig("tiny", draft_tokens=2, pipeline_parallel=2, num_blocks=64, engines=ENGINES),
+    "pp2-mtp2": EngineConfig(
+        "tiny", draft_tokens=2, pipeline_parallel=2, stages=(5, 3), num_blocks=64, engines=ENGINES
+    ),
     "ep2-mtp2": EngineConfig("tiny", draft_tokens=2, tensor_parallel=2, expert_parallel=True, num_blocks=64),
     "odd-a": EngineConfig("odd-a", engines=ENGINES),
     "odd-b": EngineConfig("odd-b", engines=ENGINES),

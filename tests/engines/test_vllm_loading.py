@@ -3,34 +3,18 @@
 A reload changes all of it.
 """
 
-import json
-
 import pytest
 
 from qnext_plugin import process
-from qnext_plugin.quantize import FORMATS, IGNORE, quantize_checkpoint
+from qnext_plugin.quantize import FORMATS
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 from tests.engines.checkpoints import CHECKPOINTS
+from tests.engines.reads import check_reads
+from tests.engines.shards import make, said
+from tests.engines.vllm_loading import READ, WAYS
 
 pytestmark = pytest.mark.engine
 
-# Each FP8 block, packed word and group fits a rank of 8, but the shared expert's blocks, as in the 80B.
-WIDE = {
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-    "hidden_size": 256,
-    "linear_num_key_heads": 8,
-    "linear_num_value_heads": 16,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "moe_intermediate_size": 1024,
-    "shared_expert_intermediate_size": 512,
-}
-# Quantised where the published ones are not, and the other way round.
-MIXED = r".*\.(shared_expert_gate|k_proj)|model\.embed_tokens|lm_head|mtp\..*\.experts\..*"
 TARGET = "Qwen3NextForCausalLM"
 SHARED = "model.layers.0.mlp.shared_expert"
 LAYERS = {
@@ -39,22 +23,6 @@ LAYERS = {
     "model.layers.1.self_attn.qkv_proj",
     "model.layers.1.self_attn.o_proj",
 }
-SPARE = {"linear_num_value_heads": 24, "linear_key_head_dim": 16, "linear_value_head_dim": 8}
-
-
-def make(root, formats=FORMATS):
-    write_random_checkpoint(root / "plain", dtype="float32", overrides=WIDE | SPARE | {"moe_intermediate_size": 64})
-    write_random_checkpoint(root / "source" / "wide", overrides=WIDE)
-    for name in formats:
-        quantize_checkpoint(root / "source" / "wide", root / name, format=name, ignore=IGNORE)
-        quantize_checkpoint(root / "source" / "wide", root / f"{name}-mixed", format=name, ignore=MIXED)
-        file = root / f"{name}-mixed" / "config.json"
-        raw = json.loads(file.read_text())
-        for key in ("ignore", "modules_to_not_convert"):
-            if key in raw["quantization_config"]:
-                raw["quantization_config"][key] = ["model.layers.0.self_attn", "re:nothing.like.this"]
-        raw["quantization_config"].pop("dynamic", None)
-        file.write_text(json.dumps(raw))
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +33,15 @@ def loaded(tmp_path_factory):
     log = root / "log"
     status = process.run(["-m", "tests.engines.vllm_loading", str(root)], log, timeout=900)
     assert status == 0, process.tail(log)
-    lines = [line.split("loaded ", 1)[1] for line in log.read_text().splitlines() if line.startswith("loaded ")]
-    return {name: ranks for line in lines for name, ranks in json.loads(line).items()}
+    return said(log)
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_reads_no_expert_of_another(loaded, name, way):
+    """And what it holds of its own, some twice where the load balancer wants spare ones, has been compared."""
+    assert len(loaded[f"read {name}"][way]["experts"]) == {"TP 2": 8, "EP 2": 4, "EP 2, balanced": 6}[way]
+    check_reads(loaded[f"read {name}"][way], split=way == "TP 2" and name == "plain")
 
 
 def test_each_rank_holds_its_shard_of_a_plain_checkpoint(loaded):

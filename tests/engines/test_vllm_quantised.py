@@ -10,34 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qnext_plugin.quantize import FORMATS, quantize_checkpoint
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.quantize import FORMATS
 from qnext_plugin.verify.comparison import check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
-from tests.dequantised import write_dequantised
+from qnext_plugin.verify.scenarios import EngineConfig
+from tests.engines.quantised import SCENARIO, dequantised, write
 from tests.engines.several import case, serve
 from tests.tolerances import LOGPROB_QUANTISED_RATIO
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
-# Every expert is used: between two that tie, rounding decides in any implementation.
-SIZES = {
-    "num_experts": 4,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "full_attention"] * 2,  # vLLM wants both in each pipeline stage
-    "hidden_size": 256,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "num_attention_heads": 2,
-    "head_dim": 128,
-    "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128,
-    "max_position_embeddings": 1024,
-}
 CONFIG = EngineConfig("", dtype="bfloat16", draft_tokens=2, num_blocks=64)
-SCENARIO = Scenario((tuple(tokens(length, seed=length) for length in (1, 7, 40, 130)),), configs=(), drafts="cycle")
 PARALLEL = {
     "TP 2": ("w4a16", replace(CONFIG, tensor_parallel=2)),
     "EP 2": ("w8a8", replace(CONFIG, tensor_parallel=2, expert_parallel=True)),
@@ -62,9 +45,7 @@ PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("quantised")
-    write_random_checkpoint(root / "source", overrides=SIZES)
-    for name in FORMATS:
-        quantize_checkpoint(root / "source", root / name, format=name)
+    write(root)
     return root
 
 
@@ -112,9 +93,7 @@ def check(served, checkpoints, name, form):
     result = served[name]["results"][0]
     check_conditions(SCENARIO, CONFIG, result)
 
-    directory = checkpoints / f"{form}-dequantised"
-    if not directory.exists():
-        write_dequantised(checkpoints / form, directory)
+    directory = dequantised(checkpoints, form)
     exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
     ours = compare(result, exact)
     with ExitStack() as hooks:

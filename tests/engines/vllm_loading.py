@@ -6,7 +6,6 @@ which layers are served as stored. Exits with an assertion naming the parameter 
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,140 +15,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qnext_plugin.config import FULL, LINEAR, QNextConfig
-from qnext_plugin.layouts import ungroup
-from qnext_plugin.quantization import dequantise
+from qnext_plugin.config import QNextConfig
 from tests.dequantised import dequantised
+from tests.engines.reads import Reads
+from tests.engines.shards import RANKS, attention_and_experts, checkpoints, expected, weights_of
 
-RANKS = [(size, rank) for size in (1, 2, 4, 8) for rank in range(size)]
-
-
-def expected(tensors: dict[str, Tensor], config: QNextConfig, rank: int, tp: int) -> dict[str, Tensor]:
-    """This rank's weights of the first linear and the first full attention layer, and of the former's experts."""
-    linear, full = (f"model.layers.{config.layer_types.index(kind)}." for kind in (LINEAR, FULL))
-    return linear_attention(tensors, config, rank, tp, f"{linear}linear_attn.") | attention_and_experts(
-        tensors, config, rank, tp, f"{full}self_attn.", f"{linear}mlp."
-    )
-
-
-def linear_attention(
-    tensors: dict[str, Tensor], config: QNextConfig, rank: int, tp: int, prefix: str
-) -> dict[str, Tensor]:
-    local = config.gdn.shard(tp)
-
-    def rows(name: str) -> Tensor:
-        return tensors[prefix + name].chunk(tp)[rank]
-
-    # A rank holds whole key-head groups, which the checkpoint stores one after another.
-    q, k, v = tensors[f"{prefix}conv1d.weight"].split([config.gdn.key_dim] * 2 + [config.gdn.value_dim])
-    return {
-        f"{prefix}in_proj_qkvz.weight": ungroup(rows("in_proj_qkvz.weight"), local, "qkvz", "weight"),
-        f"{prefix}in_proj_ba.weight": ungroup(rows("in_proj_ba.weight"), local, "ba", "weight"),
-        f"{prefix}conv1d.weight": torch.cat([x.chunk(tp)[rank] for x in (q, k, v)]),
-        f"{prefix}A_log": rows("A_log"),
-        f"{prefix}dt_bias": rows("dt_bias"),
-        f"{prefix}out_proj.weight": tensors[f"{prefix}out_proj.weight"].chunk(tp, dim=1)[rank],
-    }
-
-
-def attention_and_experts(
-    tensors: dict[str, Tensor], config: QNextConfig, rank: int, tp: int, attention: str, mlp: str
-) -> dict[str, Tensor]:
-    def rows(name: str) -> Tensor:
-        return tensors[name].chunk(tp)[rank]
-
-    def columns(name: str) -> Tensor:
-        return tensors[name].chunk(tp, dim=1)[rank]
-
-    def kv(name: str) -> Tensor:
-        heads = tensors[name].chunk(config.num_key_value_heads)
-        mine = max(1, config.num_key_value_heads // tp)
-        first = rank * config.num_key_value_heads // tp
-        return torch.cat(heads[first : first + mine])
-
-    def gate_up(prefix: str) -> Tensor:
-        return torch.cat([rows(f"{prefix}.{name}_proj.weight") for name in ("gate", "up")])
-
-    experts = [f"{mlp}experts.{i}" for i in range(config.num_experts)]
-    return {
-        f"{attention}qkv_proj.weight": torch.cat(
-            [rows(f"{attention}q_proj.weight"), kv(f"{attention}k_proj.weight"), kv(f"{attention}v_proj.weight")]
-        ),
-        f"{attention}o_proj.weight": columns(f"{attention}o_proj.weight"),
-        f"{mlp}gate.weight": tensors[f"{mlp}gate.weight"],
-        f"{mlp}shared_expert.gate_up_proj.weight": gate_up(f"{mlp}shared_expert"),
-        f"{mlp}shared_expert.down_proj.weight": columns(f"{mlp}shared_expert.down_proj.weight"),
-        f"{mlp}experts.routed_experts.w13_weight": torch.stack([gate_up(expert) for expert in experts]),
-        f"{mlp}experts.routed_experts.w2_weight": torch.stack([columns(f"{e}.down_proj.weight") for e in experts]),
-    }
-
-
-def weights_of(model: nn.Module, name: str, quantization: dict[str, Any]) -> tuple[Tensor, bool]:
-    """A loaded parameter, dequantised where the layer holds it quantised, and whether it does."""
-    owner, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(owner)
-    held = dict(layer.named_parameters(recurse=False))
-    if not leaf.endswith("weight"):
-        return held[leaf].data, False
-    kind = leaf.removesuffix("weight")  # "w13_", "w2_" or nothing
-    leaves = {n.removeprefix(kind): p.data for n, p in held.items() if n.startswith(kind)}
-    plain = leaves.get("weight")
-    if plain is not None and plain.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return plain, False
-    if not kind:
-        if "weight_shape" in leaves:  # of the whole weight
-            rows, words = leaves["weight_packed"].shape
-            leaves["weight_shape"] = torch.tensor([rows, 8 * words])
-        return dequantise(_by_row(leaves, layer.output_partition_sizes), quantization), True
-    rows = layer.intermediate_size_per_partition
-    sections = [rows, rows] if kind == "w13_" else [layer.hidden_size]
-    return torch.stack(
-        [dequantise(_by_row(_expert(leaves, i), sections), quantization) for i in range(layer.local_num_experts)]
-    ), True
-
-
-def _expert(leaves: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    mine = {name: tensor[i] for name, tensor in leaves.items() if tensor.ndim and tensor.shape[0] > i}
-    if "weight_packed" in mine and mine["weight_packed"].dtype == torch.int32:  # experts are held transposed
-        mine = {name: tensor.T if tensor.ndim == 2 else tensor for name, tensor in mine.items()}
-        words = mine["weight_packed"]
-        mine["weight_shape"] = torch.tensor([words.shape[0], 8 * words.shape[1]])
-    return {name: tensor for name, tensor in mine.items() if tensor.numel()}
-
-
-def _by_row(leaves: dict[str, Tensor], sections: list[int]) -> dict[str, Tensor]:
-    """Scales that a merged layer holds one of per section, repeated for its rows."""
-    widths = torch.tensor(sections)
-    return {
-        name: tensor.flatten().repeat_interleave(widths)[:, None]
-        if name in ("weight_scale_2", "weight_global_scale", "weight_scale") and tensor.numel() == len(sections) > 1
-        else tensor
-        for name, tensor in leaves.items()
-    }
-
-
-def checkpoints(root: Path) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]:
-    for directory in sorted(file.parent for file in root.glob("*/config.json")):
-        quantization = json.loads((directory / "config.json").read_text()).get("quantization_config", {})
-        tensors = dequantised(directory) if quantization else load_file(directory / "model.safetensors")
-        yield directory, tensors, quantization
+READ = ("plain", "fp8-channel")
+# Expert parallelism, its load balancer, and how many experts that has twice.
+WAYS = {"TP 2": (False, False, 0), "EP 2": (True, False, 0), "EP 2, balanced": (True, True, 4)}
 
 
 def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> dict[str, list[str]]:
     """Check every rank's parameters, target and draft; by rank, the layers that are served as stored."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
     from vllm_ext.model import Qwen3NextForCausalLM
     from vllm_ext.mtp import Qwen3NextMTP
 
-    dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-    mtp = {"method": "qwen3_next_mtp", "num_speculative_tokens": 1}
-    vllm_config = EngineArgs(
-        model=str(directory), dtype=dtype, skip_tokenizer_init=True, speculative_config=mtp
-    ).create_engine_config()
+    vllm_config = configuration(directory)
     stored = list(load_file(directory / "model.safetensors").items())
     config = QNextConfig.from_pretrained(directory)
     as_stored = {}
@@ -183,6 +68,78 @@ def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, An
     return as_stored
 
 
+def configuration(directory: Path) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+    mtp = {"method": "qwen3_next_mtp", "num_speculative_tokens": 1}
+    return EngineArgs(
+        model=str(directory), dtype=dtype, skip_tokenizer_init=True, speculative_config=mtp
+    ).create_engine_config()
+
+
+def read(directory: Path, quantised: bool) -> dict[str, Any]:
+    """By way to split, what the second of two ranks reads of each tensor, and allocates, in loading the model."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    from vllm_ext.model import Qwen3NextForCausalLM
+
+    stored = list(load_file(directory / "model.safetensors").items())
+    tensors = dequantised(directory) if quantised else dict(stored)
+    device_group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    group = SimpleNamespace(world_size=2, rank_in_group=1, unique_name="tp", device_group=device_group)
+    found = {}
+    for way, changed in WAYS.items():
+        vllm_config = configuration(directory)
+        parallel = vllm_config.parallel_config
+        parallel.tensor_parallel_size = 2
+        # Set here, because vLLM refuses its load balancer on a CPU.
+        parallel.enable_expert_parallel, parallel.enable_eplb, parallel.eplb_config.num_redundant_experts = changed
+        with (
+            set_current_vllm_config(vllm_config),
+            patch.object(parallel_state, "_TP", group),
+            patch.object(parallel_state, "_EP", group),
+        ):
+            model = initialize_model(vllm_config, model_class=Qwen3NextForCausalLM)
+            with Reads(stored) as reads:
+                model.load_weights(iter(reads.stored))
+        experts = model.model.layers[0].mlp.experts.routed_experts
+        count = QNextConfig.from_pretrained(directory).num_experts
+        physical = [i % count for i in range(experts.global_num_experts)]
+        mine = physical[len(physical) // 2 :] if parallel.enable_expert_parallel else physical
+        read_experts = mine
+        if parallel.enable_eplb:
+            mine = rearranged(model, mine)
+        for held, logical in zip(experts.w2_weight, mine, strict=True):
+            down = tensors[f"model.layers.0.mlp.experts.{logical}.down_proj.weight"].to(held.dtype)
+            down = down if parallel.enable_expert_parallel else down.chunk(2, 1)[1]
+            torch.testing.assert_close(held, down, rtol=0, atol=0)
+        found[way] = reads.summary(read_experts)
+    return found
+
+
+def rearranged(model: nn.Module, old: list[int]) -> list[int]:
+    """Let vLLM's load balancer move the experts of a rank about; which ones it then has."""
+    from vllm.distributed.eplb.eplb_communicator import TorchDistGlooStagedEplbCommunicator
+    from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
+
+    layers, alone, new = model.num_moe_layers, torch.distributed.group.WORLD, sorted(old)[-2:] + sorted(old)[::-2] + [0]
+    model.set_eplb_state(
+        torch.zeros(layers, 2 * len(old)), torch.zeros(layers, max(old) + 1, 2), torch.ones(layers, max(old) + 1)
+    )
+    rearrange_expert_weights_inplace(
+        torch.tensor([old] * layers),
+        torch.tensor([new] * layers),
+        model.expert_weights,
+        [torch.empty_like(weight) for weight in model.expert_weights[0]],
+        alone,
+        TorchDistGlooStagedEplbCommunicator(alone),
+    )
+    return new
+
+
 def main(root: str) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -190,6 +147,10 @@ def main(root: str) -> None:
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{root}/rendezvous", 0, "gloo")
         initialize_model_parallel()
+    for name in READ:
+        torch.set_default_dtype(torch.float32 if name == "plain" else torch.bfloat16)
+        directory = Path(root) / name
+        print("read", json.dumps({name: read(directory, name != "plain")}), flush=True)
     # As on a CPU that has every kernel of vLLM's: what is loaded is what counts here, nothing runs.
     with patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True):
         for directory, tensors, quantization in checkpoints(Path(root)):

@@ -1,0 +1,149 @@
+"""Which of a model's layers can be served as their modules are stored, and the dequantised weights of the others.
+
+A layer holds one module of the checkpoint or several, merged. It cannot be served as stored where its parts are stored
+in different ways, where packed words or blocks straddle sections or ranks, or where the engine has no kernel for it.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from qnext_plugin.checkpoint import collapse
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.layouts import FP8_BLOCK, KINDS, can_ungroup
+from qnext_plugin.quantization import SCALES, Leaves, dequantise, is_quantised, layout_method, storage
+
+Config = TypeVar("Config")
+
+# Modules of the checkpoint that one layer holds, by the last segment of its name.
+PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_ba", "in_proj_b", "in_proj_a"),
+}
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
+# The lists of modules to leave alone that both engines' configurations of the various methods hold.
+_EXCLUSIONS = (
+    *("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules"),
+    "modules_in_block_to_quantize",  # a list of those to quantise, where empty means all
+)
+
+
+def quantised_parts(prefix: str, config: QNextConfig, stored: Mapping[str, Leaves]) -> dict[str, Leaves]:
+    """The modules that the checkpoint stores of a layer; empty where none of them is quantised.
+
+    ``prefix`` is the layer's name with ``mtp`` for the draft, ``stored`` the checkpoint's modules.
+    """
+    outer, _, last = prefix.rpartition(".")
+    if last == "experts":
+        projections = ("gate_proj", "up_proj", "down_proj")
+        names = [f"{prefix}.{i}.{name}" for i in range(config.num_experts) for name in projections]
+    else:
+        names = [f"{outer}.{name}" if outer else name for name in PARTS.get(last, (last,))]
+    parts = {name: stored[name] for name in names if name in stored}
+    return parts if any(is_quantised(leaves) for leaves in parts.values()) else {}
+
+
+def layer_name(module: str) -> str:
+    """The layer, by its name in the model or the draft, that holds a module of the checkpoint."""
+    name = re.sub(r"\.experts\.\d+\.\w+$", ".experts", re.sub(r"^mtp\.", "model.", module))
+    outer, _, last = name.rpartition(".")
+    merged = next((ours for ours, parts in PARTS.items() if last in parts), last)
+    return f"{outer}.{merged}" if outer else merged
+
+
+def obstacle(
+    parts: Mapping[str, Leaves], config: QNextConfig, quantization_config: Mapping[str, Any], tp_size: int
+) -> str | None:
+    """Why modules that make up one layer cannot be served as stored, as far as that is known without the engine."""
+    if len({storage(leaves) for leaves in parts.values()}) > 1:
+        return "its parts are stored in different ways"
+    method = layout_method(quantization_config)
+    for name, leaves in parts.items():
+        last = name.rpartition(".")[2]
+        if last in KINDS:
+            shapes = {leaf: info.shape for leaf, info in leaves.items()}
+            if not can_ungroup(shapes, config.gdn, KINDS[last], method):
+                return "a packed word or block holds rows of several sections"
+        elif ".experts." not in name:
+            ranks = min(tp_size, config.num_key_value_heads) if last in ("k_proj", "v_proj") else tp_size
+            if not _splits(leaves, ranks, by_inputs=last in _ROW_PARALLEL, merged=len(parts) > 1):
+                return f"a block or group with one scale would be split among {tp_size} ranks or joined with another's"
+    return None
+
+
+def _splits(leaves: Leaves, ranks: int, by_inputs: bool, merged: bool) -> bool:
+    """Whether each rank's share of a module is a whole number of its blocks, or groups of inputs.
+
+    The engines check this for some methods and layers only; for the others they fail while loading.
+    """
+    scale = next(leaves[name].shape for name in SCALES if name in leaves)
+    weight = leaves["weight"].shape if "weight" in leaves else ()
+    if len(scale) == 2 and weight and scale[0] != weight[0]:  # blocks
+        return (ranks == 1 and not merged) or weight[by_inputs] % (FP8_BLOCK * ranks) == 0
+    if len(scale) == 2 and by_inputs:
+        groups = scale[0] if "scales" in leaves else scale[1]
+        return groups == 1 or groups % ranks == 0
+    return True
+
+
+def without_exclusions(quant_config: Config) -> Config:
+    """A copy of an engine's configuration that quantises every layer it is given: whether to is decided already."""
+    view: Any = copy.copy(quant_config)
+    for name in _EXCLUSIONS:
+        if hasattr(view, name):
+            setattr(view, name, [])
+    if hasattr(view, "dynamic"):  # GPTQ: patterns with settings of their own, or with a minus to leave alone
+        view.dynamic = {pattern: value for pattern, value in view.dynamic.items() if not pattern.startswith("-:")}
+    if hasattr(view, "lm_head_quantized"):
+        view.lm_head_quantized = True
+    return view
+
+
+def reports(stored: Mapping[str, Leaves], reason: Callable[[str], str | None], *, draft: bool) -> list[str]:
+    """Lines that say which modules are dequantised while loading, one for each reason.
+
+    ``reason`` tells that of a layer of the model or ``draft``; None: it is not there, or served as stored.
+    """
+    found: dict[str, list[str]] = {}
+    for name, leaves in stored.items():
+        if is_quantised(leaves) and name.startswith("mtp.") == draft and (why := reason(layer_name(name))):
+            found.setdefault(why, []).append(name)
+    return [f"dequantised while loading: {'; '.join(collapse(names))} ({why})" for why, names in found.items()]
+
+
+def dequantised(
+    weights: Iterable[tuple[str, Tensor]],
+    stored: Mapping[str, Leaves],
+    quantization_config: Mapping[str, Any],
+    is_plain: Callable[[str], bool],
+    has_expert: Callable[[str, int], bool],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """Turn the stored tensors of each module whose layer ``is_plain`` into one weight; pass the others on.
+
+    ``is_plain`` of a layer that is not there is False. Experts that this rank's layer has not (``has_expert``) are left
+    out. ``ValueError`` at the end for modules of which a part came.
+    """
+    held: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights:
+        module, _, leaf = name.rpartition(".")
+        plain_already = leaf == "weight" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        leaves, layer = stored.get(module, {}), layer_name(module)
+        if plain_already or leaf not in leaves or not is_quantised(leaves) or not is_plain(layer):
+            yield name, tensor
+            continue
+        expert = re.search(r"\.experts\.(\d+)\.", module)
+        if expert and not has_expert(layer, int(expert[1])):
+            continue
+        parts = held.setdefault(module, {})
+        parts[leaf] = tensor
+        if len(parts) == len(leaves):
+            yield f"{module}.weight", dequantise(held.pop(module), quantization_config).to(dtype)
+    if held:
+        raise ValueError(f"tensors are missing of quantised modules: {'; '.join(collapse(held))}; send them together")

@@ -1,0 +1,203 @@
+"""Which layers are quantised: what the checkpoint stores decides, not the lists in its configuration.
+
+A layer that cannot be served as stored has its weight dequantised while loading, and the log says why. On a CPU that is
+every one: SGLang's package from PyPI has no quantised kernels for it.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from sglang.srt.runtime_context import get_model, get_parallel
+from torch import nn
+
+from qnext_plugin import quantised_layers
+from qnext_plugin.checkpoint import TensorInfo, read_headers
+from qnext_plugin.config import QNextConfig, read_config
+from qnext_plugin.metadata import read_metadata
+from qnext_plugin.quantised_layers import obstacle, quantised_parts, without_exclusions
+from qnext_plugin.quantization import Leaves, stored_modules
+from sglang_ext.compat import ON_CPU, uses_expert_location
+
+logger = logging.getLogger(__name__)
+
+_MODELOPT = "hf_quant_config.json"  # where ModelOpt writes what others write in config.json
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantised checkpoint: the tensors of every module, and what it says of its own quantisation."""
+
+    modules: Mapping[str, Leaves]
+    config: Mapping[str, Any]
+
+
+class DequantisedConfig(QuantizationConfig):  # type: ignore[misc]
+    """What stands for every quantisation on a CPU: no layer has a quantised form, any floating-point type serves."""
+
+    def get_name(self) -> str:
+        return "dequantised"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return [_MODELOPT]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "DequantisedConfig":
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> None:
+        return None
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+
+_updates: list[Stored | None] = []
+
+
+@contextmanager
+def loading_from(stored: Stored | None) -> Iterator[None]:
+    """Meanwhile the weights that are loaded are those of another checkpoint, of one that is not quantised if None."""
+    _updates.append(stored)
+    try:
+        yield
+    finally:
+        _updates.pop()
+
+
+def stored_quantised() -> Stored | None:
+    """The checkpoint that is loaded, if it is quantised and its headers can be had, local or on the hub."""
+    if _updates:
+        return _updates[-1]
+    model = get_model()
+    return _served(model.model_path, model.revision) if model.load_format in ("auto", "safetensors", "dummy") else None
+
+
+def read_stored(model: str, revision: str | None = None) -> Stored | None:
+    """A checkpoint, local or on the hub, if it is quantised and its headers can be had."""
+    directory = Path(model)
+    headers: Mapping[str, TensorInfo] | None
+    if directory.is_dir():
+        config = quantization_config(directory)
+        headers = read_headers(directory) if config and any(directory.glob("*.safetensors")) else None
+    else:
+        try:
+            metadata = read_metadata(model, revision)
+        except OSError:
+            return None
+        config, headers = metadata.config.get("quantization_config"), metadata.headers
+    return None if config is None or headers is None else Stored(stored_modules(headers), config)
+
+
+def quantization_config(directory: Path) -> Mapping[str, Any] | None:
+    """What a local checkpoint says of its own quantisation."""
+    for name, key in (("config.json", "quantization_config"), (_MODELOPT, "quantization")):
+        raw = read_config(directory / name) if (directory / name).exists() else {}
+        if key in raw:
+            return raw[key] if key == "quantization_config" else raw
+    return None
+
+
+_served = cache(read_stored)
+
+
+def build(
+    make: Callable[..., nn.Module], config: QNextConfig, quant_config: QuantizationConfig | None, prefix: str
+) -> nn.Module:
+    """``make(prefix=, quant_config=)`` as the checkpoint stores the layer, or plain where it cannot be served so."""
+    if quant_config is None:
+        return make(prefix=prefix, quant_config=None)
+    stored = stored_quantised()
+    if stored is None:
+        if ON_CPU:
+            raise ValueError(
+                "no quantised safetensors checkpoint found, expected one: on a CPU weights are dequantised while "
+                "loading and never quantised; download it and give its directory, or drop --quantization"
+            )
+        return make(prefix=prefix, quant_config=quant_config)
+    parts = quantised_parts(prefix, config, stored.modules)
+    if not parts:
+        return make(prefix=prefix, quant_config=None)
+    tp_size = get_parallel().tp_size if ".mlp." in prefix else get_parallel().attn_tp_size
+    reason = "SGLang has no kernel for it on this CPU" if ON_CPU else obstacle(parts, config, stored.config, tp_size)
+    if reason is None:
+        try:
+            layer = make(prefix=prefix, quant_config=without_exclusions(quant_config))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as e:
+            if prefix.endswith(".experts"):
+                raise  # dequantised, most of the model would not fit where it was meant to
+            reason = f"SGLang: {' '.join(str(e).split())}"
+        else:
+            if not is_plain(layer):
+                return layer
+            reason = f"SGLang has no {quant_config.get_name()} method for it"
+    layer = make(prefix=prefix, quant_config=None)
+    layer.dequantised = reason  # for report
+    return layer
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's weights are floating-point."""
+    method = getattr(layer, "quant_method", None)
+    return method is None or isinstance(
+        method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod | UnquantizedFusedMoEMethod
+    )
+
+
+def report(model: nn.Module, *, draft: bool) -> None:
+    """Log which modules are dequantised while loading, by reason."""
+    stored, layers = stored_quantised(), dict(model.named_modules())
+
+    def reason(name: str) -> str | None:
+        layer = layers.get(name)
+        plain = layer is not None and is_plain(layer)
+        return getattr(layer, "dequantised", "has no quantised form here") if plain else None
+
+    for line in quantised_layers.reports(stored.modules if stored else {}, reason, draft=draft):
+        logger.info(line)
+
+
+def dequantised(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """Turn the stored tensors of each module whose layer of ``model`` is plain into one weight; pass the others on."""
+    stored = stored_quantised()
+    if stored is None:
+        return weights
+    layers = dict(model.named_modules())
+
+    def has_expert(name: str, expert: int) -> bool:
+        experts, location = layers[name], get_global_expert_location_metadata()
+        first = experts.moe_ep_rank * experts.num_local_experts
+        copies = (
+            [expert]
+            if location is None or not uses_expert_location(experts)
+            else location.logical_to_all_physical(experts.layer_id, expert)
+        )
+        return any(first <= copy < first + experts.num_local_experts for copy in copies)
+
+    return quantised_layers.dequantised(
+        weights,
+        stored.modules,
+        stored.config,
+        lambda name: name in layers and is_plain(layers[name]),
+        has_expert,
+        torch.get_default_dtype(),
+    )
