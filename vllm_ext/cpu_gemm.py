@@ -96,6 +96,7 @@ class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
         self._pad_moe_intermediate(layer)
         pack(layer, "w13_weight")
         pack(layer, "w2_weight")
+        record(f"experts: {self.name}")  # not in ``apply``, which is traced: a traced graph would undo other records
 
     def apply(
         self,
@@ -126,4 +127,3 @@ class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
             w2_zero=None,
             block_size=None,
         )
-        record(f"experts: {self.name}")

@@ -45,7 +45,7 @@ collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENG
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        config = params["mutant"].config if "mutant" in params else params.get("config")
+        config = params["mutant"].config if "mutant" in params else params.get("config", params.get("case"))
         if isinstance(config, str) and config in EXHAUSTIVE:
             item.add_marker(pytest.mark.exhaustive)
 
