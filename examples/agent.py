@@ -12,13 +12,13 @@ from qwen_agent.agents import Assistant
 from qwen_agent.tools.base import BaseTool, register_tool
 
 
-@register_tool("weather")
+@register_tool("get_weather")
 class Weather(BaseTool):
-    description = "The weather in a city now."
-    parameters = [{"name": "city", "type": "string", "description": "name of the city", "required": True}]  # noqa: RUF012
+    description = "The weather in a city."
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}  # noqa: RUF012
 
     def call(self, params: str, **_: object) -> str:
-        return f"Rain in {json.loads(params)['city']}, 12 degrees."
+        return json.dumps({"temperature": 17, "sky": "cloudy"})
 
 
 def main(url: str, model: str) -> None:
@@ -26,10 +26,10 @@ def main(url: str, model: str) -> None:
         "model": model,
         "model_server": url,
         "api_key": "none",
-        "generate_cfg": {"temperature": 0.7, "top_p": 0.8, "max_tokens": 512},
+        "generate_cfg": {"temperature": 0, "max_tokens": 512},
     }
-    agent = Assistant(llm=llm, function_list=["weather"])
-    *_, messages = agent.run([{"role": "user", "content": "Do I need an umbrella in Paris?"}])  # each is longer
+    agent = Assistant(llm=llm, function_list=["get_weather"])
+    *_, messages = agent.run([{"role": "user", "content": "What is the weather in Kalholm?"}])  # each is longer
     for message in messages:
         print(f"{message['role']}: {message.get('function_call') or message['content']}")
 

@@ -16,28 +16,28 @@ TOOLS = [
     {
         "type": "function",
         "function": {
-            "name": "weather",
-            "description": "The weather in a city now.",
+            "name": "get_weather",
+            "description": "The weather in a city.",
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
         },
     }
 ]
 
 
-def weather(city: str) -> str:
-    return f"Rain in {city}, 12 degrees."
+def get_weather(city: str) -> str:
+    return json.dumps({"temperature": 17, "sky": "cloudy"})
 
 
 def main(url: str) -> None:
     client = OpenAI(base_url=url, api_key="none")
     model = client.models.list().data[0].id
-    messages: list = [{"role": "user", "content": "Do I need an umbrella in Paris?"}]
-    options = {"model": model, "tools": TOOLS, "temperature": 0.7, "top_p": 0.8, "max_tokens": 512}
+    messages: list = [{"role": "user", "content": "What is the weather in Kalholm?"}]
+    options = {"model": model, "tools": TOOLS, "temperature": 0, "max_tokens": 512}
     answer = client.chat.completions.create(messages=messages, tool_choice="auto", **options).choices[0].message
     if answer.tool_calls:
         messages.append(answer)
         for call in answer.tool_calls:
-            result = weather(**json.loads(call.function.arguments))
+            result = get_weather(**json.loads(call.function.arguments))
             print(f"the model calls {call.function.name}({call.function.arguments}), which returns: {result}")
             messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
         answer = client.chat.completions.create(messages=messages, **options).choices[0].message
