@@ -72,7 +72,8 @@ def install_cpu_kernels() -> None:
 
     backend = "sglang.srt.layers.attention.linear.gdn_backend."
     states = "sglang.kernels.ops.mamba.mamba_state_scatter_triton."
-    _replace(
+    _hook(
+        "REPLACE",
         {
             backend + "TritonGDNKernel": kernels.TorchGDNKernel,
             backend + "causal_conv1d_fn": kernels.causal_conv1d_fn,
@@ -81,7 +82,7 @@ def install_cpu_kernels() -> None:
             states + "track_mamba_states_all_layers": kernels.track_states_all_layers,
             states + "track_mamba_states_if_needed": kernels.track_states,
             states + "scatter_mamba_states_after_mtp_verify": kernels.commit_states_after_verify,
-        }
+        },
     )
     unpin_memory()
 
@@ -100,7 +101,8 @@ def install_cpu_speculation() -> None:
 
     ops = "sglang.kernels.ops.speculative."
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory."
-    _replace(
+    _hook(
+        "REPLACE",
         {
             ops + "cache_locs.assign_draft_cache_locs_contiguous_func": cpu.assign_draft_cache_locs_contiguous_func,
             ops + "cache_locs.fill_front_out_cache_loc_func": cpu.fill_front_out_cache_loc_func,
@@ -112,7 +114,7 @@ def install_cpu_speculation() -> None:
             "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": cpu.assign_req_to_token_pool_func,
             factory + "create_decode_backend": create_decode_backend,
             factory + "create_draft_extend_backend": lambda factory: CpuAttentionBackend(factory.draft_model_runner),
-        }
+        },
     )
     for function in (cpu.tree_speculative_sampling_target_only, cpu.top_k_renorm_prob, cpu.top_p_renorm_prob):
         name = function.__name__
@@ -124,16 +126,17 @@ def install_cpu_speculation() -> None:
     spec_utils._select_top_k_tokens_later = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
-def _replace(replacements: dict[str, Callable[..., Any]]) -> None:
+def _hook(kind: str, hooks: dict[str, Callable[..., Any]]) -> None:
+    """``REPLACE`` each target, or go ``AROUND`` it: called with the original first, then with its arguments."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for target, replacement in replacements.items():
-        HookRegistry.register(target, replacement, HookType.REPLACE)
+    for target, hook in hooks.items():
+        HookRegistry.register(target, hook, HookType[kind])
     HookRegistry.apply_hooks()
     # It logs a target that it does not find, and goes on.
-    missing = replacements.keys() - HookRegistry._patched
+    missing = hooks.keys() - HookRegistry._patched
     if missing:
-        raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))} to replace on CPU")
+        raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))}, expected to hook it")
 
 
 def uses_expert_location(experts: Any) -> bool:
@@ -193,12 +196,13 @@ def guard_weight_updates() -> None:
             return False, str(e)
 
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
-    _wrap(
+    _hook(
+        "AROUND",
         {
             updater + "begin_weight_update": begin,
             updater + "update_weights_from_disk": from_disk,
             updater + "update_weights_from_tensor": from_tensor,
-        }
+        },
     )
 
 
@@ -218,19 +222,7 @@ def guard_vocabulary() -> None:
             return f"{asked} log-probabilities asked for, of {req.vocab_size} token ids"
         return original(req, *args, **kwargs)
 
-    _wrap({"sglang.srt.managers.scheduler.validate_input_length": validate})
-
-
-def _wrap(hooks: dict[str, Callable[..., Any]]) -> None:
-    """Each hook is called with what it wraps, then with its arguments."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    for target, hook in hooks.items():
-        HookRegistry.register(target, hook, HookType.AROUND)
-    HookRegistry.apply_hooks()
-    missing = hooks.keys() - HookRegistry._patched
-    if missing:
-        raise RuntimeError(f"SGLang {sglang.__version__} has no {', '.join(sorted(missing))} to wrap")
+    _hook("AROUND", {"sglang.srt.managers.scheduler.validate_input_length": validate})
 
 
 def unpin_memory() -> None:
