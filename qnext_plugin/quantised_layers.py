@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qnext_plugin.checkpoint import collapse
 from qnext_plugin.config import QNextConfig
@@ -105,15 +105,47 @@ def without_exclusions(quant_config: Config) -> Config:
     return view
 
 
-def reports(stored: Mapping[str, Leaves], reason: Callable[[str], str | None], *, draft: bool) -> list[str]:
-    """Lines that say which modules are dequantised while loading, one for each reason.
+def build(
+    make: Callable[..., nn.Module],
+    quant_config: Any,
+    reason: str | None,
+    is_plain: Callable[[nn.Module], bool],
+    *,
+    engine: str,
+    must_be_stored: bool,
+) -> nn.Module:
+    """``make(quant_config=)`` as the checkpoint stores the layer, or plain for a ``reason``: one given, or an engine's.
 
-    ``reason`` tells that of a layer of the model or ``draft``; None: it is not there, or served as stored.
+    The engine's errors are raised if the layer ``must_be_stored``: dequantised it would not fit where it was meant to.
     """
+    if reason is None:
+        try:
+            layer = make(quant_config=without_exclusions(quant_config))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as e:
+            if must_be_stored:
+                raise
+            reason = f"{engine}: {' '.join(str(e).split())}"
+        else:
+            if not is_plain(layer):
+                return layer
+            reason = f"{engine} has no {quant_config.get_name()} method for it"
+    layer = make(quant_config=None)
+    layer.dequantised = reason  # for reports
+    return layer
+
+
+def reports(
+    stored: Mapping[str, Leaves], model: nn.Module, is_plain: Callable[[nn.Module], bool], *, draft: bool
+) -> list[str]:
+    """Lines that say which modules of the model or ``draft`` are dequantised while loading, one for each reason."""
     found: dict[str, list[str]] = {}
+    layers = dict(model.named_modules())
     for name, leaves in stored.items():
-        if is_quantised(leaves) and name.startswith("mtp.") == draft and (why := reason(layer_name(name))):
-            found.setdefault(why, []).append(name)
+        layer = layers.get(layer_name(name))
+        if layer is not None and is_quantised(leaves) and name.startswith("mtp.") == draft and is_plain(layer):
+            found.setdefault(getattr(layer, "dequantised", "has no quantised form here"), []).append(name)
     return [f"dequantised while loading: {'; '.join(collapse(names))} ({why})" for why, names in found.items()]
 
 
@@ -121,21 +153,23 @@ def dequantised(
     weights: Iterable[tuple[str, Tensor]],
     stored: Mapping[str, Leaves],
     quantization_config: Mapping[str, Any],
-    is_plain: Callable[[str], bool],
-    has_expert: Callable[[str, int], bool],
+    model: nn.Module,
+    is_plain: Callable[[nn.Module], bool],
+    has_expert: Callable[[nn.Module, int], bool],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Turn the stored tensors of each module whose layer ``is_plain`` into one weight; pass the others on.
+    """Turn the stored tensors of each module whose layer of ``model`` ``is_plain`` into one weight; pass the others on.
 
-    ``is_plain`` of a layer that is not there is False. Experts that this rank's layer has not (``has_expert``) are left
-    out. ``ValueError`` at the end for modules of which a part came.
+    Experts that this rank's layer has not (``has_expert``) are left out. ``ValueError`` at the end for modules of which
+    a part came.
     """
     held: dict[str, dict[str, Tensor]] = {}
+    layers = dict(model.named_modules())
     for name, tensor in weights:
         module, _, leaf = name.rpartition(".")
         plain_already = leaf == "weight" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        leaves, layer = stored.get(module, {}), layer_name(module)
-        if plain_already or leaf not in leaves or not is_quantised(leaves) or not is_plain(layer):
+        leaves, layer = stored.get(module, {}), layers.get(layer_name(module))
+        if plain_already or leaf not in leaves or not is_quantised(leaves) or layer is None or not is_plain(layer):
             yield name, tensor
             continue
         expert = re.search(r"\.experts\.(\d+)\.", module)

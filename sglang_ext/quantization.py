@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from qnext_plugin import quantised_layers
 from qnext_plugin.checkpoint import TensorInfo, read_headers
 from qnext_plugin.config import QNextConfig, read_config
 from qnext_plugin.metadata import read_metadata
-from qnext_plugin.quantised_layers import obstacle, quantised_parts, without_exclusions
+from qnext_plugin.quantised_layers import obstacle, quantised_parts
 from qnext_plugin.quantization import Leaves, stored_modules
 from sglang_ext.compat import ON_CPU, uses_expert_location
 
@@ -136,23 +136,14 @@ def build(
     if not parts:
         return make(prefix=prefix, quant_config=None)
     tp_size = get_parallel().tp_size if ".mlp." in prefix else get_parallel().attn_tp_size
-    reason = "SGLang has no kernel for it on this CPU" if ON_CPU else obstacle(parts, config, stored.config, tp_size)
-    if reason is None:
-        try:
-            layer = make(prefix=prefix, quant_config=without_exclusions(quant_config))
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as e:
-            if prefix.endswith(".experts"):
-                raise  # dequantised, most of the model would not fit where it was meant to
-            reason = f"SGLang: {' '.join(str(e).split())}"
-        else:
-            if not is_plain(layer):
-                return layer
-            reason = f"SGLang has no {quant_config.get_name()} method for it"
-    layer = make(prefix=prefix, quant_config=None)
-    layer.dequantised = reason  # for report
-    return layer
+    return quantised_layers.build(
+        partial(make, prefix=prefix),
+        quant_config,
+        "SGLang has no kernel for it on this CPU" if ON_CPU else obstacle(parts, config, stored.config, tp_size),
+        is_plain,
+        engine="SGLang",
+        must_be_stored=prefix.endswith(".experts"),
+    )
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -165,14 +156,8 @@ def is_plain(layer: nn.Module) -> bool:
 
 def report(model: nn.Module, *, draft: bool) -> None:
     """Log which modules are dequantised while loading, by reason."""
-    stored, layers = stored_quantised(), dict(model.named_modules())
-
-    def reason(name: str) -> str | None:
-        layer = layers.get(name)
-        plain = layer is not None and is_plain(layer)
-        return getattr(layer, "dequantised", "has no quantised form here") if plain else None
-
-    for line in quantised_layers.reports(stored.modules if stored else {}, reason, draft=draft):
+    stored = stored_quantised()
+    for line in quantised_layers.reports(stored.modules if stored else {}, model, is_plain, draft=draft):
         logger.info(line)
 
 
@@ -181,10 +166,9 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -
     stored = stored_quantised()
     if stored is None:
         return weights
-    layers = dict(model.named_modules())
 
-    def has_expert(name: str, expert: int) -> bool:
-        experts, location = layers[name], get_global_expert_location_metadata()
+    def has_expert(experts: nn.Module, expert: int) -> bool:
+        location = get_global_expert_location_metadata()
         first = experts.moe_ep_rank * experts.num_local_experts
         copies = (
             [expert]
@@ -193,11 +177,5 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -
         )
         return any(first <= copy < first + experts.num_local_experts for copy in copies)
 
-    return quantised_layers.dequantised(
-        weights,
-        stored.modules,
-        stored.config,
-        lambda name: name in layers and is_plain(layers[name]),
-        has_expert,
-        torch.get_default_dtype(),
-    )
+    dtype = torch.get_default_dtype()
+    return quantised_layers.dequantised(weights, stored.modules, stored.config, model, is_plain, has_expert, dtype)

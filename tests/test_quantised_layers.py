@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from qnext_plugin.checkpoint import read_headers
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.quantised_layers import (
+    build,
     dequantised,
     layer_name,
     obstacle,
@@ -69,16 +71,37 @@ def test_layers_hold_modules():
     assert layer_name("lm_head") == "lm_head" and layer_name("mtp.fc") == "model.fc"
 
 
-def stream(checkpoint, is_plain, has_expert, left_out=()):
+def model_of(layers):
+    """A model whose layers, by name, are plain; None: without a reason, else with one."""
+    model = nn.Module()
+    for name, reason in layers.items():
+        inner = model
+        for part in name.split("."):
+            if part not in dict(inner.named_children()):
+                inner.add_module(part, nn.Module())
+            inner = inner.get_submodule(part)
+        inner.is_plain = True
+        if reason:
+            inner.dequantised = reason
+    return model
+
+
+def is_plain(layer):
+    return hasattr(layer, "is_plain")
+
+
+def stream(checkpoint, plain, has_expert, left_out=()):
+    model = model_of({"model.layers.0.linear_attn.in_proj_qkvz": None} | dict.fromkeys(plain))
+    del model.get_submodule("model.layers.0.linear_attn.in_proj_qkvz").is_plain
     modules = stored_modules(read_headers(checkpoint))
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     tensors = {n: t for n, t in load_file(checkpoint / "model.safetensors").items() if n not in left_out}
-    return dict(dequantised(tensors.items(), modules, config, is_plain, has_expert, torch.bfloat16))
+    return dict(dequantised(tensors.items(), modules, config, model, is_plain, has_expert, torch.bfloat16))
 
 
 def test_only_plain_layers_are_dequantised_and_only_experts_of_this_rank(checkpoint):
     plain, exact = {"model.layers.0.linear_attn.out_proj", EXPERTS}, oracle.dequantised(checkpoint)
-    found = stream(checkpoint, plain.__contains__, lambda _, expert: expert == 1)
+    found = stream(checkpoint, plain, lambda _, expert: expert == 1)
     for name in ("model.layers.0.linear_attn.out_proj.weight", f"{EXPERTS}.1.up_proj.weight"):
         assert torch.equal(found[name], exact[name].bfloat16())
     assert not any(f"{EXPERTS}.{other}." in name for name in found for other in (0, 2))
@@ -89,17 +112,46 @@ def test_only_plain_layers_are_dequantised_and_only_experts_of_this_rank(checkpo
 def test_a_part_of_a_module_is_not_dropped_in_silence(checkpoint):
     scale = f"{EXPERTS}.1.up_proj.weight_scale_inv"
     with pytest.raises(ValueError, match=r"tensors are missing of quantised modules: .*experts\.1\.up_proj"):
-        stream(checkpoint, EXPERTS.__eq__, lambda *_: True, left_out={scale})
+        stream(checkpoint, {EXPERTS}, lambda *_: True, left_out={scale})
 
 
 def test_one_line_for_each_reason(checkpoint):
     modules = stored_modules(read_headers(checkpoint))
-    lines = reports(modules, {EXPERTS: "no kernel", "model.layers.0.linear_attn.in_proj_ba": "rows"}.get, draft=False)
+    model = model_of({EXPERTS: "no kernel", "model.layers.0.linear_attn.in_proj_ba": "rows"})
+    lines = reports(modules, model, is_plain, draft=False)
     assert sorted(lines) == [
         "dequantised while loading: model.layers.0.linear_attn.in_proj_ba (rows)",
         "dequantised while loading: model.layers.0.mlp.experts.{0..2}.down_proj; "
         "model.layers.0.mlp.experts.{0..2}.gate_proj; model.layers.0.mlp.experts.{0..2}.up_proj (no kernel)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "plain", "said"),
+    [
+        (None, None, False, None),
+        ("rows", None, False, "rows"),
+        (None, None, True, "Engine has no fp8 method for it"),
+        (None, NotImplementedError("no\n kernel"), False, "Engine: no kernel"),
+    ],
+)
+def test_a_layer_is_served_as_stored_or_says_why_not(given, error, plain, said):
+    config = SimpleNamespace(ignore=["lm_head"], get_name=lambda: "fp8")
+
+    def make(quant_config):
+        if quant_config and error:
+            raise error
+        assert quant_config is None or quant_config.ignore == []
+        layer = nn.Module()
+        if plain or quant_config is None:
+            layer.is_plain = True
+        return layer
+
+    layer = build(make, config, given, is_plain, engine="Engine", must_be_stored=False)
+    assert (getattr(layer, "dequantised", None), is_plain(layer)) == (said, said is not None)
+    if error:
+        with pytest.raises(NotImplementedError):
+            build(make, config, given, is_plain, engine="Engine", must_be_stored=True)
 
 
 def test_exclusions_are_undone_on_a_copy():

@@ -5,7 +5,7 @@ in different ways, packed words or blocks that straddle sections or ranks, and w
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from qnext_plugin import quantised_layers
 from qnext_plugin.checkpoint import TensorInfo, read_headers
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.quantised_layers import obstacle, quantised_parts, without_exclusions
+from qnext_plugin.quantised_layers import obstacle, quantised_parts
 from qnext_plugin.quantization import Leaves, stored_modules
 
 logger = init_logger("vllm.qnext_plugin")
@@ -70,23 +70,14 @@ def build(make: Callable[..., nn.Module], config: QNextConfig, vllm_config: Vllm
     if not parts:
         return make(prefix=prefix, quant_config=None)
     tp_size = vllm_config.parallel_config.tensor_parallel_size
-    reason = obstacle(parts, config, quantization_config(vllm_config) or {}, tp_size)
-    if reason is None:
-        try:
-            layer = make(prefix=prefix, quant_config=without_exclusions(quant_config))
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, NotImplementedError, RuntimeError, AssertionError) as e:
-            if prefix.endswith(".experts") and not current_platform.is_cpu():
-                raise  # dequantised, most of the model would not fit where it was meant to
-            reason = f"vLLM: {' '.join(str(e).split())}"
-        else:
-            if not is_plain(layer):
-                return layer
-            reason = f"vLLM has no {quant_config.get_name()} method for it"
-    layer = make(prefix=prefix, quant_config=None)
-    layer.dequantised = reason  # for report
-    return layer
+    return quantised_layers.build(
+        partial(make, prefix=prefix),
+        quant_config,
+        obstacle(parts, config, quantization_config(vllm_config) or {}, tp_size),
+        is_plain,
+        engine="vLLM",
+        must_be_stored=prefix.endswith(".experts") and not current_platform.is_cpu(),
+    )
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -108,14 +99,7 @@ def routed_experts(*args: Any, **kwargs: Any) -> RoutedExperts:
 
 def report(model: nn.Module, vllm_config: VllmConfig, *, draft: bool) -> None:
     """Log which modules are dequantised while loading, by reason."""
-    layers = dict(model.named_modules())
-
-    def reason(name: str) -> str | None:
-        layer = layers.get(name)
-        plain = layer is not None and is_plain(layer)
-        return getattr(layer, "dequantised", "has no quantised form here") if plain else None
-
-    for line in quantised_layers.reports(stored_quantised(vllm_config) or {}, reason, draft=draft):
+    for line in quantised_layers.reports(stored_quantised(vllm_config) or {}, model, is_plain, draft=draft):
         logger.info(line)
 
 
@@ -126,19 +110,12 @@ def dequantised(
     stored, quantization = stored_quantised(vllm_config), quantization_config(vllm_config)
     if stored is None or quantization is None:
         return weights
-    layers = dict(model.named_modules())
     redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
 
-    def has_expert(name: str, expert: int) -> bool:
-        experts = layers[name].routed_experts
+    def has_expert(layer: nn.Module, expert: int) -> bool:
+        experts = layer.routed_experts
         copies = range(expert, experts.global_num_experts, experts.global_num_experts - redundant)
         return experts.expert_map is None or any(experts.expert_map[copy] >= 0 for copy in copies)
 
-    return quantised_layers.dequantised(
-        weights,
-        stored,
-        quantization,
-        lambda name: name in layers and is_plain(layers[name]),
-        has_expert,
-        vllm_config.model_config.dtype,
-    )
+    dtype = vllm_config.model_config.dtype
+    return quantised_layers.dequantised(weights, stored, quantization, model, is_plain, has_expert, dtype)
