@@ -1,9 +1,11 @@
 """SGLang on any CPU: an out-of-tree platform, which needs nothing but SGLang's packages from PyPI."""
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -14,6 +16,8 @@ ATTENTION_BACKEND = "qnext_cpu"
 MAX_RUNNING_REQUESTS = 32
 STATES_PER_REQUEST = 6  # one that runs takes up to five, those it can be resumed from included
 MAX_TOTAL_TOKENS = 262144
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
@@ -53,6 +57,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
     def support_mamba_cache_extra_buffer(self) -> bool:
         return True
 
@@ -84,7 +94,17 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         def create(runner: Any) -> Any:
             from sglang_ext.cpu_attention import CpuAttentionBackend
 
+            keep_freed_memory()
             return CpuAttentionBackend(runner)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse what is freed. It would return large blocks to the kernel, and getting a page back from there
+    takes longer than most of what a layer does with it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
+            mallopt(name, value)
 
 
 def share_cores(ranks: int) -> None:

@@ -84,7 +84,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.describe_experts(self.model.layers)
-        choose_gemms(self, self.config, vllm_config)
+        choose_gemms(self.model, self.config, vllm_config)  # vLLM puts the target's head in the place of ours
         report(self, vllm_config, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextMTP is served by %s", __version__, type(self).__module__)
 
