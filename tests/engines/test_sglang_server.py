@@ -3,6 +3,7 @@
 import re
 import urllib.request
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -90,3 +91,12 @@ def test_aborted_request_leaves_the_server_able(client):
     stream.close()
     answer = client.completions.create(model=MODEL, prompt="abc", max_tokens=4, temperature=0)
     assert answer.usage.completion_tokens == 4
+
+
+def test_a_profile_can_be_taken(client, tmp_path):
+    server = str(client.base_url).removesuffix("/v1/")
+    settings = {"output_dir": str(tmp_path), "activities": ["CPU"], "with_stack": False}
+    assert httpx.post(f"{server}/start_profile", json=settings, timeout=60).status_code == 200
+    client.completions.create(model=MODEL, prompt="abc", max_tokens=2)
+    assert httpx.post(f"{server}/stop_profile", timeout=60).status_code == 200
+    assert list(tmp_path.rglob("*.trace.json.gz"))
