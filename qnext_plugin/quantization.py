@@ -164,8 +164,8 @@ def _from_words(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Ten
 
 def _from_fp4(weight: Tensor) -> Tensor:
     codes = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).long()
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-    return table.to(weight.device)[codes]
+    table = [*_E2M1, *(-value for value in _E2M1)]
+    return torch.tensor(table, dtype=torch.float32, device=weight.device)[codes]
 
 
 def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:

@@ -79,16 +79,25 @@ def test_a_format_is_complete_and_in_the_published_form(quantised, source, name)
     assert without == raw_config(source)
 
 
+@pytest.fixture
+def default_dtype():
+    """While an engine loads a model, torch's default is the model's type."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("everything", ("", "-everything"))
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_module_dequantises_as_compressed_tensors_does_and_close_to_its_source(
-    quantised, source, name, everything
+    quantised, source, name, everything, default_dtype
 ):
     directory = quantised / f"{name}{everything}"
     stored, plain = load_file(directory / "model.safetensors"), load_file(source / "model.safetensors")
     config = raw_config(directory)["quantization_config"]
     expected = dequantised(directory)
     assert expected.keys() == plain.keys()
+    default_dtype(torch.bfloat16)
     count = 0
     for module, leaves in stored_modules(read_headers(directory)).items():
         if is_quantised(leaves):
