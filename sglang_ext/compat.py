@@ -207,7 +207,63 @@ def guard_weight_updates() -> None:
 
 
 @cache
-def guard_vocabulary() -> None:
+def prepare_adapters() -> None:
+    """Let a model with ``prepare_adapter`` say what to make of each LoRA adapter's tensors; idempotent.
+
+    SGLang 0.5.23 sorts them by the last parts of their names, takes a draft's for those of the first layers, and
+    leaves out in silence what it has no place for. It can go when it lets a model see an adapter first.
+    """
+
+    def process(original: Callable[..., None], adapter: Any, name: str, tensor: torch.Tensor) -> None:
+        if hasattr(adapter.base_model, "prepare_adapter"):
+            adapter.__dict__.setdefault("tensors_read", {})[name] = tensor.cpu()
+        else:
+            original(adapter, name, tensor)
+
+    def normalize(original: Callable[..., None], adapter: Any) -> None:
+        if hasattr(adapter.base_model, "prepare_adapter"):
+            adapter.base_model.prepare_adapter(adapter, adapter.__dict__.pop("tensors_read", {}))
+        original(adapter)
+
+    adapter = "sglang.srt.lora.lora.LoRAAdapter."
+    _hook("AROUND", {adapter + "_process_weight": process, adapter + "_normalize_weights": normalize})
+
+
+@cache
+def install_cpu_lora() -> None:
+    """Let SGLang's ``torch_native`` LoRA run where torch cannot pin memory, also for linears that are not split.
+
+    And without memory for adapters of routed experts, which nothing here computes. SGLang 0.5.23 pins unconditionally,
+    and ``ReplicatedLinearWithLoRA`` forgets an argument. It can go when neither does.
+    """
+    from sglang.srt.lora import layers
+    from sglang.srt.lora.backend import torch_backend
+
+    class Unpinned:
+        """``torch``, whose constructors do not pin."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def tensor(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+            return torch.tensor(*args, **kwargs)
+
+        def zeros(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+            return torch.zeros(*args, **kwargs)
+
+    def run_lora_b(original: Callable[..., torch.Tensor], backend: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.setdefault("output_offset_cpu", kwargs["output_offset"])
+        return original(backend, **kwargs)
+
+    for module in (layers, torch_backend):
+        module.torch = Unpinned()
+    unpin_memory()
+    _hook("AROUND", {"sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend.run_lora_b_sgemm": run_lora_b})
+    _hook("REPLACE", {"sglang.srt.lora.mem_pool.LoRAMemoryPool._has_moe_module": lambda model: False})
+
+
+@cache
+def guard_vocabulary(vocab_size: int) -> None:
     """Answer a request with ids outside the vocabulary, or for more log-probabilities than it has ids; idempotent.
 
     With SGLang 0.5.23 either ends the scheduler process. It can go when SGLang checks them.
@@ -215,23 +271,31 @@ def guard_vocabulary() -> None:
 
     def validate(original: Callable[..., Any], req: Any, *args: Any, **kwargs: Any) -> Any:
         ids = req.origin_input_ids
-        if ids and not 0 <= min(ids) <= max(ids) < req.vocab_size:
-            return f"token ids from {min(ids)} to {max(ids)} found, expected 0 to {req.vocab_size - 1}"
-        if (asked := req.logprob.top_logprobs_num) > req.vocab_size:
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            message = f"token ids from {min(ids)} to {max(ids)} found, expected 0 to {vocab_size - 1}"
+            req.set_finish_with_abort(message)  # what is returned here ends no request for an embedding
+            return message
+        if (asked := req.logprob.top_logprobs_num) > vocab_size:
             req.logprob.top_logprobs_num = 0  # what is refused is still computed with what runs beside it
-            return f"{asked} log-probabilities asked for, of {req.vocab_size} token ids"
+            return f"{asked} log-probabilities asked for, of {vocab_size} token ids"
         return original(req, *args, **kwargs)
 
     _hook("AROUND", {"sglang.srt.managers.scheduler.validate_input_length": validate})
 
 
 def unpin_memory() -> None:
-    """Let ``Tensor.pin_memory`` return the tensor itself where torch cannot pin.
+    """Let ``Tensor.pin_memory`` return the tensor itself where torch cannot pin, and leave captured experts unpinned.
 
-    SGLang 0.5.23 calls it without asking the platform in ``ScheduleBatch.prepare_for_decode``. It can go when that
-    asks ``is_pin_memory_available``, as its neighbours do.
+    SGLang 0.5.23 pins without asking the platform in ``ScheduleBatch.prepare_for_decode`` and for
+    ``--enable-return-routed-experts``. It can go when they ask ``is_pin_memory_available``, as their neighbours do.
     """
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(dims: tuple[int, ...], *, dtype: torch.dtype, device: str, **_: Any) -> torch.Tensor:
+        return torch.empty(dims, dtype=dtype, device=device)
+
     try:
         torch.zeros(1).pin_memory()
     except RuntimeError:
         torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign,assignment]
+        common.ALLOC_MEMORY_FUNCS["cpu"] = allocate

@@ -35,10 +35,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Caches for a few users, unless the command line says how much memory to use; cores for every rank.
 
-        And our attention: for a CPU SGLang has chosen by now, without asking ``get_default_attention_backend``.
+        LoRA without Triton. And our attention: for a CPU SGLang has chosen by now, without asking
+        ``get_default_attention_backend``.
         """
         if server_args.attention_backend in ("intel_amx", "torch_native"):  # not on PyPI; cannot verify drafts
             server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.lora_backend == "csgmv":  # SGLang's default, which is of Triton
+            server_args.lora_backend = "torch_native"
         share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
         if server_args.pp_size == 1:  # else the first stage may have to look for what the others send
             server_args.sleep_on_idle = True  # or it asks for work all the time, which takes a core

@@ -14,11 +14,13 @@ from sglang.srt.layers.layer_boundary import append_stages, declare_attn, declar
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.pooler import Pooler, PoolingType
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
-from sglang.srt.runtime_context import get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import get_lora, get_model, get_parallel, get_spec
 from sglang.srt.utils import LazyValue, add_prefix, make_pp_layers
 from torch import nn
 from transformers import PretrainedConfig
@@ -31,13 +33,16 @@ from sglang_ext.compat import (
     guard_vocabulary,
     guard_weight_updates,
     install_cpu_kernels,
+    install_cpu_lora,
     install_cpu_speculation,
+    prepare_adapters,
 )
 from sglang_ext.config import qnext_config
 from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
 from sglang_ext.loading import Loading
+from sglang_ext.lora import hidden_dim, prepare
 from sglang_ext.quantization import build, report
 from sglang_ext.sparse_moe import MLP, SparseMoeBlock
 from sglang_ext.weights import load_weights
@@ -136,7 +141,10 @@ class Qwen3NextModel(nn.Module):
         pp_proxy_tensors: PPProxyTensors | None = None,
     ) -> tuple[torch.Tensor | PPProxyTensors, AuxHiddenStateList]:
         if self.pp_group.is_first_rank:
-            hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+            if input_embeds is None:
+                hidden_states = self.embed_tokens(input_ids)
+            else:
+                hidden_states = input_embeds.to(self.embed_tokens.weight.dtype)  # SGLang makes them bfloat16
             residual_batch.start(forward_batch)
         else:
             first = self.layers[self.start_layer]
@@ -184,8 +192,12 @@ class Qwen3NextForCausalLM(nn.Module):
             install_cpu_speculation()
         self.config = config
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
-        guard_vocabulary()
+        guard_vocabulary(self.qnext_config.vocab_size)
         guard_weight_updates()
+        if get_lora().enable_lora:
+            prepare_adapters()
+        if get_lora().enable_lora and ON_CPU:
+            install_cpu_lora()
         self.loading = Loading(self.qnext_config, mtp="required" if drafts else "optional")
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
@@ -205,6 +217,7 @@ class Qwen3NextForCausalLM(nn.Module):
             )
             self.lm_head = build(lm_head, self.qnext_config, quant_config, add_prefix("lm_head", prefix))
         self.logits_processor = LogitsProcessor(config)
+        self.pooler = Pooler(pooling_type=PoolingType.LAST, normalize=True)
         self.routed_experts_weights = LazyValue(
             lambda: {
                 idx: self.model.layers[idx].mlp.expert_weights()
@@ -235,6 +248,7 @@ class Qwen3NextForCausalLM(nn.Module):
         forward_batch: ForwardBatch,
         input_embeds: torch.Tensor | None = None,
         pp_proxy_tensors: PPProxyTensors | None = None,
+        get_embedding: bool = False,
     ) -> Any:
         self.loading.check_complete()
         hidden_states, aux_hidden_states = self.model(
@@ -242,6 +256,8 @@ class Qwen3NextForCausalLM(nn.Module):
         )
         if not self.pp_group.is_last_rank:
             return hidden_states
+        if get_embedding:  # --is-embedding
+            return self.pooler(hidden_states, forward_batch)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch, aux_hidden_states or None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -262,6 +278,22 @@ class Qwen3NextForCausalLM(nn.Module):
         last = self.qnext_config.num_hidden_layers
         captured = [2, last // 2, last - 3] if layer_ids is None else [idx + 1 for idx in layer_ids]
         self.model.layers_to_capture = frozenset(captured)
+
+    def prepare_adapter(self, adapter: LoRAAdapter, tensors: dict[str, torch.Tensor]) -> None:
+        """Called with each LoRA adapter and what SGLang has read of it, before it is used."""
+        prepare(self.qnext_config, self, adapter, tensors)
+
+    def get_hidden_dim(self, module_name: str, layer_idx: int) -> tuple[int, int]:
+        return hidden_dim(self.qnext_config, module_name, layer_idx, get_parallel().tp_size)
+
+    def get_stacked_multiply(self, module_name: str) -> int:
+        """How many ``lora_A`` SGLang keeps for one of our modules."""
+        stacked = {"in_proj_qkvz": 4, "in_proj_ba": 2, "qkv_proj": 3, "gate_up_proj": 2, "gate_up_proj_moe": 2}
+        return stacked.get(module_name, 1)
+
+    def should_apply_lora(self, module_name: str) -> bool:
+        """Not on a CPU to routed experts, for which SGLang has Triton kernels only."""
+        return not (ON_CPU and module_name.endswith(".mlp.experts"))
 
     @classmethod
     def get_model_config_for_expert_location(cls, config: PretrainedConfig) -> ModelConfigForExpertLocation:

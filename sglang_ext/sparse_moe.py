@@ -110,7 +110,8 @@ class SparseMoeBlock(nn.Module):
         shared = self.shared_expert(hidden_states)
         router_logits, _ = self.gate(hidden_states)
         out = self.experts(hidden_states, self.topk(hidden_states, router_logits))
-        if is_cuda():
+        # The kernel takes the weight alone, without what an adapter adds to it.
+        if is_cuda() and isinstance(self.shared_expert_gate, ReplicatedLinear):
             fused_gate_sigmoid_mul_add(hidden_states, self.shared_expert_gate.weight.squeeze(0), shared, out)
             return out
         return out + torch.sigmoid(self.shared_expert_gate(hidden_states)[0]) * shared

@@ -33,7 +33,8 @@ def write_adapter(
             tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(r, shape[1], generator=generator) / shape[1] ** 0.5
             tensors[f"{PREFIX}{module}.lora_B.weight"] = 0.2 * torch.randn(shape[0], r, generator=generator)
     assert tensors, modules
-    save(directory, tensors, {"r": rank, "lora_alpha": alpha, "target_modules": modules} | config)
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    save(directory, tensors, {"r": rank, "lora_alpha": alpha, "target_modules": targets} | config)
     return directory
 
 

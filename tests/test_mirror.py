@@ -11,7 +11,6 @@ ONLY = {
     "vllm_ext/cpu_kernels.py": "SGLang's are few and stand in kernels.py",
     "vllm_ext/cpu_triton.py": "SGLang's are in kernels.py and cpu_speculation.py",
     "vllm_ext/norm.py": "SGLang's norm has a path for CPU that rounds once",
-    "vllm_ext/lora.py": "not there for SGLang yet",
     "sglang_ext/quantization.py: Stored": "vLLM asks its own configuration for both",
     "sglang_ext/quantization.py: DequantisedConfig": "vLLM has kernels on CPU for some formats",
     "vllm_ext/scheduler.py": "SGLang's scheduler serves drafts on pipelines itself",

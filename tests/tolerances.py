@@ -19,6 +19,9 @@ STREAMED_LOGPROB = 3e-5
 # The same with quantised weights, where `transformers` also rounds the inputs of the layers whose kernels do.
 LOGPROB_QUANTISED_RATIO = 1.3
 
+# Hidden states, embeddings and class probabilities of a served model against float32 transformers, relative.
+SERVED_TENSOR_FLOAT32 = 2e-5
+
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "tensor") -> None:
     """Fail naming the largest error and where it is; the error is relative to the largest expected magnitude."""

@@ -39,6 +39,7 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
         from vllm_ext import cpu_triton
 
         cpu_triton.register()
+        _first_steps_with_drafts()
     if parallel.enable_expert_parallel:
         _expert_parallel()
     if parallel.data_parallel_size > 1:
@@ -195,6 +196,29 @@ def _seeded_prompts_in_pieces() -> None:
             generators.update(held)
 
     _replace(GPUModelRunner, "sample_tokens", sample_tokens, ("grammar_output",))
+
+
+@cache
+def _first_steps_with_drafts() -> None:
+    """A prompt of one token that joins others is scheduled with placeholders for drafts, and so goes on from the state
+    that the last user of its slot has left. Here that slot is emptied first.
+
+    Can go when ``GDNAttentionMetadataBuilder.build`` takes no first step for one that verifies drafts.
+    """
+    from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
+
+    def build(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata, batch = original(self, *args, **kwargs), signature.bind(self, *args, **kwargs).arguments
+        batch = batch["common_attn_metadata"]
+        if metadata.num_spec_decodes:
+            first = batch.seq_lens_cpu_upper_bound <= batch.query_start_loc_cpu.diff()
+            slots = metadata.spec_state_indices_tensor[first[metadata.spec_sequence_masks], 0]
+            layers = self.vllm_config.compilation_config.static_forward_context
+            for state in (state for name in self.layer_names if len(slots) for state in layers[name].kv_cache):
+                state[slots] = 0
+        return metadata
+
+    signature = _replace(GDNAttentionMetadataBuilder, "build", build, ("common_attn_metadata",))
 
 
 @cache

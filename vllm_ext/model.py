@@ -182,24 +182,25 @@ class Qwen3NextForCausalLM(
         repair_cpu_backend(vllm_config)
         if vllm_config.lora_config is not None:
             prepare_adapters()
-        self.config = qnext_config(vllm_config)
+        self.config = vllm_config.model_config.hf_text_config  # vLLM's pooling and LoRA classes read it
+        self.qnext_config = config = qnext_config(vllm_config)
         check_speculation(vllm_config)
-        self._loading = Loading(self, self.config, vllm_config)
+        self._loading = Loading(self, config, vllm_config)
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
-            lm_head = partial(ParallelLMHead, self.config.vocab_size, self.config.hidden_size)
-            self.lm_head = build(lm_head, self.config, vllm_config, maybe_prefix(prefix, "lm_head"))
-            if self.config.tie_word_embeddings:
+            lm_head = partial(ParallelLMHead, config.vocab_size, config.hidden_size)
+            self.lm_head = build(lm_head, config, vllm_config, maybe_prefix(prefix, "lm_head"))
+            if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
             self.lm_head = PPMissingLayer()
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.describe_experts(self.model.layers)
-        choose_gemms(self, self.config, vllm_config)
+        choose_gemms(self, config, vllm_config)
         report(self, vllm_config, draft=False)
-        logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
+        logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, __name__)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -219,11 +220,13 @@ class Qwen3NextForCausalLM(
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return self._loading.load(weights, lambda checked: load_weights(self, self.config, self.vllm_config, checked))
+        return self._loading.load(
+            weights, lambda checked: load_weights(self, self.qnext_config, self.vllm_config, checked)
+        )
 
     def prepare_adapter(self, adapter: LoRAModel) -> None:
         """Called with each LoRA adapter that vLLM has read, before it is used."""
-        prepare(self, self.lora_manager, self.config, adapter)
+        prepare(self, self.lora_manager, self.qnext_config, adapter)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Container, Iterable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -44,6 +45,10 @@ def check_checkpoint(
     headers = checkpoint_headers(vllm_config)
     if headers is None:
         return False
+    if vllm_config.model_config.runner_type == "pooling":
+        # A classifier has a head of its own, which vLLM knows, and neither it nor an embedding model needs the other.
+        headers = {name: info for name, info in headers.items() if name.split(".")[0] != "score"}
+        config = replace(config, tie_word_embeddings=True)
     check_coverage(config, headers, mtp=mtp)
     check_quantisation(headers, quantization_config(vllm_config))
     return True

@@ -119,6 +119,19 @@ def test_each_answer_is_right_on_its_own(crowded_server, checkpoint):
     assert_idle(crowded_server)
 
 
+def test_a_prompt_of_one_token_beside_others_starts_from_nothing(crowded_server, checkpoint):
+    """With drafts its first step looks like one of those beside it."""
+    made = [Request(tokens(1 if i % 3 else 90, seed=2000 + i), 12, 0, None) for i in range(48)]
+    answers, model = asyncio.run(send(crowded_server, made, [])), whole(checkpoint("tiny"))
+    errors = []
+    for request, answer in zip(made, answers, strict=True):
+        (expected,) = model([Query((*request.prompt, *answer.token_ids), len(answer.token_ids))])
+        if expected.margin.min() >= EXPERT_TIE:
+            errors.append((error(request, answer, expected), len(request.prompt)))
+    assert len(errors) > 40
+    assert max(errors)[0] <= TOLERANCE, sorted(errors)[-5:]
+
+
 def assert_idle(server: Server) -> None:
     """No request is left in the engine, dropped ones included, and no slot of the cache is held."""
     deadline = time.monotonic() + 60  # an idle SGLang counts every half minute

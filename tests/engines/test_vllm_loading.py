@@ -8,6 +8,7 @@ import pytest
 from qnext_plugin import process
 from qnext_plugin.quantize import FORMATS
 from qnext_plugin.random_checkpoint import write_random_checkpoint
+from tests.adapters import write_adapter
 from tests.engines.checkpoints import CHECKPOINTS
 from tests.engines.reads import check_reads
 from tests.engines.shards import make, said
@@ -30,6 +31,8 @@ def loaded(tmp_path_factory):
     """By checkpoint and rank, the layers that hold their weights as stored; every parameter has been compared."""
     root = tmp_path_factory.mktemp("loading")
     make(root)
+    every_linear = r"model\..*\.(linear_attn|self_attn|mlp|shared_expert)\.\w+"
+    write_adapter(root / "adapter", root / "plain", every_linear, rank=5, alpha=7)
     log = root / "log"
     status = process.run(["-m", "tests.engines.vllm_loading", str(root)], log, timeout=900)
     assert status == 0, process.tail(log)
@@ -44,7 +47,7 @@ def test_a_rank_reads_no_expert_of_another(loaded, name, way):
     check_reads(loaded[f"read {name}"][way], split=way == "TP 2" and name == "plain")
 
 
-def test_each_rank_holds_its_shard_of_a_plain_checkpoint(loaded):
+def test_each_rank_holds_its_shard_of_a_plain_checkpoint_and_of_an_adapter(loaded):
     assert len(loaded["plain"]) == 1 + 2 + 4 + 8
     assert not any(loaded["plain"].values())
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qnext_plugin.config import QNextConfig
+from tests.adapters import added
 from tests.dequantised import dequantised
 from tests.engines.reads import Reads
 from tests.engines.shards import RANKS, attention_and_experts, checkpoints, expected, weights_of
@@ -23,11 +24,35 @@ from tests.engines.shards import RANKS, attention_and_experts, checkpoints, expe
 READ = ("plain", "fp8-channel")
 # Expert parallelism, its load balancer, and how many experts that has twice.
 WAYS = {"TP 2": (False, False, 0), "EP 2": (True, False, 0), "EP 2, balanced": (True, True, 4)}
+# Of the layers that are compared: two input projections and an output one, qkv and o, router, gate_up and down.
+ADAPTED = 8
+
+
+def check_adapter(model: nn.Module, vllm_config: Any, directory: Path, config: QNextConfig, rank: int, tp: int) -> None:
+    """What an adapter adds to each of this rank's weights is the rank's shard of what it adds to the whole."""
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    worker = LRUCacheWorkerLoRAManager(vllm_config, torch.device("cpu"), model.embedding_modules)
+    worker.create_lora_manager(model, vllm_config)
+    worker.add_adapter(LoRARequest("adapter", 1, str(directory.parent / "adapter")))
+    deltas = added(directory.parent / "adapter")
+    shards = expected(load_file(directory / "model.safetensors") | deltas, config, rank, tp)
+    checked = 0
+    for name, layer in model.lora_manager.modules.items():
+        if f"{name}.weight" in shards:
+            checked += 1
+            pairs = zip(layer.lora_b_stacked, layer.lora_a_stacked, strict=True)
+            actual = torch.cat([b[0, 0] @ a[0, 0] for b, a in pairs])
+            where = f"adapter: {name}, rank {rank} of {tp}"
+            torch.testing.assert_close(actual, shards[f"{name}.weight"], rtol=1e-5, atol=1e-6, msg=where)
+    assert checked == ADAPTED, checked
 
 
 def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> dict[str, list[str]]:
     """Check every rank's parameters, target and draft; by rank, the layers that are served as stored."""
     from vllm.config import set_current_vllm_config
+    from vllm.config.lora import LoRAConfig
     from vllm.distributed import parallel_state
     from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -37,6 +62,8 @@ def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, An
     vllm_config = configuration(directory)
     stored = list(load_file(directory / "model.safetensors").items())
     config = QNextConfig.from_pretrained(directory)
+    if not quantization:
+        vllm_config.lora_config = LoRAConfig(max_lora_rank=8, lora_dtype=torch.get_default_dtype())
     as_stored = {}
     for tp, rank in RANKS:
         group = SimpleNamespace(world_size=tp, rank_in_group=rank, unique_name="tp", device_group=None)
@@ -64,6 +91,8 @@ def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, An
                     # NVFP4's product of two scales is rounded in another place.
                     rtol = 2**-7 if quantization.get("quant_method") == "modelopt" else 0
                     torch.testing.assert_close(actual, shard.to(actual.dtype), rtol=rtol, atol=0, msg=where)
+            if not quantization and model_class is Qwen3NextForCausalLM:
+                check_adapter(model, vllm_config, directory, config, rank, tp)
         as_stored[f"{rank} of {tp}"] = list(names)
     return as_stored
 

@@ -1,0 +1,135 @@
+"""LoRA adapters: what SGLang has read is held against the model, and its rows are put in the order of our weights.
+
+``compat.prepare_adapters`` has SGLang call ``prepare`` before it stacks the tensors of an adapter.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from sglang.srt.lora.layers import BaseLayerWithLoRA
+from sglang.srt.lora.lora import LoRAAdapter
+from torch import Tensor, nn
+
+from qnext_plugin.checkpoint import expected_tensors, listing
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.layouts import KINDS, section_sizes, ungroup
+from qnext_plugin.lora import check_adapter
+from sglang_ext.compat import ON_CPU
+
+PREFIX = "base_model.model."
+# SGLang stacks these, and expects most of a group where it finds one.
+GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+EXPERT = ("gate_proj", "up_proj", "down_proj")
+
+
+def hidden_dim(config: QNextConfig, module: str, layer_idx: int, tp_size: int) -> tuple[int, int]:
+    """(inputs, outputs) of a module of ours, by the last segment of its name, or of the routed experts as one.
+
+    SGLang divides by ``tp_size`` the outputs of what it does not know to be whole on every rank.
+    """
+    hidden, head = config.hidden_size, config.head_dim
+    q_dim, kv_dim = config.num_attention_heads * head, config.num_key_value_heads * head
+    sparse = config.is_sparse(layer_idx)
+    intermediate = config.shared_expert_intermediate_size if sparse else config.intermediate_size
+    sizes = {
+        "in_proj_qkvz": (hidden, sum(section_sizes(config.gdn, "qkvz"))),
+        "in_proj_ba": (hidden, sum(section_sizes(config.gdn, "ba"))),
+        "out_proj": (config.gdn.value_dim, hidden),
+        "qkv_proj": (hidden, 2 * (q_dim + kv_dim)),
+        "o_proj": (q_dim, hidden),
+        "gate": (hidden, config.num_experts * tp_size),
+        "shared_expert_gate": (hidden, tp_size),
+        "gate_up_proj": (hidden, 2 * intermediate),
+        "down_proj": (intermediate, hidden),
+        "gate_up_proj_moe": (hidden, 2 * config.moe_intermediate_size),
+        "down_proj_moe": (config.moe_intermediate_size, hidden),
+    }
+    if module not in sizes:
+        raise ValueError(
+            f"LoRA target module {module!r} found, which `all` includes, expected some of {sorted(sizes)}: name those "
+            "to adapt in --lora-target-modules"
+        )
+    return sizes[module]
+
+
+def prepare(config: QNextConfig, model: nn.Module, adapter: LoRAAdapter, tensors: Mapping[str, Tensor]) -> None:
+    """Give ``adapter`` its tensors, ``lora_B`` of the input projections in flat order and with what SGLang stacks
+    complete; ``ValueError`` for an adapter that cannot be served."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    left_out, settings = set(), adapter.config.hf_config
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix(PREFIX)
+        if name.startswith("mtp."):  # the draft is served without adapters
+            continue
+        module, _, part = name.rpartition(".lora_")
+        if part not in ("A.weight", "B.weight") or module == "lm_head" or not_adapted(module):
+            left_out.add(module or name)
+        modules.setdefault(module, {})[part[:1]] = tensor
+    if left_out:
+        raise ValueError(
+            f"{listing('adapter changes what SGLang cannot adapt here, modules', sorted(left_out))}; these are the "
+            "embedding, the head, what is no linear layer, and on a CPU the routed experts: merge it into the weights"
+        )
+    if found := [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]:
+        raise ValueError(f"adapter has {', '.join(found)}, which SGLang ignores; merge it into the weights")
+    pairs = {module: (parts.get("A"), parts.get("B")) for module, parts in modules.items()}
+    check_adapter(config, pairs)
+    check_served(model, modules)
+    rank, weights = adapter.config.r, expected_tensors(config, mtp=False)
+    if settings.get("use_rslora"):
+        adapter.scaling = adapter.config.lora_alpha / math.sqrt(rank)
+    for module, (a, b) in pairs.items():
+        assert a is not None and b is not None
+        if a.shape[0] != rank:
+            raise ValueError(
+                f"adapter has rank {a.shape[0]} in {module}, and {rank} in adapter_config.json: its two files do not "
+                "belong together"
+            )
+        outer, _, last = module.rpartition(".")
+        if kind := KINDS.get(last):
+            b = ungroup(b, config.gdn, kind, "lora_B.weight")
+        if kind == "ba":  # an A for each section, as SGLang repeats that of in_proj_qkvz itself
+            a = a.repeat(2, 1)
+        put(adapter, module, a, b)
+        group = next((group for group in GROUPS.values() if last in group), ())
+        if ".experts." in module:
+            group = EXPERT
+        for other in (f"{outer}.{part}" for part in group):
+            if other not in pairs:
+                rows, inputs = weights[f"{other}.weight"]
+                put(adapter, other, torch.zeros(rank, inputs, dtype=a.dtype), torch.zeros(rows, rank, dtype=b.dtype))
+    # Also where it is "all-linear", for which SGLang knows only some of them.
+    names = {name for layer in adapter.layers for name in layer.weights}
+    adapter.config.target_modules = sorted({name.split(".")[-3] for name in names})
+
+
+def not_adapted(module: str) -> bool:
+    """Whether it is a routed expert where SGLang cannot adapt one, or all of a layer as `transformers` 5 has them."""
+    _, *rest = module.split(".experts")
+    return bool(rest) and (ON_CPU or not rest[0][1:2].isdigit())
+
+
+def check_served(model: nn.Module, modules: Iterable[str]) -> None:
+    """``ValueError`` for modules that a server which has started adapts none of: SGLang would leave them out."""
+    layers = dict(model.named_modules())
+    adapted = {name for name, layer in layers.items() if isinstance(layer, BaseLayerWithLoRA)}
+    stacked = {part: name for name, group in GROUPS.items() for part in group}
+
+    def layer_of(module: str) -> tuple[str, str]:
+        block, experts, _ = module.partition(".experts.")
+        outer, _, last = module.rpartition(".")
+        return (block, f"{block}.experts") if experts else (outer, f"{outer}.{stacked.get(last, last)}")
+
+    places = {module: layer_of(module) for module in modules}
+    missing = [module for module, (block, layer) in places.items() if block in layers and layer not in adapted]
+    if adapted and missing:
+        raise ValueError(
+            f"{listing('adapter changes what this server was not started to adapt, modules', missing)}; name them in "
+            "--lora-target-modules"
+        )
+
+
+def put(adapter: LoRAAdapter, module: str, a: Tensor, b: Tensor) -> None:
+    layer = adapter.layers[int(module.split(".")[2])]
+    layer.weights |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
