@@ -251,14 +251,22 @@ def test_an_engine_that_is_not_installed(monkeypatch, capsys):
 
 
 def test_a_step_is_the_models_time_and_the_engines_around_it(monkeypatch):
-    now = iter(range(1000))  # a call of either method is a second, and so is what is between two
-    monkeypatch.setattr(step.time, "perf_counter", lambda: float(next(now)))
-    served = SimpleNamespace(forward=lambda rows: [0] * rows, compute_logits=lambda states: "logits")
+    now = 0.0
+
+    def passes(seconds, result):
+        nonlocal now
+        now += seconds
+        return result
+
+    monkeypatch.setattr(step.time, "perf_counter", lambda: now)
+    served = SimpleNamespace(
+        forward=lambda rows: passes(rows, [0] * rows), compute_logits=lambda _: passes(1, "logits")
+    )
     watch = step.Stopwatch(served)
-    for rows in (6, 2, 2, 2, 6, 2, 2):  # two answers: what follows a prompt's step is no decode step's end
+    for rows, following in ((6, 2), (2, 6), (6, 2), (2, 2), (2, 6), (6, 0)):  # prompts of six tokens, decodes of two
         assert served.compute_logits(served.forward(rows)) == "logits"
-        next(now)
-    assert watch.decode(2) == {"model ms": 2000.0, "step ms": 5000.0}
+        passes(20 if following == 6 else 4, None)  # a pause before each prompt
+    assert watch.decode(2) == {"model ms": 3000.0, "step ms": 7000.0}
     with pytest.raises(AssertionError, match="no two steps of 3 tokens"):
         watch.decode(3)
 
