@@ -4,8 +4,8 @@
 
 In an environment with vLLM, with a C++ compiler. llama.cpp is that of the PyPI sdist of llama-cpp-python, built for
 this machine in the cache folder of ``scripts/setup``. Before anything is timed, its log-probabilities of the demo
-checkpoint are compared with those of ``transformers``. Then both sides measure the workloads of ``bench.step`` in turn,
-in fresh processes with a thread for each core, the best of a few each.
+checkpoint are compared with those of ``transformers``. Then each workload of ``bench.step`` is measured on ours and on
+llama.cpp, one after the other with a thread for each core, the best of a few each; every pair in fresh processes.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ SOURCE = WORK / f"llama_cpp_python-{VERSION}"
 LLAMA_CPP = SOURCE / "vendor" / "llama.cpp"
 BINARIES = WORK / "cmake" / "bin"
 THREADS = str(len(os.sched_getaffinity(0)))
-ROUNDS = 3
+ROUNDS = 2
 MICROBATCHES = (
     "512",
     "2048",
@@ -141,13 +142,8 @@ def logprobs(gguf: Path, prompts: Sequence[Sequence[int]]) -> list[Any]:
     return [torch.cat(list(steps(prompt))) for prompt in prompts]
 
 
-def theirs(gguf: Path) -> dict[str, Any]:
-    """By workload, tokens per second; of llama-bench for one sequence, of llama-batched-bench for several."""
-    found = {name: {"tokens per second": max(_theirs(gguf, **workload))} for name, workload in WORKLOADS.items()}
-    return {"workloads": found}
-
-
-def _theirs(gguf: Path, batch: int, length: int, output: int = 0) -> Iterator[float]:
+def theirs(gguf: Path, batch: int, length: int, output: int = 0) -> Iterator[float]:
+    """Tokens per second, by llama-bench of one sequence and by llama-batched-bench of several, each a few times."""
     model = ["-m", str(gguf), "-t", THREADS]
     for microbatch in MICROBATCHES[: 1 if output else None]:
         if batch == 1:
@@ -165,10 +161,20 @@ def _theirs(gguf: Path, batch: int, length: int, output: int = 0) -> Iterator[fl
                     yield json.loads(line)["speed_tg" if output else "speed_pp"]
 
 
-def ours(model: Path) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        _run([sys.executable, "-m", "bench.step", str(model), f"{scratch}/out.json"])
-        return dict(json.loads(Path(scratch, "out.json").read_text()))
+@contextmanager
+def ours(model: Path) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """What ``bench.step`` finds of a workload, in a process that starts and ends with this."""
+    command = [sys.executable, "-m", "bench.step", str(model)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+
+        def measure(workload: str) -> dict[str, Any]:
+            print(workload, file=child.stdin, flush=True)
+            for line in child.stdout or ():
+                if line.startswith("{"):
+                    return dict(json.loads(line))
+            raise OSError(f"{' '.join(command)}: ended")
+
+        yield measure
 
 
 def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
@@ -177,13 +183,20 @@ def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
     from qnext_plugin.bench.side import Side, Task
     from qnext_plugin.cli.bench import add_limits, measured_ceilings
 
-    both, rates = [], []
+    both: list[dict[str, Any]] = []
+    rates = []
     for _ in range(pairs):
         with tempfile.TemporaryDirectory() as scratch:
             rates.append(measured_ceilings("bfloat16", Path(scratch)))
-        both.append({"ours": ours(model), "llama.cpp": theirs(gguf)})
-        print(json.dumps(rates[-1] | both[-1]), flush=True)
-    found: dict[str, Any] = {
+        pair: dict[str, Any] = {"ours": {"workloads": {}}, "llama.cpp": {"workloads": {}}}
+        with ours(model) as measure:
+            for name, workload in WORKLOADS.items():
+                pair["ours"]["workloads"][name] = measure(name)
+                found = list(theirs(gguf, **workload))
+                pair["llama.cpp"]["workloads"][name] = {report.RATE: max(found), "each": found}
+        both.append(pair)
+        print(json.dumps(rates[-1] | pair), flush=True)
+    result: dict[str, Any] = {
         "model": model.name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d"),
@@ -192,17 +205,16 @@ def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
             "ours": f"vllm {Side('ours', 'vllm').version}",
             "llama.cpp": f"llama.cpp of llama-cpp-python {VERSION}",
         },
-        "modules": both[0]["ours"]["modules"],
         "ranks": 1,
         "dtype": "bfloat16",
         "ceilings": {name: max(each[name] for each in rates) for name in rates[0]},
         "workloads": report.summary(both),
     }
-    add_limits(found, model, Task(str(model), WORKLOADS))
-    found["sides"] = ["ours", "llama.cpp"]
-    found["decode steps"] = {
+    add_limits(result, model, Task(str(model), WORKLOADS))
+    result["sides"] = ["ours", "llama.cpp"]
+    result["decode steps"] = {
         name: {
-            "limit ms": 1e3 * workload["batch"] / found["workloads"][name]["limit"]["ours"],
+            "limit ms": 1e3 * workload["batch"] / result["workloads"][name]["limit"]["ours"],
             **{key: [pair["ours"]["workloads"][name][key] for pair in both] for key in ("model ms", "step ms")},
             "llama.cpp ms": [
                 1e3 * workload["batch"] / pair["llama.cpp"]["workloads"][name][report.RATE] for pair in both
@@ -211,7 +223,7 @@ def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
         for name, workload in WORKLOADS.items()
         if "output" in workload
     }
-    return found
+    return result
 
 
 def _run(command: Sequence[str], **environment: str) -> str:

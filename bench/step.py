@@ -1,9 +1,10 @@
 """Where the time of a decode step goes in vLLM on a CPU: the model, or the engine around it.
 
-    python -m bench.step MODEL OUT.json
+    echo decode batch 1 | python -m bench.step MODEL
 
 The workloads of ``qnext bench``, eager, in bfloat16, with a stopwatch around the model's forward pass and its logits. A
-step is from the beginning of one forward pass to that of the next.
+step is from the beginning of one forward pass to that of the next. Each line of the input is a workload; a line of JSON
+answers it.
 """
 
 import json
@@ -11,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 WORKLOADS = {
@@ -55,8 +56,8 @@ class Stopwatch:
         }
 
 
-def measure(model: str) -> dict[str, Any]:
-    """By workload what ``qnext bench`` finds, and of decodes the milliseconds of a step."""
+def measurements(model: str, workloads: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Of each workload what ``qnext bench`` finds, and of decodes the milliseconds of a step."""
     from qnext_plugin.bench import worker
     from qnext_plugin.bench.side import Task
     from qnext_plugin.config import QNextConfig
@@ -66,23 +67,20 @@ def measure(model: str) -> dict[str, Any]:
     task = Task(model, WORKLOADS)
     config = EngineConfig("", dtype=task.dtype, max_model_len=task.longest, flags=tuple(task.flags("vllm")))
     engine = Engine(model, config)
-    modules = engine.serving()["modules"]
-    worker.check_modules(modules, "vllm_ext.")
+    worker.check_modules(engine.serving()["modules"], "vllm_ext.")
     watch = Stopwatch(engine.worker.model_runner.model)
     prompts = worker.random_prompts(QNextConfig.from_pretrained(model).vocab_size)
-    found: dict[str, Any] = {}
-    for name, workload in WORKLOADS.items():
+    for name in workloads:
+        workload = WORKLOADS[name]
         watch.steps.clear()
-        found |= worker.measure(engine.answer, prompts, prompts, {name: workload})
-        if "output" in workload:
-            found[name] |= watch.decode(workload["batch"])
-    return {"modules": modules, "workloads": found}
+        found = worker.measure(engine.answer, prompts, prompts, {name: workload})[name]
+        yield found | (watch.decode(workload["batch"]) if "output" in workload else {})
 
 
 if __name__ == "__main__":
     # All cores, as `qnext bench`; before torch is loaded, which looks once.
     cores = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ |= cores | {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ
-    Path(sys.argv[2]).write_text(json.dumps(measure(sys.argv[1])))
-    sys.stdout.flush()
+    for measured in measurements(sys.argv[1], map(str.strip, sys.stdin)):
+        print(json.dumps(measured), flush=True)
     os._exit(0)  # shutting an engine down can wait for ever
