@@ -36,6 +36,18 @@ def bench(found: dict[str, Any]) -> str:
         spread = f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         share = [f"{medians[0] / row['limit'][sides[0]]:.0%}"] if limited else []
         rows.append([name, *(f"{median:.0f}" for median in medians), spread, *share])
+    return table(rows) + ("\n" + decode_steps(found["decode steps"]) if "decode steps" in found else "")
+
+
+def decode_steps(found: dict[str, Any]) -> str:
+    """Of ``bench/llama_cpp.py``: the milliseconds of a step, of the model in it, and of reading what it needs."""
+    rows = [["ms of a step", "read at the most", "our model", "over it", "engine around it", "ours", "llama.cpp"]]
+    for name, row in found.items():
+        model, step, other = (statistics.median(row[key]) for key in ("model ms", "step ms", "llama.cpp ms"))
+        over = f"{model / row['limit ms']:.2f}"
+        rows.append(
+            [name, f"{row['limit ms']:.1f}", f"{model:.1f}", over, f"{step - model:.1f}", f"{step:.1f}", f"{other:.1f}"]
+        )
     return table(rows)
 
 

@@ -2,11 +2,12 @@
 
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import tables
+from bench import step, tables
 from qnext_plugin.bench import report
 from qnext_plugin.bench.ceilings import Ceilings
 from qnext_plugin.bench.limits import Model, limit
@@ -249,10 +250,33 @@ def test_an_engine_that_is_not_installed(monkeypatch, capsys):
     assert "run qnext with the engine's own python" in capsys.readouterr().err
 
 
+def test_a_step_is_the_models_time_and_the_engines_around_it(monkeypatch):
+    now = 0.0
+
+    def passes(seconds, result):
+        nonlocal now
+        now += seconds
+        return result
+
+    monkeypatch.setattr(step.time, "perf_counter", lambda: now)
+    served = SimpleNamespace(
+        forward=lambda rows: passes(rows, [0] * rows), compute_logits=lambda _: passes(1, "logits")
+    )
+    watch = step.Stopwatch(served)
+    for rows, following in ((6, 2), (2, 6), (6, 2), (2, 2), (2, 6), (6, 0)):  # prompts of six tokens, decodes of two
+        assert served.compute_logits(served.forward(rows)) == "logits"
+        passes(20 if following == 6 else 4, None)  # a pause before each prompt
+    assert watch.decode(2) == {"model ms": 3000.0, "step ms": 7000.0}
+    with pytest.raises(AssertionError, match="no two steps of 3 tokens"):
+        watch.decode(3)
+
+
 def test_readme_tables():
     made = tables.bench(reported() | {"workloads": {"prefill 2x9": reported()["workloads"]["prefill 2x9"]}})
     assert "| Workload | ours | vLLM's own | ratio | ours, of the limit |" in made
     assert "| prefill 2x9 | 30 | 20 | 2.00 (1.00-3.00) | 50% |" in made
+    parts = {"limit ms": 10.0, "model ms": [12.0, 14.0], "step ms": [16.0, 18.0], "llama.cpp ms": [20.0, 21.0]}
+    assert "| decode | 10.0 | 13.0 | 1.30 | 4.0 | 17.0 | 20.5 |" in tables.decode_steps({"decode": parts})
     steps = {"Gated DeltaNet": {"1024": 100.0, "32768": 102.0}, "gated attention": {"1024": 50.0, "32768": 400.0}}
     made = tables.context({"microseconds by context": steps})
     assert "| us of a layer | 1,024 tokens | 32,768 tokens | longest over shortest |" in made
