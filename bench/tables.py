@@ -25,17 +25,18 @@ def table(rows: list[list[str]]) -> str:
 def bench(found: dict[str, Any]) -> str:
     """Of ``qnext bench``: tokens per second of both sides, and how much of its limit the first reaches, if counted."""
     sides = found.get("sides", ["ours", "native"])
-    limited = all("limit" in row for row in found["workloads"].values())
+    limited, drafted = (all(key in row for row in found["workloads"].values()) for key in ("limit", "tokens per step"))
     engine = found.get("engines", {}).get("native", "vllm").split()[0]
     own = {"native": f"{ {'vllm': 'vLLM', 'sglang': 'SGLang'}[engine] }'s own"}
     rows = [["Workload", *(own.get(side, side) for side in sides), "ratio"]]
-    rows[0] += ["ours, of the limit"] * limited
+    rows[0] += ["ours, of the limit"] * limited + ["tokens of a step"] * drafted
     for name, row in found["workloads"].items():
         medians = [statistics.median(row[side]) for side in sides]
         ratios = [a / b for a, b in zip(*(row[side] for side in sides), strict=True)]
         spread = f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         share = [f"{medians[0] / row['limit'][sides[0]]:.0%}"] if limited else []
-        rows.append([name, *(f"{median:.0f}" for median in medians), spread, *share])
+        steps = [f"{statistics.median(row['tokens per step'][sides[0]]):.2f}"] if drafted else []
+        rows.append([name, *(f"{median:.0f}" for median in medians), spread, *share, *steps])
     return table(rows) + ("\n" + decode_steps(found["decode steps"]) if "decode steps" in found else "")
 
 
