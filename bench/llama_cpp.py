@@ -32,10 +32,8 @@ LLAMA_CPP = SOURCE / "vendor" / "llama.cpp"
 BINARIES = WORK / "cmake" / "bin"
 THREADS = str(len(os.sched_getaffinity(0)))
 ROUNDS = 2
-MICROBATCHES = (
-    "512",
-    "2048",
-)  # tokens llama.cpp computes at once: its default, and as many as vLLM does; the best counts
+MICROBATCHES = ("512", "2048")
+"""Tokens that llama.cpp computes at once: its default, and as many as vLLM does. The better counts."""
 
 
 def build() -> None:
@@ -52,9 +50,10 @@ def build() -> None:
     options = ["BUILD_TYPE=Release", "MAKE_PROGRAM=" + str(tools / "bin" / "ninja")]
     options = [f"-DCMAKE_{option}" for option in options] + ["-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=ON"]
     options += [f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "OPENSSL")]
-    cmake = str(tools / "bin" / "cmake")
-    _run([cmake, "-S", str(LLAMA_CPP), "-B", str(WORK / "cmake"), "-G", "Ninja", *options])
-    _run([cmake, "--build", str(WORK / "cmake"), "-j", THREADS, "--target", "llama-batched-bench", "llama-bench"])
+    cmake = [str(tools / "bin" / "cmake")]
+    _run([*cmake, "-S", str(LLAMA_CPP), "-B", str(WORK / "cmake"), "-G", "Ninja", *options], PYTHONPATH=str(tools))
+    targets = ["-j", THREADS, "--target", "llama-batched-bench", "llama-bench"]
+    _run([*cmake, "--build", str(WORK / "cmake"), *targets], PYTHONPATH=str(tools))
 
 
 def convert(model: Path, gguf: Path) -> Path:
