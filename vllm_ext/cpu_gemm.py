@@ -90,11 +90,13 @@ PACKED = {UnquantizedLinearMethod: PackedLinearMethod, UnquantizedEmbeddingMetho
 class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
     """SwiGLU experts without biases; vLLM's own class pads sizes and says which it supports."""
 
+    name = "packed"
+
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self._pad_moe_intermediate(layer)
         pack(layer, "w13_weight")
         pack(layer, "w2_weight")
-        record("experts: packed")  # not in ``apply``, which is traced: a traced graph would undo other records
+        record(f"experts: {self.name}")  # not in ``apply``, which is traced: a traced graph would undo other records
 
     def apply(
         self,
