@@ -2,8 +2,8 @@
 
     scripts/results [--check]
 
-A table stands between ``<!-- results: FILE -->`` and ``<!-- end of results -->``; ``--check`` changes nothing and fails
-where README.md says something else than the file.
+A table stands between ``<!-- results: FILE -->``, or a pattern for several, and ``<!-- end of results -->``.
+``--check`` changes nothing and fails where README.md says something else than the file.
 """
 
 import argparse
@@ -88,14 +88,40 @@ def gpu_check(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def verify(runs: list[dict[str, Any]]) -> str:
+    """Of ``qnext verify``, a column each: the largest difference, in bfloat16 the usual one and its bound."""
+    columns: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: (run["dtype"] != "float32", run["native"], "sglang" in run["versions"])):
+        engine = "SGLang" if "sglang" in run["versions"] else "vLLM"
+        title = f"{engine}'s own, {run['dtype']}" if run["native"] else f"{engine}, {run['dtype']}"
+        columns[title] = {(row["start"], row["scenario"]): row for row in run["rows"]}
+
+    def cell(row: dict[str, Any] | None, exact: bool) -> str:
+        if row is None:
+            return ""
+        if row["difference"] is None:
+            return row["verdict"].split(":")[0]
+        found = row["difference"]["max" if exact else "usual"]
+        text = f"{found:.1e}" if exact else f"{found:.3f} of {row['usual_bound']:.3f}"
+        return text if row["verdict"] == "ok" else f"**{text}**"
+
+    keys = dict.fromkeys(key for rows in columns.values() for key in rows if not key[1].endswith(" again"))
+    table_rows = [["start", "scenario", *columns]]
+    for key in keys:
+        table_rows.append([*key, *(cell(rows.get(key), "float32" in title) for title, rows in columns.items())])
+    passed = [[row["verdict"] == "ok" for row in rows.values()] for rows in columns.values()]
+    table_rows.append(["all", "second passes included", *(f"{sum(ok)} of {len(ok)} ok" for ok in passed)])
+    return table(table_rows)
+
+
 def written(readme: str) -> str:
-    """``readme`` with every table as its file has it."""
+    """``readme`` with every table as its files have it."""
 
     def region(match: re.Match[str]) -> str:
-        found = json.loads((ROOT / match["file"]).read_text())
+        runs = [json.loads(file.read_text()) for file in sorted(ROOT.glob(match["file"]))]
         kinds = {"checks": gpu_check, "microseconds by context": context, "workloads": bench}
-        made = next(make for key, make in kinds.items() if key in found)(found)
-        return f"{match[1]}\n{made}\n{match[3]}"
+        make = next((make for key, make in kinds.items() if key in runs[0]), None)
+        return f"{match[1]}\n{make(runs[0]) if make else verify(runs)}\n{match[3]}"
 
     return REGION.sub(region, readme)
 
