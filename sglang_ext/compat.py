@@ -257,7 +257,6 @@ def install_cpu_lora() -> None:
 
     for module in (layers, torch_backend):
         module.torch = Unpinned()
-    unpin_memory()
     _hook("AROUND", {"sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend.run_lora_b_sgemm": run_lora_b})
     _hook("REPLACE", {"sglang.srt.lora.mem_pool.LoRAMemoryPool._has_moe_module": lambda model: False})
 

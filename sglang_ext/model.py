@@ -196,8 +196,8 @@ class Qwen3NextForCausalLM(nn.Module):
         guard_weight_updates()
         if get_lora().enable_lora:
             prepare_adapters()
-        if get_lora().enable_lora and ON_CPU:
-            install_cpu_lora()
+            if ON_CPU:
+                install_cpu_lora()
         self.loading = Loading(self.qnext_config, mtp="required" if drafts else "optional")
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping

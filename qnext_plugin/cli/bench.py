@@ -75,7 +75,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     from qnext_plugin.bench import report
-    from qnext_plugin.bench.side import Task
+    from qnext_plugin.bench.side import Task, read_once
     from qnext_plugin.verify.runner import EngineFailed
 
     if args.plot:
@@ -190,14 +190,6 @@ def measured_ceilings(dtype: str, logs: Path) -> dict[str, float]:
     if status:
         raise OSError(f"measuring memory and GEMM rates failed:\n{process.tail(log)}")
     return dict(json.loads(out.read_text()))
-
-
-def read_once(directory: Path) -> None:
-    """So that the first start does not wait for a disk from which the others need nothing any more."""
-    for file in directory.glob("*.safetensors"):
-        with file.open("rb", buffering=0) as weights:
-            while weights.read(1 << 24):
-                pass
 
 
 def _measured(
