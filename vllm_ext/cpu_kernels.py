@@ -200,7 +200,7 @@ class CppConv:
 
     def prefill(self, layer: "GatedDeltaNet", x: Tensor, batch: Prefills) -> Tensor:
         return engine_ops.causal_conv1d_fwd_cpu(
-            x=x.contiguous().transpose(0, 1),
+            x=x.flatten().view(x.shape).transpose(0, 1),  # unlike `contiguous`, also of a single row with gaps behind
             weight=layer.packed_conv_weight,
             bias=None,
             conv_states=conv_view(layer.kv_cache[0]),

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.models.utils import sequence_parallel_chunk
+from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
 from vllm_ext.compat import experts_config
@@ -73,7 +74,15 @@ class SparseMoeBlock(nn.Module):
         self.n_physical_experts = self.n_logical_experts + self.n_redundant_experts
         self.n_local_physical_experts = self.n_physical_experts // get_ep_group().device_group.size()
 
-        self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
+        # Rounded logits choose other experts. On a GPU the experts' kernels say which type they take.
+        on_cpu = current_platform.is_cpu()
+        self.gate = GateLinear(
+            config.hidden_size,
+            config.num_experts,
+            out_dtype=torch.float32 if on_cpu else None,
+            force_fp32_compute=on_cpu,
+            prefix=f"{prefix}.gate",
+        )
         self.shared_expert_gate = ReplicatedLinear(
             config.hidden_size, 1, bias=False, quant_config=None, prefix=f"{prefix}.shared_expert_gate"
         )

@@ -192,7 +192,9 @@ def scenarios(vocab_size: int = VOCAB_SIZE, scale: float = 1, texts: Sequence[Pr
             max_tokens=(12,),
             aborted=tuple(some(n, seed=200 + n) for n in (5, 33, 300)),
         ),
-        "short": Scenario((lengths[1:4],), configs=("prefix",), max_tokens=(8,)),
+        "short": Scenario(
+            (lengths[1:4], lengths[:1]), configs=("prefix", "bfloat16", "bfloat16-mtp2"), max_tokens=(8,)
+        ),
         "slot_reuse": Scenario(
             # Long sequences leave their state behind; the next ones start in the same slots.
             tuple(tuple(tokens(n, seed=10 * i + n, vocab_size=vocab_size) for n in (90, 65, 3)) for i in range(6)),

