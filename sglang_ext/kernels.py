@@ -62,8 +62,7 @@ def causal_conv1d_update(
     """
     state = conv_state[conv_state_indices]
     if x.ndim == 2:
-        out, state = ops.causal_conv1d_update(x, weight, conv_state=state)
-        conv_state.index_copy_(0, conv_state_indices, state.contiguous())
+        out, conv_state[conv_state_indices] = ops.causal_conv1d_update(x, weight, conv_state=state)
         return out
     assert intermediate_conv_window is not None and intermediate_state_indices is not None
     if retrieve_next_token is None:
