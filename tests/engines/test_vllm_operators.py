@@ -40,3 +40,7 @@ def test_weights_are_packed(found):
     methods = found["methods"]
     assert not packs() or methods["UnquantizedLinearMethod"] == SMALL
     assert ("PackedHeadMethod" in methods, "experts: packed" in found["serving"]["kernels"]) == (packs(), packs())
+
+
+def test_router_does_not_round_its_logits(found):
+    assert found["router"] == "torch.float32"

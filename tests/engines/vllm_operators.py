@@ -1,7 +1,8 @@
 """Operators of a layer's forward pass that only move data: ``python -m tests.engines.vllm_operators MODEL OUT.json``.
 
-``OUT`` has the largest number of them in a layer, by the layer's mixer, for a prompt and for a decode step, and what
-multiplies by the weights of which modules. Conversions between data types count: they are copies too.
+``OUT`` has the largest number of them in a layer, by the layer's mixer, for a prompt and for a decode step, what
+multiplies by the weights of which modules, and the type of the router's logits. Conversions between data types count:
+they are copies too.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
@@ -66,6 +68,7 @@ def main(model: str, out: str) -> None:
         if hasattr(module, "quant_method"):
             methods.setdefault(type(module.quant_method).__name__, set()).add(name.rpartition(".")[2])
     report = {"serving": engine.serving(), "moves": found, "methods": {m: sorted(n) for m, n in methods.items()}}
+    report["router"] = str(layers[0].mlp.gate(torch.ones(1, hidden_size, dtype=torch.bfloat16))[0].dtype)
     Path(out).write_text(json.dumps(report))
 
 
