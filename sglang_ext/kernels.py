@@ -4,7 +4,8 @@
 device  convolution and delta rule
 ======  ====================================================================================================
 GPU     SGLang's own kernels and choices (``--linear-attn-backend``), on the flat layout
-CPU     this file: ``qnext_plugin.ops`` behind the names and signatures of SGLang's kernels, any dtype and size
+CPU     this file: ``qnext_plugin.ops`` behind the names and signatures of SGLang's kernels, any dtype and size; decode
+        on float32 states: ``cpu_jit``
 ======  ====================================================================================================
 """
 
@@ -15,12 +16,14 @@ from sglang.srt.layers.attention.linear.kernels.kernel_backend import LinearAttn
 from torch import Tensor
 
 from qnext_plugin import ops
+from sglang_ext import cpu_jit
 
 CHUNK = 64
 """Tokens between the states that SGLang keeps of a prefill for its prefix cache."""
 
 KERNELS_RAN: set[str] = set()
-"""Phases of a batch that these kernels have served in this process, and ``packed`` for products of ``cpu_gemm``."""
+"""Phases of a batch that these kernels have served in this process, ``packed`` for products of ``cpu_gemm`` and
+``compiled`` for the delta rule of ``cpu_jit``."""
 
 
 def causal_conv1d_fn(
@@ -101,6 +104,9 @@ class TorchGDNKernel(LinearAttnKernelBase):
 
     supports_track_state_snapshot = True
 
+    def __init__(self) -> None:
+        cpu_jit.compiled()  # now, and not for the first request
+
     def decode(
         self,
         q: Tensor,
@@ -116,11 +122,14 @@ class TorchGDNKernel(LinearAttnKernelBase):
         **_: Any,
     ) -> Tensor:
         g, beta = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
-        out, state = ops.recurrent_gated_delta_rule(
-            q[0], k[0], v[0], g=g, beta=beta, initial_state=ssm_states.index_select(0, cache_indices)
-        )
-        ssm_states[cache_indices] = state
         KERNELS_RAN.add("decode")
+        if cpu_jit.serves(ssm_states):
+            KERNELS_RAN.add("compiled")
+            out = cpu_jit.decode(q[0], k[0], v[0], g=g, beta=beta, states=ssm_states, slots=cache_indices)
+        else:
+            state = ssm_states.index_select(0, cache_indices)
+            out, state = ops.recurrent_gated_delta_rule(q[0], k[0], v[0], g=g, beta=beta, initial_state=state)
+            ssm_states[cache_indices] = state
         return out.unsqueeze(0)
 
     def extend(
@@ -262,6 +271,8 @@ def describe(dtype: torch.dtype) -> dict[str, tuple[str, str]]:
         phase: ("torch, torch", "SGLang's package from PyPI has no CPU kernels")
         for phase in ("prefill", "decode", "verify")
     }
+    if cpu_jit.compiled():
+        found["decode"] = ("torch, numba", "")
     packed = PACKS and dtype == torch.bfloat16
     reason = (
         "" if packed else f"weights are packed in bfloat16 only, on a CPU with instructions for it; this is {dtype}"

@@ -89,7 +89,7 @@ def test_expected_kernels_ran(serve, config):
 def expected_kernels(engine, config):
     if engine == "sglang":
         packed = config.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        phases = ["extend", "verify"] if config.draft_tokens else ["decode", "extend"]
+        phases = ["extend", "verify"] if config.draft_tokens else ["compiled", "decode", "extend"]
         return sorted([*phases, *(["packed"] if packed else [])])
     fast = config.dtype == "bfloat16"
     conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"

@@ -51,7 +51,7 @@ def query_and_gate_swapped(worker: Any) -> AbstractContextManager[None]:
     return _columns_swapped(attention.qkv_proj, 0, attention.head_dim, attention.head_dim)
 
 
-def _ops(name: str, broken: Callable[..., Any]) -> AbstractContextManager[Any]:
+def ops_replaced(name: str, broken: Callable[..., Any]) -> AbstractContextManager[Any]:
     """Replace ``qnext_plugin.ops.name`` by ``broken(original, *args, **kwargs)``."""
     from qnext_plugin import ops
 
@@ -64,7 +64,7 @@ def decay_sign(worker: Any) -> AbstractContextManager[Any]:
         g, beta = original(*args, **kwargs)
         return -g, beta
 
-    return _ops("gating", broken)
+    return ops_replaced("gating", broken)
 
 
 def _shifted_window(original: Callable[..., Any], *args: Any, conv_state: torch.Tensor, **kwargs: Any) -> Any:
@@ -72,20 +72,11 @@ def _shifted_window(original: Callable[..., Any], *args: Any, conv_state: torch.
 
 
 def conv_window_off_by_one_in_decode(worker: Any) -> AbstractContextManager[Any]:
-    return _ops("causal_conv1d_update", _shifted_window)
+    return ops_replaced("causal_conv1d_update", _shifted_window)
 
 
 def conv_window_off_by_one_in_prefill(worker: Any) -> AbstractContextManager[Any]:
-    return _ops("causal_conv1d", _shifted_window)
-
-
-def neighbours_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
-    """Each sequence of a batch reads the recurrent state of the next one."""
-
-    def broken(original: Callable[..., Any], *args: Any, initial_state: torch.Tensor, **kwargs: Any) -> Any:
-        return original(*args, initial_state=initial_state.roll(1, dims=0), **kwargs)
-
-    return _ops("recurrent_gated_delta_rule", broken)
+    return ops_replaced("causal_conv1d", _shifted_window)
 
 
 @contextmanager
@@ -106,6 +97,4 @@ MUTANTS = [
     Mutant(b_and_a_swapped, "short"),
     Mutant(query_and_gate_swapped, "short"),
     Mutant(decay_sign, "short"),
-    Mutant(neighbours_states_swapped_in_decode, "mixed_lengths"),
-    Mutant(neighbours_states_swapped_in_decode, "arrivals"),
 ]

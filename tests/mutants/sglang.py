@@ -101,8 +101,18 @@ def unused_slots_poisoned(worker: Any) -> AbstractContextManager[Any]:
     return layers.poisoned([*cache.conv, cache.temporal])
 
 
+def neighbours_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
+    """Each sequence of a batch goes on from the recurrent state of the next one."""
+    from sglang_ext import cpu_jit
+
+    decode = cpu_jit.decode
+    return patch.object(cpu_jit, "decode", lambda *args, slots, **kwargs: decode(*args, slots=slots.roll(1), **kwargs))
+
+
 MUTANTS = [
     *layers.MUTANTS,
+    Mutant(neighbours_states_swapped_in_decode, "mixed_lengths"),
+    Mutant(neighbours_states_swapped_in_decode, "arrivals"),
     Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
     Mutant(state_dropped_at_prefix_restore, "multi_turn"),
     Mutant(state_dropped_at_prefix_restore, "prefix_chunked", "starved"),

@@ -132,8 +132,19 @@ def unused_slots_poisoned(worker: Any) -> AbstractContextManager[Any]:
     return layers.poisoned([state for mixer in layers.mixers(worker) for state in mixer.kv_cache])
 
 
+def neighbours_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
+    """Each sequence of a batch reads the recurrent state of the next one."""
+
+    def broken(original: Callable[..., Any], *args: Any, initial_state: torch.Tensor, **kwargs: Any) -> Any:
+        return original(*args, initial_state=initial_state.roll(1, dims=0), **kwargs)
+
+    return layers.ops_replaced("recurrent_gated_delta_rule", broken)
+
+
 MUTANTS = [
     *layers.MUTANTS,
+    Mutant(neighbours_states_swapped_in_decode, "mixed_lengths"),
+    Mutant(neighbours_states_swapped_in_decode, "arrivals"),
     Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
     Mutant(state_dropped_at_prefix_restore, "prefix_chunked", "starved"),
     Mutant(slot_not_zeroed, "slot_reuse"),
