@@ -6,6 +6,7 @@ loaded.
 """
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 
 
 @cache
-def compiled() -> tuple[Any, Any] | None:
-    """GNU's OpenMP runtime and what to run in it, if torch brings that runtime, as its packages on PyPI do.
+def compiled() -> Callable[[np.ndarray], None] | None:
+    """``_region`` for all of torch's threads, if torch brings GNU's OpenMP runtime, as its packages on PyPI do.
 
     It is compiled once on a machine: Numba keeps the result next to this file, or in the user's cache.
     """
@@ -36,7 +37,8 @@ def compiled() -> tuple[Any, Any] | None:
     library = ctypes.CDLL(str(file))
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
-    return library, cfunc(types.void(types.voidptr), cache=True)(_region)
+    region = cfunc(types.void(types.voidptr), cache=True)(_region)
+    return lambda data: library.GOMP_parallel(region.address, data.ctypes.data, torch.get_num_threads(), 0)
 
 
 def serves(states: Tensor) -> bool:
@@ -52,9 +54,9 @@ def decode(q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, states: 
     inputs = [x.contiguous() for x in (scaled, l2norm(k).float(), v.float(), decay, beta.float(), slots.long())]
     out = torch.empty(v.shape)
     sizes = (len(v), len(states), q.shape[1], *states.shape[1:])
-    arguments = np.array([*sizes, *(x.data_ptr() for x in (*inputs, states, out))], np.int64)
-    library, region = compiled()  # type: ignore[misc]  # as ``serves`` has seen
-    library.GOMP_parallel(region.address, arguments.ctypes.data, torch.get_num_threads(), 0)
+    run = compiled()
+    assert run is not None
+    run(np.array([*sizes, *(x.data_ptr() for x in (*inputs, states, out))], np.int64))
     return out.to(v.dtype)
 
 

@@ -19,6 +19,7 @@ ONLY = {
     "sglang_ext/loading.py: Copy": "its second argument needs a name",
     "vllm_ext/mtp.py: Qwen3NextMTP": "each engine derives another architecture's name for the draft",
     "sglang_ext/mtp.py: Qwen3NextForCausalLMMTP": "the same",
+    "sglang_ext/cpu_jit.py": "vLLM's wheel has the delta rule compiled",
     "sglang_ext/cpu_speculation.py": "vLLM has CPU versions of most of these kernels",
     "sglang_ext/cpu_platform.py": "vLLM has a CPU platform of its own",
     "sglang_ext/cpu_attention.py": "vLLM has attention for CPU of its own",
