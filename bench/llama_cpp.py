@@ -17,12 +17,11 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.step import WORKLOADS
+from bench.step import WORKLOADS, started
 
 VERSION = "0.3.36"
 CACHE = os.environ.get("QNEXT_ENVS") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qnext-plugin"
@@ -160,22 +159,6 @@ def theirs(gguf: Path, batch: int, length: int, output: int = 0) -> Iterator[flo
                     yield json.loads(line)["speed_tg" if output else "speed_pp"]
 
 
-@contextmanager
-def ours(model: Path) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """What ``bench.step`` finds of a workload, in a process that starts and ends with this."""
-    command = [sys.executable, "-m", "bench.step", str(model)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-
-        def measure(workload: str) -> dict[str, Any]:
-            print(workload, file=child.stdin, flush=True)
-            for line in child.stdout or ():
-                if line.startswith("{"):
-                    return dict(json.loads(line))
-            raise OSError(f"{' '.join(command)}: ended")
-
-        yield measure
-
-
 def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
     """What ``bench/tables.py`` renders: rates, ratios, limits, and decode steps taken apart."""
     from qnext_plugin.bench import report
@@ -188,7 +171,7 @@ def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             rates.append(measured_ceilings("bfloat16", Path(scratch)))
         pair: dict[str, Any] = {"ours": {"workloads": {}}, "llama.cpp": {"workloads": {}}}
-        with ours(model) as measure:
+        with started("vllm", model) as measure:
             for name, workload in WORKLOADS.items():
                 pair["ours"]["workloads"][name] = measure(name)
                 found = list(theirs(gguf, **workload))

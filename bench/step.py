@@ -1,19 +1,28 @@
-"""Where the time of a decode step goes in vLLM on a CPU: the model, or the engine around it.
+"""How long a forward pass and its logits take in an engine on a CPU; what is left of a step is the engine's.
 
-    echo decode batch 1 | python -m bench.step MODEL
+    echo decode batch 1 | python -m bench.step vllm|sglang MODEL DIRECTORY
 
-The workloads of ``qnext bench``, eager, in bfloat16, with a stopwatch around the model's forward pass and its logits. A
-step is from the beginning of one forward pass to that of the next. Each line of the input is a workload; a line of JSON
-answers it.
+The workloads of ``qnext bench``, eager, in bfloat16. Line i of the input is one; ``DIRECTORY/<i>.json`` answers it,
+with what ``qnext bench`` finds and two times in milliseconds. ``model ms`` is for a prefill the least of a batch's
+passes together, for a decode the median of a pass; ``step ms`` is for a prefill until the first tokens, for a decode
+from the beginning of a pass to that of the next.
 """
 
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from itertools import count, pairwise
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from qnext_plugin import process
 
 WORKLOADS = {
     "prefill 1x2000": {"batch": 1, "length": 2000},
@@ -22,65 +31,111 @@ WORKLOADS = {
     "decode batch 4": {"batch": 4, "length": 32, "output": 32},
     "decode batch 8": {"batch": 8, "length": 32, "output": 32},
 }
+OUT = "QNEXT_BENCH_PASSES"
+Pass = tuple[int, float, float]
+"""Tokens of a forward pass, when it began, and its and its logits' seconds."""
 
 
-class Stopwatch:
-    """Of a model; ``steps`` are the tokens of each forward pass, when it began, and its and its logits' seconds."""
+@contextmanager
+def stopwatch(worker: Any) -> Iterator[None]:
+    """Around the model of an engine's ``worker``, in its process; writes each ``Pass`` to file ``OUT`` at the end."""
+    model = worker.model_runner.model
+    passes: list[Pass] = []
+    forward, compute_logits = model.forward, getattr(model, "compute_logits", None)
 
-    def __init__(self, model: Any) -> None:
-        self.steps: list[tuple[int, float, float]] = []
-        forward, compute_logits = model.forward, model.compute_logits
+    def timed_forward(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        result = forward(*args, **kwargs)
+        input_ids = args[0] if args else kwargs["input_ids"]
+        passes.append((len(input_ids), begin, time.perf_counter() - begin))
+        return result
 
-        def timed_forward(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            hidden_states = forward(*args, **kwargs)
-            self.steps.append((len(hidden_states), begin, time.perf_counter() - begin))
-            return hidden_states
+    def timed_logits(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        logits = compute_logits(*args, **kwargs)
+        tokens, begun, seconds = passes[-1]
+        passes[-1] = tokens, begun, seconds + time.perf_counter() - begin
+        return logits
 
-        def timed_logits(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            logits = compute_logits(*args, **kwargs)
-            tokens, begun, seconds = self.steps[-1]
-            self.steps[-1] = tokens, begun, seconds + time.perf_counter() - begin
-            return logits
-
-        model.forward, model.compute_logits = timed_forward, timed_logits
-
-    def decode(self, batch: int) -> dict[str, float]:
-        """Medians in milliseconds, of the steps of ``batch`` tokens that another one follows."""
-        pairs = [(a, b) for a, b in zip(self.steps, self.steps[1:], strict=False) if a[0] == b[0] == batch]
-        assert pairs, f"no two steps of {batch} tokens after one another"
-        return {
-            "model ms": 1e3 * statistics.median(seconds for (_, _, seconds), _ in pairs),
-            "step ms": 1e3 * statistics.median(after - begun for (_, begun, _), (_, after, _) in pairs),
-        }
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(model, "forward", timed_forward))
+        if compute_logits:  # which SGLang's models call in their forward pass
+            patches.enter_context(patch.object(model, "compute_logits", timed_logits))
+        yield
+    Path(os.environ[OUT]).write_text(json.dumps(passes))
 
 
-def measurements(model: str, workloads: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Of each workload what ``qnext bench`` finds, and of decodes the milliseconds of a step."""
+def prefill(passes: Iterable[Pass], batch: int, length: int, rate: float) -> dict[str, float]:
+    sums, tokens, seconds = [], 0, 0.0
+    for more_tokens, _, more_seconds in passes:
+        tokens, seconds = tokens + more_tokens, seconds + more_seconds
+        if tokens == batch * length:
+            sums.append(seconds)
+            tokens, seconds = 0, 0.0
+    assert sums and not tokens, f"passes over {tokens} tokens more than batches of {batch * length}"
+    return {"model ms": 1e3 * min(sums), "step ms": 1e3 * batch * length / rate}
+
+
+def decode(passes: list[Pass], batch: int) -> dict[str, float]:
+    pairs = [(a, b) for a, b in pairwise(passes) if a[0] == b[0] == batch]
+    assert pairs, f"no two passes over {batch} tokens after one another"
+    return {
+        "model ms": 1e3 * statistics.median(seconds for (_, _, seconds), _ in pairs),
+        "step ms": 1e3 * statistics.median(after - begun for (_, begun, _), (_, after, _) in pairs),
+    }
+
+
+def measurements(engine_name: str, model: str, workloads: Iterable[str]) -> Iterator[dict[str, Any]]:
     from qnext_plugin.bench import worker
     from qnext_plugin.bench.side import Task
     from qnext_plugin.config import QNextConfig
     from qnext_plugin.verify.scenarios import EngineConfig
-    from vllm_ext.bench import Engine
 
     task = Task(model, WORKLOADS)
-    config = EngineConfig("", dtype=task.dtype, max_model_len=task.longest, flags=tuple(task.flags("vllm")))
-    engine = Engine(model, config)
-    worker.check_modules(engine.serving()["modules"], "vllm_ext.")
-    watch = Stopwatch(engine.worker.model_runner.model)
+    config = EngineConfig("", dtype=task.dtype, max_model_len=task.longest, flags=tuple(task.flags(engine_name)))
+    engine = import_module(f"{engine_name}_ext.bench").Engine(model, config)
+    worker.check_modules(engine.serving()["modules"], f"{engine_name}_ext.")
     prompts = worker.random_prompts(QNextConfig.from_pretrained(model).vocab_size)
     for name in workloads:
         workload = WORKLOADS[name]
-        watch.steps.clear()
-        found = worker.measure(engine.answer, prompts, prompts, {name: workload})[name]
-        yield found | (watch.decode(workload["batch"]) if "output" in workload else {})
+        with engine.broken("bench.step:stopwatch"):
+            found = worker.measure(engine.answer, prompts, prompts, {name: workload})[name]
+        passes = json.loads(Path(os.environ[OUT]).read_text())
+        if "output" in workload:
+            yield found | decode(passes, workload["batch"])
+        else:
+            yield found | prefill(passes, **workload, rate=found["tokens per second"])
 
 
-if __name__ == "__main__":
+@contextmanager
+def started(engine: str, model: Path, python: str = sys.executable) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """What measures a workload, in a process that starts and ends with this."""
+    with tempfile.TemporaryDirectory() as directory:
+        log, numbers = Path(directory) / "log", count()
+        with process.started(["-m", "bench.step", engine, str(model), directory], log, python=python) as child:
+
+            def measure(workload: str) -> dict[str, Any]:
+                assert child.stdin
+                child.stdin.write(f"{workload}\n".encode())
+                child.stdin.flush()
+                out = Path(directory) / f"{next(numbers)}.json"
+                process.wait_until(out.exists, child, log, timeout=600)
+                return dict(json.loads(out.read_text()))
+
+            yield measure
+
+
+def main(engine: str, model: str, directory: str) -> None:
     # All cores, as `qnext bench`; before torch is loaded, which looks once.
     cores = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ |= cores | {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ
-    for measured in measurements(sys.argv[1], map(str.strip, sys.stdin)):
-        print(json.dumps(measured), flush=True)
-    os._exit(0)  # shutting an engine down can wait for ever
+    part = Path(directory) / "part"
+    os.environ[OUT] = str(Path(directory) / "passes")
+    for i, found in enumerate(measurements(engine, model, map(str.strip, sys.stdin))):
+        part.write_text(json.dumps(found))
+        part.rename(part.with_name(f"{i}.json"))
+    os._exit(0)  # shutting an engine down can wait for ever; the caller ends the whole process group
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -52,6 +52,20 @@ def decode_steps(found: dict[str, Any]) -> str:
     return table(rows)
 
 
+def engines(found: dict[str, Any]) -> str:
+    """Of ``bench/engines.py``: milliseconds of the model and of the whole, and ratios of speed pair by pair."""
+    rows = [["ms", "SGLang: model", "whole", "vLLM: model", "whole", "speed of the model", "of the whole"]]
+    for name, by in found["times"].items():
+        medians = [statistics.median(each) for times in by.values() for each in times.values()]
+        ratios = [
+            [vllm / sglang for sglang, vllm in zip(by["sglang"][each], by["vllm"][each], strict=True)]
+            for each in by["sglang"]
+        ]
+        spreads = [f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})" for each in ratios]
+        rows.append([name, *(f"{median:.1f}" for median in medians), *spreads])
+    return table(rows)
+
+
 def context(found: dict[str, Any]) -> str:
     """Of ``bench/context.py``: a layer's decode step by the length of the context."""
     lengths = sorted(next(iter(found["microseconds by context"].values())), key=int)
@@ -119,7 +133,7 @@ def written(readme: str) -> str:
 
     def region(match: re.Match[str]) -> str:
         runs = [json.loads(file.read_text()) for file in sorted(ROOT.glob(match["file"]))]
-        kinds = {"checks": gpu_check, "microseconds by context": context, "workloads": bench}
+        kinds = {"checks": gpu_check, "microseconds by context": context, "times": engines, "workloads": bench}
         make = next((make for key, make in kinds.items() if key in runs[0]), None)
         return f"{match[1]}\n{make(runs[0]) if make else verify(runs)}\n{match[3]}"
 

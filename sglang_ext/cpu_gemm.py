@@ -1,12 +1,14 @@
-"""Matrix products on CPU: bfloat16 weights packed once for oneDNN, as torch ships it, and experts one product each.
+"""Matrix products on CPU: bfloat16 weights packed once by oneDNN, as torch ships it, and experts one product each.
 
 Left as they are, such weights are packed anew in every call, which for a few tokens costs as much as the product.
+``cpu_products`` multiplies where it can read what oneDNN packs, oneDNN itself elsewhere.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput, StandardDispatchOutput
@@ -15,6 +17,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, Unquantiz
 from sglang.srt.runtime_context import get_exec
 from torch import Tensor, nn
 
+from sglang_ext import cpu_products
 from sglang_ext.compat import ON_CPU
 from sglang_ext.kernels import KERNELS_RAN
 
@@ -22,12 +25,33 @@ PACKS: bool = ON_CPU and torch.backends.mkldnn.is_available() and torch.ops.mkld
 """Whether bfloat16 weights are packed in this process; a CPU without the instructions for it takes them as they are."""
 
 
+class Packed:
+    """Matrices of one size, in the place of ``weights`` [matrices, out, in]."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.matrices = [torch.ops.mkldnn._reorder_linear_weight(matrix) for matrix in weights]
+        self.addresses, self.out_features = None, weights.shape[1]
+        if cpu_products.readable(self.matrices[0], *weights.shape[1:]):
+            self.addresses = np.array([torch.ops.mkldnn.data_ptr(matrix) for matrix in self.matrices])
+
+    def products(self, x: Tensor, used: Sequence[int], counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        """Of ``counts[i]`` rows of ``x`` after one another, by matrix ``used[i]``."""
+        if self.addresses is not None and bias is None and x.dtype == torch.bfloat16:
+            KERNELS_RAN.add("products")
+            return cpu_products.products(x, self.addresses[used], counts, self.out_features)
+        KERNELS_RAN.add("packed")
+        product = torch.ops.mkldnn._linear_pointwise.default
+        pairs = zip(x.split(counts), used, strict=True)
+        parts = [product(part, self.matrices[i], bias, "none", [], "") for part, i in pairs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 @contextmanager
 def plain_weights(model: nn.Module) -> Iterator[None]:
     """Inside, ``model``'s weights are as they were declared, so that some or all can be loaded; outside, packed."""
     for param in model.parameters():
         if packed := param.__dict__.pop("packed", None):
-            param.data = torch.stack([weight.to_dense() for weight in packed]).view(param.plain_shape)
+            param.data = torch.stack([matrix.to_dense() for matrix in packed.matrices]).view(param.plain_shape)
     try:
         yield
     finally:
@@ -46,12 +70,10 @@ def _pack_all(model: nn.Module) -> None:
 
 
 def pack(param: nn.Parameter) -> None:
-    """Keep a bfloat16 [out, in] or [experts, out, in] as ``param.packed``, a list of matrices, and not as it is."""
+    """Keep a bfloat16 [out, in] or [experts, out, in] as ``param.packed``, and not as it is."""
     if param.dtype == torch.bfloat16:
         param.plain_shape = param.shape
-        param.packed = [
-            torch.ops.mkldnn._reorder_linear_weight(matrix) for matrix in param.data.view(-1, *param.shape[-2:])
-        ]
+        param.packed = Packed(param.data.view(-1, *param.shape[-2:]))
         param.data = param.data.new_empty(0)
 
 
@@ -62,18 +84,10 @@ def is_untied_head(module: nn.Module) -> bool:
     return untied and not get_exec().features.enable_fp32_lm_head
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, also with a packed ``weight``."""
-    if weight.is_mkldnn:
-        KERNELS_RAN.add("packed")
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
 class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        (weight,) = getattr(layer.weight, "packed", [layer.weight])
-        return linear(x, weight, bias)
+        packed: Packed | None = getattr(layer.weight, "packed", None)
+        return packed.products(x, [0], [len(x)], bias) if packed else F.linear(x, layer.weight, bias)
 
 
 def moe_forward(_: UnquantizedFusedMoEMethod, layer: nn.Module, dispatch_output: StandardDispatchOutput) -> Any:
@@ -85,7 +99,7 @@ def moe_forward(_: UnquantizedFusedMoEMethod, layer: nn.Module, dispatch_output:
 
 
 def routed_experts(
-    x: Tensor, w13: Sequence[Tensor] | Tensor, w2: Sequence[Tensor] | Tensor, topk_weights: Tensor, topk_ids: Tensor
+    x: Tensor, w13: Packed | Tensor, w2: Packed | Tensor, topk_weights: Tensor, topk_ids: Tensor
 ) -> Tensor:
     """``sum_k topk_weights[:, k] w2[e] (silu(gate) up)`` where ``[gate | up] = w13[e] x`` and ``e = topk_ids[:, k]``.
 
@@ -94,15 +108,14 @@ def routed_experts(
     """
     flat_ids = topk_ids.flatten()
     order = flat_ids.argsort()[int((flat_ids < 0).sum()) :]
-    counts = flat_ids[order].bincount(minlength=len(w13)).tolist()
-    used = [(expert, count) for expert, count in enumerate(counts) if count]
-
-    if not used:
+    if not len(order):
         return torch.zeros_like(x)
+    used, counts = (found.tolist() for found in flat_ids[order].unique_consecutive(return_counts=True))
 
-    def products(rows: Tensor, weights: Sequence[Tensor] | Tensor) -> Tensor:
-        parts = rows.split([count for _, count in used])
-        return torch.cat([linear(part, weights[expert]) for part, (expert, _) in zip(parts, used, strict=True)])
+    def products(rows: Tensor, weights: Packed | Tensor) -> Tensor:
+        if isinstance(weights, Packed):
+            return weights.products(rows, used, counts)
+        return torch.cat([F.linear(part, weights[i]) for part, i in zip(rows.split(counts), used, strict=True)])
 
     gate, up = products(x.index_select(0, order // topk_ids.shape[1]), w13).float().chunk(2, dim=-1)
     # The rest is linear, so the routing weights may come before it, to be rounded together with what they multiply.

@@ -5,7 +5,7 @@ device  convolution and delta rule
 ======  ====================================================================================================
 GPU     SGLang's own kernels and choices (``--linear-attn-backend``), on the flat layout
 CPU     this file: ``qnext_plugin.ops`` behind the names and signatures of SGLang's kernels, any dtype and size; decode
-        on float32 states: ``cpu_jit``
+        on float32 states: ``cpu_delta_rule``
 ======  ====================================================================================================
 """
 
@@ -16,14 +16,14 @@ from sglang.srt.layers.attention.linear.kernels.kernel_backend import LinearAttn
 from torch import Tensor
 
 from qnext_plugin import ops
-from sglang_ext import cpu_jit
+from sglang_ext import cpu_delta_rule, cpu_products
 
 CHUNK = 64
 """Tokens between the states that SGLang keeps of a prefill for its prefix cache."""
 
 KERNELS_RAN: set[str] = set()
-"""Phases of a batch that these kernels have served in this process, ``packed`` for products of ``cpu_gemm`` and
-``compiled`` for the delta rule of ``cpu_jit``."""
+"""Phases of a batch that these kernels have served in this process, ``compiled`` for the delta rule of
+``cpu_delta_rule``, ``products`` for those of ``cpu_products`` and ``packed`` for oneDNN's."""
 
 
 def causal_conv1d_fn(
@@ -105,7 +105,7 @@ class TorchGDNKernel(LinearAttnKernelBase):
     supports_track_state_snapshot = True
 
     def __init__(self) -> None:
-        cpu_jit.compiled()  # now, and not for the first request
+        cpu_delta_rule.available()  # compiled now, and not for the first request
 
     def decode(
         self,
@@ -123,9 +123,9 @@ class TorchGDNKernel(LinearAttnKernelBase):
     ) -> Tensor:
         g, beta = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
         KERNELS_RAN.add("decode")
-        if cpu_jit.serves(ssm_states):
+        if cpu_delta_rule.serves(ssm_states):
             KERNELS_RAN.add("compiled")
-            out = cpu_jit.decode(q[0], k[0], v[0], g=g, beta=beta, states=ssm_states, slots=cache_indices)
+            out = cpu_delta_rule.decode(q[0], k[0], v[0], g=g, beta=beta, states=ssm_states, slots=cache_indices)
         else:
             state = ssm_states.index_select(0, cache_indices)
             out, state = ops.recurrent_gated_delta_rule(q[0], k[0], v[0], g=g, beta=beta, initial_state=state)
@@ -271,10 +271,11 @@ def describe(dtype: torch.dtype) -> dict[str, tuple[str, str]]:
         phase: ("torch, torch", "SGLang's package from PyPI has no CPU kernels")
         for phase in ("prefill", "decode", "verify")
     }
-    if cpu_jit.compiled():
+    if cpu_delta_rule.available():
         found["decode"] = ("torch, numba", "")
     packed = PACKS and dtype == torch.bfloat16
     reason = (
         "" if packed else f"weights are packed in bfloat16 only, on a CPU with instructions for it; this is {dtype}"
     )
-    return found | {"experts": ("onednn" if packed else "torch", reason)}
+    compiled = "numba" if cpu_products.available() else "onednn"
+    return found | {"experts": (compiled if packed else "torch", reason)}

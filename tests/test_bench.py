@@ -1,5 +1,6 @@
 """`qnext bench`: what is counted, divided and refused; engines/test_bench.py measures a real engine."""
 
+import json
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,7 +251,8 @@ def test_an_engine_that_is_not_installed(monkeypatch, capsys):
     assert "run qnext with the engine's own python" in capsys.readouterr().err
 
 
-def test_a_step_is_the_models_time_and_the_engines_around_it(monkeypatch):
+@pytest.mark.parametrize("logits_apart", [True, False])  # vLLM's models, and SGLang's
+def test_a_step_is_the_models_time_and_the_engines_around_it(monkeypatch, tmp_path, logits_apart):
     now = 0.0
 
     def passes(seconds, result):
@@ -259,16 +261,33 @@ def test_a_step_is_the_models_time_and_the_engines_around_it(monkeypatch):
         return result
 
     monkeypatch.setattr(step.time, "perf_counter", lambda: now)
-    served = SimpleNamespace(
-        forward=lambda rows: passes(rows, [0] * rows), compute_logits=lambda _: passes(1, "logits")
-    )
-    watch = step.Stopwatch(served)
-    for rows, following in ((6, 2), (2, 6), (6, 2), (2, 2), (2, 6), (6, 0)):  # prompts of six tokens, decodes of two
-        assert served.compute_logits(served.forward(rows)) == "logits"
-        passes(20 if following == 6 else 4, None)  # a pause before each prompt
-    assert watch.decode(2) == {"model ms": 3000.0, "step ms": 7000.0}
-    with pytest.raises(AssertionError, match="no two steps of 3 tokens"):
-        watch.decode(3)
+    monkeypatch.setenv(step.OUT, str(tmp_path / "passes"))
+    model = SimpleNamespace(forward=lambda input_ids: passes(len(input_ids) + (not logits_apart), "hidden states"))
+    if logits_apart:
+        model.compute_logits = lambda hidden_states: passes(1, "logits")
+    with step.stopwatch(SimpleNamespace(model_runner=SimpleNamespace(model=model))):
+        for rows, following in (
+            (6, 2),
+            (2, 6),
+            (6, 2),
+            (2, 2),
+            (2, 6),
+            (6, 0),
+        ):  # prompts of six tokens, decodes of two
+            assert model.forward(input_ids=[0] * rows) == "hidden states"
+            assert not logits_apart or model.compute_logits("hidden states") == "logits"
+            passes(20 if following == 6 else 4, None)  # a pause before each prompt
+    found = json.loads((tmp_path / "passes").read_text())
+    assert step.decode(found, 2) == {"model ms": 3000.0, "step ms": 7000.0}
+    with pytest.raises(AssertionError, match="no two passes over 3 tokens"):
+        step.decode(found, 3)
+
+
+def test_the_passes_over_a_batch_of_prompts_are_one_prefill():
+    passes = [(2, 0.0, 7.0), (4, 0.0, 2.0), (6, 0.0, 8.0), (4, 0.0, 3.0), (2, 0.0, 4.0)]
+    assert step.prefill(passes, batch=3, length=2, rate=0.5) == {"model ms": 7000.0, "step ms": 12000.0}
+    with pytest.raises(AssertionError, match="4 tokens more than batches of 6"):
+        step.prefill(passes[:-1], batch=3, length=2, rate=0.5)
 
 
 def test_readme_tables():
@@ -277,6 +296,11 @@ def test_readme_tables():
     assert "| prefill 2x9 | 30 | 20 | 2.00 (1.00-3.00) | 50% |" in made
     parts = {"limit ms": 10.0, "model ms": [12.0, 14.0], "step ms": [16.0, 18.0], "llama.cpp ms": [20.0, 21.0]}
     assert "| decode | 10.0 | 13.0 | 1.30 | 4.0 | 17.0 | 20.5 |" in tables.decode_steps({"decode": parts})
+    times = {"sglang": {"model ms": [20.0, 10.0], "step ms": [30.0, 30.0]}, "vllm": {"model ms": [20.0, 8.0]}}
+    times["vllm"]["step ms"] = [15.0, 30.0]
+    assert "| decode | 15.0 | 30.0 | 14.0 | 22.5 | 0.90 (0.80-1.00) | 0.75 (0.50-1.00) |" in tables.engines(
+        {"times": {"decode": times}}
+    )
     steps = {"Gated DeltaNet": {"1024": 100.0, "32768": 102.0}, "gated attention": {"1024": 50.0, "32768": 400.0}}
     made = tables.context({"microseconds by context": steps})
     assert "| us of a layer | 1,024 tokens | 32,768 tokens | longest over shortest |" in made

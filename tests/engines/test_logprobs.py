@@ -90,7 +90,8 @@ def expected_kernels(engine, config):
     if engine == "sglang":
         packed = config.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         phases = ["extend", "verify"] if config.draft_tokens else ["compiled", "decode", "extend"]
-        return sorted([*phases, *(["packed"] if packed else [])])
+        compiled = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+        return sorted([*phases, *(["products" if compiled else "packed"] if packed else [])])
     fast = config.dtype == "bfloat16"
     conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"
     delta = "cpp" if fast else "torch"

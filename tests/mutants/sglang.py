@@ -103,10 +103,12 @@ def unused_slots_poisoned(worker: Any) -> AbstractContextManager[Any]:
 
 def neighbours_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
     """Each sequence of a batch goes on from the recurrent state of the next one."""
-    from sglang_ext import cpu_jit
+    from sglang_ext import cpu_delta_rule
 
-    decode = cpu_jit.decode
-    return patch.object(cpu_jit, "decode", lambda *args, slots, **kwargs: decode(*args, slots=slots.roll(1), **kwargs))
+    decode = cpu_delta_rule.decode
+    return patch.object(
+        cpu_delta_rule, "decode", lambda *args, slots, **kwargs: decode(*args, slots=slots.roll(1), **kwargs)
+    )
 
 
 MUTANTS = [

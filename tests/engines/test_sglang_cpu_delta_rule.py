@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qnext_plugin import ops
-from sglang_ext import cpu_jit
+from sglang_ext import cpu_delta_rule
 from tests.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.engine
@@ -27,11 +27,11 @@ def test_decode(dtype, n, groups, heads, rows, columns, num_threads):
     states[slots] = torch.randn(n, heads, rows, columns)
     exact = [x.double() for x in (q, k, v)], {"g": g.double(), "beta": beta.double()}
     out, after = ops.recurrent_gated_delta_rule(*exact[0], **exact[1], initial_state=states[slots].double())
-    assert cpu_jit.serves(states)
+    assert cpu_delta_rule.serves(states)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert_close(cpu_jit.decode(q, k, v, g=g, beta=beta, states=states, slots=slots), out, OPS[dtype])
+        assert_close(cpu_delta_rule.decode(q, k, v, g=g, beta=beta, states=states, slots=slots), out, OPS[dtype])
     finally:
         torch.set_num_threads(before)
     assert_close(states[slots], after, OPS[dtype])
@@ -40,4 +40,4 @@ def test_decode(dtype, n, groups, heads, rows, columns, num_threads):
 
 @pytest.mark.parametrize("states", [torch.zeros(3, 2, 4, 4).bfloat16(), torch.zeros(3, 2, 4, 8)[..., :4]])
 def test_states_that_it_does_not_serve(states):
-    assert not cpu_jit.serves(states)
+    assert not cpu_delta_rule.serves(states)
