@@ -34,7 +34,11 @@ def in_parallel(region: Callable[[Any], None]) -> Callable[[np.ndarray], None] |
     library = ctypes.CDLL(str(file))
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
-    compiled = cfunc(types.void(types.voidptr), cache=True)(region)
+    signature = types.void(types.voidptr)
+    try:
+        compiled = cfunc(signature, cache=True)(region)
+    except RuntimeError:  # neither is writable
+        compiled = cfunc(signature)(region)
     return lambda data: library.GOMP_parallel(compiled.address, data.ctypes.data, torch.get_num_threads(), 0)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from sglang_ext.cpu_jit import in_parallel, pointer, share
 
 BLOCK = 64
-ROWS = 6  # of as many a register holds the sums of each 16 outputs of a block, with room for weights and input
-BLOCK_SIZE = 2 * BLOCK  # bytes for each input
+ROWS = 6  # at once: their sums of a block fill 24 of the 32 registers, its weights and the input the others
+BYTES_OF_INPUT = 2 * BLOCK  # in a block
 
 
 def available() -> bool:
@@ -66,11 +66,11 @@ def _region(data: Any) -> None:
     for matrix, count in zip(addresses, counts):  # noqa: B905
         parts = (count + ROWS - 1) // ROWS
         # Where a block is read more than once, the next one comes from memory meanwhile.
-        ahead = BLOCK_SIZE * k if parts > 1 else 0
+        ahead = BYTES_OF_INPUT * k if parts > 1 else 0
         for job in range(max(first, 0), min(last, blocks * parts)):
             block, part = job // parts, job % parts
             begin, end = row + count * part // parts, row + count * (part + 1) // parts
-            weights, sums = matrix + BLOCK_SIZE * k * block, out + 2 * (n * begin + BLOCK * block)
+            weights, sums = matrix + BYTES_OF_INPUT * k * block, out + 2 * (n * begin + BLOCK * block)
             _block(end - begin, weights, x + 2 * k * begin, sums, k, n, ahead)
         row, first, last = row + count, first - blocks * parts, last - blocks * parts
 
@@ -132,10 +132,10 @@ def _of_rows(rows: int) -> Any:
         i = builder.phi(I64)
         i.add_incoming(I64(0), before)
         sums = [[builder.phi(FLOATS) for _ in VECTORS] for _ in range(rows)]
-        here = builder.add(weights, builder.mul(i, I64(2 * BLOCK_SIZE)))
+        here = builder.add(weights, builder.mul(i, I64(2 * BYTES_OF_INPUT)))
         loaded = []
         for j in VECTORS:
-            loaded.append(builder.bitcast(builder.load(at(here, I64(64 * j), INTEGERS), align=64), PAIRS))
+            loaded.append(builder.bitcast(builder.load(at(here, I64(64 * j), INTEGERS), align=2), PAIRS))
             builder.call(fetch, [at(builder.add(here, ahead), I64(64 * j), ir.IntType(8)), I32(0), I32(2), I32(1)])
         for r, row in enumerate(sums):
             offset = builder.add(builder.mul(I64(2 * r), k), builder.mul(i, I64(4)))
