@@ -2,8 +2,9 @@
 
     python -m bench.context MODEL [--lengths 1024 32768] [--json FILE]
 
-CPU seconds of the layer's thread, so that other load does not count; lengths in turn, medians over all steps. MODEL can
-be any checkpoint that takes the longest, such as that of
+CPU seconds of the layer's thread, so that other load does not count; medians over a round's steps, lengths in turn in
+each round. The experts beside the layers, which know nothing of the context, tell how fast the machine was just then:
+growth is in their time. MODEL can be any checkpoint that takes the longest, such as that of
 ``qnext checkpoint random DIR --dtype float32 --set max_position_embeddings=33000``.
 """
 
@@ -16,11 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.tables import growth
+
 os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
-STEPS, ROUNDS = 64, 3
-KINDS = {"linear_attn": "Gated DeltaNet", "self_attn": "gated attention"}
+STEPS, ROUNDS = 64, 8
+KINDS = {"linear_attn": "Gated DeltaNet", "self_attn": "gated attention", "mlp": "experts"}
 
 
 class Stopwatch:
@@ -44,7 +47,7 @@ class Stopwatch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -70,15 +73,14 @@ def main() -> None:
             engine.answer(prompts(1, length), 1 + STEPS)
             for layer in layers:
                 assert len(layer.steps) == STEPS, f"{layer.name}: {len(layer.steps)} steps, expected {STEPS}"
-                found[layer.name][length] += layer.steps
+            for kind, by in found.items():
+                of_kind = [seconds for layer in layers if layer.name == kind for seconds in layer.steps]
+                by[length].append(1e6 * statistics.median(of_kind))
+            for layer in layers:
                 layer.steps.clear()
-    table = {kind: {n: 1e6 * statistics.median(times) for n, times in by.items()} for kind, by in found.items()}
-    for kind, by in table.items():
-        growth = by[max(by)] / by[min(by)]
-        steps = ", ".join(f"{n}: {us:.0f} us" for n, us in by.items())
-        print(
-            f"{kind}, one layer's decode step at a context of {steps}; longest over shortest {growth:.3f}", flush=True
-        )
+    for kind, by in found.items():
+        steps = ", ".join(f"{n}: {statistics.median(rounds):.0f} us" for n, rounds in by.items())
+        print(f"{kind}, one layer's decode step at a context of {steps}; growth {growth(found, kind):.2f}", flush=True)
     if args.json:
         from vllm import __version__
 
@@ -88,7 +90,7 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "date": time.strftime("%Y-%m-%d"),
         }
-        args.json.write_text(json.dumps(about | {"microseconds by context": table}, indent=1) + "\n")
+        args.json.write_text(json.dumps(about | {"microseconds by context": found}, indent=1) + "\n")
     os._exit(0)
 
 

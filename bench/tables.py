@@ -68,11 +68,19 @@ def engines(found: dict[str, Any]) -> str:
 
 def context(found: dict[str, Any]) -> str:
     """Of ``bench/context.py``: a layer's decode step by the length of the context."""
-    lengths = sorted(next(iter(found["microseconds by context"].values())), key=int)
-    rows = [["us of a layer", *(f"{int(n):,} tokens" for n in lengths), "longest over shortest"]]
-    for kind, by in found["microseconds by context"].items():
-        rows.append([kind, *(f"{by[n]:.0f}" for n in lengths), f"{by[lengths[-1]] / by[lengths[0]]:.2f}"])
+    times = found["microseconds by context"]
+    lengths = sorted(next(iter(times.values())), key=int)
+    rows = [["us of a layer", *(f"{int(n):,} tokens" for n in lengths), "growth"]]
+    for kind, by in times.items():
+        rows.append([kind, *(f"{statistics.median(by[n]):.0f}" for n in lengths), f"{growth(times, kind):.2f}"])
     return table(rows)
+
+
+def growth(times: dict[str, dict[Any, list[float]]], kind: str) -> float:
+    """Median over rounds of the longest context's time over the shortest's, each in that of the experts."""
+    shortest, longest = min(times[kind], key=int), max(times[kind], key=int)
+    columns = (times[name][length] for length in (longest, shortest) for name in (kind, "experts"))
+    return statistics.median(a / b / (c / d) for a, b, c, d in zip(*columns, strict=True))
 
 
 def gpu_check(found: dict[str, Any]) -> str:

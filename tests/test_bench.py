@@ -301,7 +301,10 @@ def test_readme_tables():
     assert "| decode | 15.0 | 30.0 | 14.0 | 22.5 | 0.90 (0.80-1.00) | 0.75 (0.50-1.00) |" in tables.engines(
         {"times": {"decode": times}}
     )
-    steps = {"Gated DeltaNet": {"1024": 100.0, "32768": 102.0}, "gated attention": {"1024": 50.0, "32768": 400.0}}
+    steps = {
+        "gated attention": {"1024": [50.0, 70.0, 50.0], "32768": [400.0, 500.0, 300.0]},
+        "experts": {"1024": [10.0, 20.0, 10.0], "32768": [10.0, 20.0, 20.0]},
+    }
     made = tables.context({"microseconds by context": steps})
-    assert "| us of a layer | 1,024 tokens | 32,768 tokens | longest over shortest |" in made
-    assert "| gated attention | 50 | 400 | 8.00 |" in made
+    assert "| us of a layer | 1,024 tokens | 32,768 tokens | growth |" in made
+    assert "| gated attention | 50 | 400 | 7.14 |" in made

@@ -107,6 +107,11 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         self._loading.check_complete()
         return self.logits_processor(self.lm_head, hidden_states)
 
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The most likely ids, for which ranks exchange one logit each and not the vocabulary's."""
+        self._loading.check_complete()
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return self._loading.load(
             weights, lambda checked: load_draft_weights(self, self.config, self.vllm_config, checked)

@@ -54,7 +54,10 @@ COMMAND = {
 }[ENGINE]
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
 WITH_MTP_ON_TWO_RANKS = {
-    "vllm": ["--speculative-config", json.dumps(MTP), "--tensor-parallel-size", "2"],
+    "vllm": [
+        *("--speculative-config", json.dumps(MTP | {"use_local_argmax_reduction": True})),
+        *("--tensor-parallel-size", "2"),
+    ],
     "sglang": [
         *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "2", "--speculative-eagle-topk", "1"),
         *("--speculative-num-draft-tokens", "3", "--tp-size", "2"),
