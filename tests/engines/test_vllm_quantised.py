@@ -22,9 +22,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 CONFIG = EngineConfig("", dtype="bfloat16", draft_tokens=2, num_blocks=64)
 PARALLEL = {
-    "TP 2": ("w4a16", replace(CONFIG, tensor_parallel=2)),
-    "EP 2": ("w8a8", replace(CONFIG, tensor_parallel=2, expert_parallel=True)),
-    "PP 2": ("gptq", replace(CONFIG, pipeline_parallel=2)),
+    "TP 2": replace(CONFIG, tensor_parallel=2),
+    "EP 2": replace(CONFIG, tensor_parallel=2, expert_parallel=True),
+    "PP 2": replace(CONFIG, pipeline_parallel=2),
 }
 # Layers that vLLM's CPU kernels serve as stored, on a CPU without AMX; the experts of none are among them.
 PROJECTIONS = {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
@@ -51,10 +51,12 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(checkpoints):
-    cases = {name: case(checkpoints / name, CONFIG, (SCENARIO,)) for name in FORMATS}
-    for name, (form, config) in PARALLEL.items():
-        cases[name] = case(checkpoints / form, config, (SCENARIO,))
-    return serve(checkpoints, cases)
+    cases = {
+        f"{form}, {name}": case(checkpoints / form, config, (SCENARIO,))
+        for name, config in {"one process": CONFIG, **PARALLEL}.items()
+        for form in FORMATS
+    }
+    return serve(checkpoints, cases, timeout=2400)
 
 
 def rounded_to(dtype):
@@ -70,21 +72,22 @@ def rounded_to(dtype):
     return hook
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, name):
-    check(served, checkpoints, name, name)
-    how = "as stored: all but the experts" if AS_STORED[name] else "dequantised while loading"
-    record_property("matrix", f"{name} | vLLM | one process, MTP | end to end on CPU, {how}")
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_quantised_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
+    check(served, checkpoints, form, "one process")
+    how = "as stored: all but the experts" if AS_STORED[form] else "dequantised while loading"
+    record_property("matrix", f"{form} | vLLM | one process, MTP | end to end on CPU, {how}")
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", PARALLEL)
-def test_a_quantised_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name):
-    form, _ = PARALLEL[name]
-    check(served, checkpoints, name, form)
+def test_a_quantised_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name, form):
+    check(served, checkpoints, form, name)
     record_property("matrix", f"{form} | vLLM | {name} | end to end on CPU, with MTP")
 
 
-def check(served, checkpoints, name, form):
+def check(served, checkpoints, form, name):
+    name = f"{form}, {name}"
     assert "error" not in served[name], served[name]["error"]
     assert served[name]["modules"] == ["vllm_ext.model", "vllm_ext.mtp"]
     as_stored, plain = (served[name]["layers"][how] for how in ("as stored", "dequantised"))
