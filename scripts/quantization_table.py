@@ -1,8 +1,8 @@
 """Write the README's table of quantised checkpoints from test results: ``python scripts/quantization_table.py XML...``.
 
 The arguments are JUnit files (``pytest --junitxml``). A passed test fills cells with properties named ``matrix``, each
-``format | engine | column | what was shown``; a cell that no passed test fills is unproven. An engine's column that
-none of the files is about stays as it is: other tests fill it, or those of another environment.
+``format | engine | column | what was shown``; a cell that no passed test fills is unproven. Rows of an engine that none
+of the files is about stay as they are: each is tested in an environment of its own.
 """
 
 import sys
@@ -34,16 +34,15 @@ def cells(files: Iterable[str]) -> dict[tuple[str, str, str], str]:
 
 def table(found: dict[tuple[str, str, str], str], before: str) -> str:
     rows = [["format", "engine", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
-    kept = {tuple(words[:2]): words[2:] for line in before.splitlines() if (words := line.strip("| ").split(" | "))}
-    tested = {(engine, column) for _, engine, column in found}
-
-    def cell(form: str, engine: str, column: str, old: str) -> str:
-        return found.get((form, engine, column), UNPROVEN) if (engine, column) in tested else old
-
-    for engine in ENGINES:
-        for form in FORMATS:
-            old = zip(COLUMNS, kept[f"`{form}`", engine], strict=True)
-            rows.append([f"`{form}`", engine, *(cell(form, engine, *pair) for pair in old)])
+    kept = {tuple(words[:2]): words for line in before.splitlines() if (words := line.strip("| ").split(" | "))}
+    tested = {engine for _, engine, _ in found}
+    rows += [
+        [f"`{form}`", engine, *(found.get((form, engine, column), UNPROVEN) for column in COLUMNS)]
+        if engine in tested
+        else kept[f"`{form}`", engine]
+        for engine in ENGINES
+        for form in FORMATS
+    ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -37,7 +37,7 @@ def in_parallel(region: Callable[[Any], None]) -> Callable[[np.ndarray], None] |
     signature = types.void(types.voidptr)
     try:
         compiled = cfunc(signature, cache=True)(region)
-    except RuntimeError:  # neither is writable
+    except RuntimeError:  # neither place can be written to
         compiled = cfunc(signature)(region)
     return lambda data: library.GOMP_parallel(compiled.address, data.ctypes.data, torch.get_num_threads(), 0)
 
