@@ -28,6 +28,7 @@ ONLY = {
     "sglang_ext/cpu_attention.py": "vLLM has attention for CPU of its own",
     "vllm_ext/cpu_gemm.py: PackedExperts": "SGLang's experts are a method that takes a function",
     "vllm_ext/cpu_gemm.py: PackedHeadMethod": "SGLang applies a head as a linear layer",
+    "vllm_ext/cpu_gemm.py: DraftHeadMethod": "SGLang gives a draft the target's head itself",
     "vllm_ext/model.py: ExpertBookkeeping": "SGLang's load balancer asks for one property of the model",
     "sglang_ext/config.py: Qwen3NextConfig": "vLLM takes the configuration class of transformers",
     "sglang_ext/gated_delta_net.py: RMSNormGated": "vLLM's own has a CPU path",

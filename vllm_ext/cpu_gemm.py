@@ -2,7 +2,7 @@
 
 vLLM keeps these kernels for CPUs with AMX. Elsewhere its linear layers are oneDNN's, slower for few tokens, and its
 experts a kernel that computes in float32, slower for any number. One packing serves prefill and decode, in the place
-of the plain weight.
+of the plain weight. Only a draft's head is a second one, in int8.
 """
 
 from typing import Any
@@ -41,17 +41,30 @@ def packs() -> bool:
 
 def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
     """Have every layer of ``model`` that can be packed pack its weights after loading."""
-    # The weight of a tied head is an embedding, and to compute in another type vLLM reads the weight itself.
-    plain_head = config.tie_word_embeddings or vllm_config.model_config.head_dtype != torch.bfloat16
     for module in model.modules() if packs() else ():
         method = getattr(module, "quant_method", None)
-        if type(module) is VocabParallelEmbedding or (type(module) is ParallelLMHead and plain_head):
+        if type(module) is VocabParallelEmbedding:
+            continue
+        if type(module) is ParallelLMHead and not packs_head(config, vllm_config):
             continue
         if type(method) is UnquantizedFusedMoEMethod:
             if method.experts_cls is CPUUnquantizedExperts and method.moe.in_dtype == torch.bfloat16:
                 method.experts_cls = PackedExperts
         elif type(method) in PACKED and fits(module.weight):
             module.quant_method = PACKED[type(method)]()
+
+
+def packs_head(config: QNextConfig, vllm_config: VllmConfig) -> bool:
+    """The weight of a tied head is an embedding, and to compute in another type vLLM reads the weight itself."""
+    return packs() and not config.tie_word_embeddings and vllm_config.model_config.head_dtype == torch.bfloat16
+
+
+def choose_draft_head(head: ParallelLMHead, config: QNextConfig, vllm_config: VllmConfig) -> bool:
+    """Whether a draft has a head in int8 from now on, and not the target's."""
+    chosen = packs_head(config, vllm_config) and type(head.quant_method) is UnquantizedEmbeddingMethod
+    if chosen := chosen and fits(head.weight):
+        head.quant_method = DraftHeadMethod()
+    return chosen
 
 
 def fits(weight: Tensor) -> bool:
@@ -82,6 +95,30 @@ class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 class PackedHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pack_linear(layer)
+
+
+class DraftHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """Int8, a scale for each row: half the bytes, of which a draft's head reads more than the draft's layer does.
+
+    What is lost are drafts that are nearly as likely as another. The target verifies them with its own head.
+    """
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        parts = [per_row_int8(rows) for rows in layer.weight.split(8192)]  # in parts for the memory of their float32
+        weight, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        replace_parameter(layer, "weight", torch.ops._C.convert_weight_packed(weight))
+        layer.register_parameter("weight_scale", nn.Parameter(scale, requires_grad=False))
+        record("draft head: int8")
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops._C.int8_scaled_mm_with_quant(x, layer.weight, layer.weight_scale, bias, x.dtype, True)
+
+
+def per_row_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[rows, in]`` as int8 and a scale for each row."""
+    weight = weight.float()
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # rows that pad the vocabulary are zero
+    return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 PACKED = {UnquantizedLinearMethod: PackedLinearMethod, UnquantizedEmbeddingMethod: PackedHeadMethod}

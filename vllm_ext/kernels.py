@@ -53,6 +53,15 @@ def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig)
         cpu_gemm.choose_gemms(model, config, vllm_config)
 
 
+def choose_draft_head(head: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> bool:
+    """Whether a draft keeps a head of its own; called before weights are loaded."""
+    if not current_platform.is_cpu():
+        return False
+    from vllm_ext import cpu_gemm
+
+    return cpu_gemm.choose_draft_head(head, config, vllm_config)
+
+
 def split_heads(dims: GatedDeltaNetDims, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views ``q, k [num_tokens, num_k_heads, head_k_dim]`` and ``v [num_tokens, num_v_heads, head_v_dim]``."""
     q, k, v = mixed.split([dims.key_dim, dims.key_dim, dims.value_dim], dim=-1)

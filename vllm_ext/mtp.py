@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from qnext_plugin import __version__
 from vllm_ext.config import qnext_config
-from vllm_ext.kernels import choose_gemms
+from vllm_ext.kernels import choose_draft_head, choose_gemms
 from vllm_ext.loading import Loading
 from vllm_ext.model import DecoderLayer, ExpertBookkeeping
 from vllm_ext.norm import ZeroCenteredRMSNorm
@@ -84,7 +84,9 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.describe_experts(self.model.layers)
-        choose_gemms(self.model, self.config, vllm_config)  # vLLM puts the target's head in the place of ours
+        choose_gemms(self.model, self.config, vllm_config)
+        if choose_draft_head(self.lm_head, self.config, vllm_config):
+            self.has_own_lm_head = True  # otherwise vLLM puts the target's in the place of ours
         report(self, vllm_config, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextMTP is served by %s", __version__, type(self).__module__)
 

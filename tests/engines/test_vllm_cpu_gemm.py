@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from tests.tolerances import OPS, assert_close
-from vllm_ext.cpu_gemm import PackedExperts, PackedLinearMethod, fits, packs
+from vllm_ext.cpu_gemm import DraftHeadMethod, PackedExperts, PackedLinearMethod, fits, packs
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not packs(), reason="this CPU is served by vLLM's own choice")]
 
@@ -44,6 +44,23 @@ def test_linear(num_tokens):
         layer.weight = nn.Parameter(weight.data.clone(), requires_grad=False)
         method.process_weights_after_loading(layer)
         assert_close(run(x), F.linear(x.double(), weight.double(), bias.double()), OPS[torch.bfloat16])
+
+
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_draft_head(num_tokens):
+    """Within the rounding of two operands to 8 bits; rows that pad the vocabulary stay zero."""
+    torch.manual_seed(num_tokens)
+    method, layer, x = DraftHeadMethod(), nn.Module(), torch.randn(num_tokens, 96).bfloat16()
+    for _ in range(2):  # the first load, then a later one
+        weight = plain(320, 96)
+        weight[:160] *= 50
+        weight[281:] = 0
+        layer.weight = nn.Parameter(weight.data.clone(), requires_grad=False)
+        method.process_weights_after_loading(layer)
+        actual, expected = method.apply(layer, x).double(), x.double() @ weight.double().t()
+        for rows in (slice(160), slice(160, 281)):
+            assert (actual - expected)[:, rows].norm() < 0.02 * expected[:, rows].norm()
+        assert not actual[:, 281:].any()
 
 
 @pytest.mark.parametrize(("shape", "dtype", "expected"), [
