@@ -4,6 +4,7 @@
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 from qnext_plugin.probe import write_report
@@ -52,7 +53,7 @@ def check(vllm_config: Any) -> None:
 
 
 def kernels(vllm_config: Any) -> dict[str, tuple[str, str]]:
-    """What serves each phase of a Gated DeltaNet layer (convolution, delta rule), experts and attention, and why."""
+    """What serves each phase of a Gated DeltaNet layer (convolution, delta rule), products and attention, and why."""
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
@@ -65,31 +66,40 @@ def kernels(vllm_config: Any) -> dict[str, tuple[str, str]]:
         found = dict(select_kernels(dims, vllm_config).describe())
         if vllm_config.speculative_config is None:
             del found["verify"]
-        if config.num_experts:
-            found["experts"] = (experts_kernel(config, vllm_config), "")
+        found |= {name: (kernel, "") for name, kernel in products(config, vllm_config).items()}
         backend = get_attn_backend(config.head_dim, model_config.dtype, vllm_config.cache_config.cache_dtype)
         found["attention"] = (backend.get_name(), "")
     return found
 
 
-def experts_kernel(config: Any, vllm_config: Any) -> str:
-    """As vLLM chooses it for one rank alone."""
+def products(config: Any, vllm_config: Any) -> dict[str, str]:
+    """Experts, and a draft's head of its own, as they are chosen for one rank alone."""
     import torch
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.utils.network_utils import get_open_port
+    from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from vllm_ext.kernels import choose_gemms
+    from vllm_ext.kernels import choose_draft_head, choose_gemms
+    from vllm_ext.quantization import build
     from vllm_ext.sparse_moe import SparseMoeBlock
 
-    if vllm_config.quant_config is not None:
-        return f"vLLM's for {vllm_config.quant_config.get_name()}"
+    found, quantised = {}, vllm_config.quant_config
     init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
     initialize_model_parallel()
-    with torch.device("meta"):
-        block = SparseMoeBlock(config, vllm_config, prefix="mlp")
-    choose_gemms(block, config, vllm_config)
-    method = block.experts.routed_experts.quant_method
-    return str(vars(method.experts_cls).get("name", method.unquantized_backend.value))
+    with torch.device("meta"), set_default_torch_dtype(vllm_config.model_config.dtype):
+        if config.num_experts and quantised is not None:
+            found["experts"] = f"vLLM's for {quantised.get_name()}"
+        elif config.num_experts:
+            block = SparseMoeBlock(config, vllm_config, prefix="mlp")
+            choose_gemms(block, config, vllm_config)
+            method = block.experts.routed_experts.quant_method
+            found["experts"] = str(vars(method.experts_cls).get("name", method.unquantized_backend.value))
+        if vllm_config.speculative_config is not None:
+            head = build(partial(ParallelLMHead, config.vocab_size, config.hidden_size), config, vllm_config, "lm_head")
+            if choose_draft_head(head, config, vllm_config):
+                found["draft head"] = "int8"
+    return found
 
 
 def risks(vllm_config: Any) -> list[tuple[str, str]]:
