@@ -11,7 +11,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from qnext_plugin.ops.gated_delta_rule import l2norm
-from sglang_ext.cpu_jit import in_parallel, pointer, share
+from qnext_plugin.ops.cpu_jit import in_parallel, pointer, share
 
 
 def available() -> bool:

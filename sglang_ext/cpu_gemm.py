@@ -1,7 +1,8 @@
 """Matrix products on CPU: bfloat16 weights packed once by oneDNN, as torch ships it, and experts one product each.
 
 Left as they are, such weights are packed anew in every call, which for a few tokens costs as much as the product.
-``cpu_products`` multiplies where it can read what oneDNN packs, oneDNN itself elsewhere.
+``cpu_products`` multiplies where it can read what oneDNN packs, oneDNN itself elsewhere. On CPUs with AVX2 and nothing
+for bfloat16, where oneDNN has no fast product, those of ``qnext_plugin.ops.cpu_products`` pack and multiply.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,22 +18,32 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, Unquantiz
 from sglang.srt.runtime_context import get_exec
 from torch import Tensor, nn
 
+from qnext_plugin.ops import cpu_products as avx2
+from qnext_plugin.ops.experts import routed_experts
 from sglang_ext import cpu_products
 from sglang_ext.compat import ON_CPU
 from sglang_ext.kernels import KERNELS_RAN
 
-PACKS: bool = ON_CPU and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether bfloat16 weights are packed in this process; a CPU without the instructions for it takes them as they are."""
+FOR_AVX2: bool = ON_CPU and avx2.available()
+"""Whether bfloat16 weights are packed for a CPU without instructions for bfloat16."""
+
+PACKS: bool = FOR_AVX2 or (
+    ON_CPU and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+"""Whether bfloat16 weights are packed in this process; any other CPU takes them as they are."""
 
 
 class Packed:
-    """Matrices of one size, in the place of ``weights`` [matrices, out, in]."""
+    """Matrices of one size as oneDNN packs them, in the place of ``weights`` [matrices, out, in]."""
 
     def __init__(self, weights: Tensor) -> None:
         self.matrices = [torch.ops.mkldnn._reorder_linear_weight(matrix) for matrix in weights]
         self.addresses, self.out_features = None, weights.shape[1]
         if cpu_products.readable(self.matrices[0], *weights.shape[1:]):
             self.addresses = np.array([torch.ops.mkldnn.data_ptr(matrix) for matrix in self.matrices])
+
+    def plain(self) -> Tensor:
+        return torch.stack([matrix.to_dense() for matrix in self.matrices])
 
     def products(self, x: Tensor, used: Sequence[int], counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
         """Of ``counts[i]`` rows of ``x`` after one another, by matrix ``used[i]``."""
@@ -45,13 +56,57 @@ class Packed:
         parts = [product(part, self.matrices[i], bias, "none", [], "") for part, i in pairs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.products(x, [0], [len(x)], bias)
+
+    def gate_up(self, x: Tensor, rows: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return self.products(x.index_select(0, rows), used, counts)
+
+    def down(self, x: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return self.products(x.to(torch.bfloat16), used, counts)
+
+
+class PackedForAvx2:
+    """The same as ``ops.cpu_products`` packs them."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.matrices, self.out_features = avx2.pack(weights), weights.shape[1]
+
+    def plain(self) -> Tensor:
+        return avx2.unpack(self.matrices, self.out_features)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        KERNELS_RAN.add("products")
+        return avx2.linear(x, self.matrices, bias, self.out_features)
+
+    def gate_up(self, x: Tensor, rows: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        KERNELS_RAN.add("products")
+        return avx2.products(x, self.matrices, used, counts, rows, torch.float32)[:, : self.out_features]
+
+    def down(self, x: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return avx2.products(x, self.matrices, used, counts)[:, : self.out_features]
+
+
+class Plain:
+    """Matrices as they are, in any data type."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def gate_up(self, x: Tensor, rows: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return self.down(x.index_select(0, rows), used, counts)
+
+    def down(self, x: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        parts = zip(x.to(self.weights.dtype).split(counts), used, strict=True)
+        return torch.cat([F.linear(part, self.weights[i]) for part, i in parts])
+
 
 @contextmanager
 def plain_weights(model: nn.Module) -> Iterator[None]:
     """Inside, ``model``'s weights are as they were declared, so that some or all can be loaded; outside, packed."""
     for param in model.parameters():
         if packed := param.__dict__.pop("packed", None):
-            param.data = torch.stack([matrix.to_dense() for matrix in packed.matrices]).view(param.plain_shape)
+            param.data = packed.plain().view(param.plain_shape)
     try:
         yield
     finally:
@@ -71,9 +126,9 @@ def _pack_all(model: nn.Module) -> None:
 
 def pack(param: nn.Parameter) -> None:
     """Keep a bfloat16 [out, in] or [experts, out, in] as ``param.packed``, and not as it is."""
-    if param.dtype == torch.bfloat16:
+    if param.dtype == torch.bfloat16 and not (FOR_AVX2 and param.shape[-1] % 2):
         param.plain_shape = param.shape
-        param.packed = Packed(param.data.view(-1, *param.shape[-2:]))
+        param.packed = (PackedForAvx2 if FOR_AVX2 else Packed)(param.data.view(-1, *param.shape[-2:]))
         param.data = param.data.new_empty(0)
 
 
@@ -86,45 +141,13 @@ def is_untied_head(module: nn.Module) -> bool:
 
 class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        packed: Packed | None = getattr(layer.weight, "packed", None)
-        return packed.products(x, [0], [len(x)], bias) if packed else F.linear(x, layer.weight, bias)
+        packed: Packed | PackedForAvx2 | None = getattr(layer.weight, "packed", None)
+        return packed.linear(x, bias) if packed else F.linear(x, layer.weight, bias)
 
 
 def moe_forward(_: UnquantizedFusedMoEMethod, layer: nn.Module, dispatch_output: StandardDispatchOutput) -> Any:
     """What SGLang's ``moe_forward_native`` does of it for this model: SiLU, no biases."""
     topk_weights, topk_ids, _ = dispatch_output.topk_output
-    w13, w2 = (getattr(weight, "packed", weight) for weight in (layer.w13_weight, layer.w2_weight))
-    out = routed_experts(dispatch_output.hidden_states, w13, w2, topk_weights, topk_ids)
+    w13, w2 = (getattr(weight, "packed", None) or Plain(weight) for weight in (layer.w13_weight, layer.w2_weight))
+    out = routed_experts(dispatch_output.hidden_states, topk_weights, topk_ids, w13.gate_up, w2.down)
     return StandardCombineInput(hidden_states=out)
-
-
-def routed_experts(
-    x: Tensor, w13: Packed | Tensor, w2: Packed | Tensor, topk_weights: Tensor, topk_ids: Tensor
-) -> Tensor:
-    """``sum_k topk_weights[:, k] w2[e] (silu(gate) up)`` where ``[gate | up] = w13[e] x`` and ``e = topk_ids[:, k]``.
-
-    ``x`` [T, H]; ``w13`` [2 I, H] and ``w2`` [H, I] for each expert; ``topk_weights``, ``topk_ids`` [T, K], with -1 for
-    another rank's experts. Returns [T, H].
-    """
-    flat_ids = topk_ids.flatten()
-    order = flat_ids.argsort()[int((flat_ids < 0).sum()) :]
-    if not len(order):
-        return torch.zeros_like(x)
-    used, counts = (found.tolist() for found in flat_ids[order].unique_consecutive(return_counts=True))
-
-    def products(rows: Tensor, weights: Packed | Tensor) -> Tensor:
-        if isinstance(weights, Packed):
-            return weights.products(rows, used, counts)
-        return torch.cat([F.linear(part, weights[i]) for part, i in zip(rows.split(counts), used, strict=True)])
-
-    gate, up = products(x.index_select(0, order // topk_ids.shape[1]), w13).float().chunk(2, dim=-1)
-    # The rest is linear, so the routing weights may come before it, to be rounded together with what they multiply.
-    hidden = F.silu(gate).mul_(up).mul_(topk_weights.flatten()[order, None])
-    out = products(hidden.to(x.dtype), w2)
-    if len(order) == len(flat_ids):
-        places = order.argsort()
-    else:
-        places = torch.full_like(flat_ids, len(order), dtype=order.dtype)
-        places[order] = torch.arange(len(order))
-        out = F.pad(out, (0, 0, 0, 1))
-    return F.embedding_bag(places.view_as(topk_ids), out, mode="sum")

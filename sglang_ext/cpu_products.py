@@ -15,7 +15,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from sglang_ext.cpu_jit import in_parallel, pointer, share
+from qnext_plugin.ops.cpu_jit import in_parallel, pointer, share
 
 BLOCK = 64
 ROWS = 6  # at once: their sums of a block fill 24 of the 32 registers, its weights and the input the others

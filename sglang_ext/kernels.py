@@ -23,7 +23,7 @@ CHUNK = 64
 
 KERNELS_RAN: set[str] = set()
 """Phases of a batch that these kernels have served in this process, ``compiled`` for the delta rule of
-``cpu_delta_rule``, ``products`` for those of ``cpu_products`` and ``packed`` for oneDNN's."""
+``cpu_delta_rule``, ``products`` for compiled ones and ``packed`` for oneDNN's."""
 
 
 def causal_conv1d_fn(
@@ -265,7 +265,7 @@ def commit_states_after_verify(
 
 def describe(dtype: torch.dtype) -> dict[str, tuple[str, str]]:
     """What serves on CPU, by phase of a layer (convolution, delta rule), and why not something faster."""
-    from sglang_ext.cpu_gemm import PACKS
+    from sglang_ext.cpu_gemm import FOR_AVX2, PACKS
 
     found = {
         phase: ("torch, torch", "SGLang's package from PyPI has no CPU kernels")
@@ -277,5 +277,5 @@ def describe(dtype: torch.dtype) -> dict[str, tuple[str, str]]:
     reason = (
         "" if packed else f"weights are packed in bfloat16 only, on a CPU with instructions for it; this is {dtype}"
     )
-    compiled = "numba" if cpu_products.available() else "onednn"
+    compiled = "numba" if FOR_AVX2 or cpu_products.available() else "onednn"
     return found | {"experts": (compiled if packed else "torch", reason)}

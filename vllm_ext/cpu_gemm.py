@@ -1,8 +1,9 @@
-"""Matrix products on CPUs with AVX512-BF16 and without AMX: bfloat16 weights packed once for kernels of vLLM's.
+"""Matrix products on CPUs without AMX: bfloat16 weights packed once, for kernels of vLLM's or for compiled ones.
 
-vLLM keeps these kernels for CPUs with AMX. Elsewhere its linear layers are oneDNN's, slower for few tokens, and its
-experts a kernel that computes in float32, slower for any number. One packing serves prefill and decode, in the place
-of the plain weight. Only a draft's head is a second one, in int8.
+With AVX512-BF16 they are vLLM's, which keeps them for CPUs with AMX. Elsewhere its linear layers are oneDNN's, slower
+for few tokens, and its experts a kernel that computes in float32, slower for any number. With AVX2 and nothing for
+bfloat16, where oneDNN has no fast product either, they are those of ``qnext_plugin.ops.cpu_products``. One packing
+serves prefill and decode, in the place of the plain weight. Only a draft's head is a second one, in int8.
 """
 
 from typing import Any
@@ -23,6 +24,8 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.ops import cpu_products
+from qnext_plugin.ops.experts import routed_experts
 from vllm_ext.compat import local_experts
 from vllm_ext.kernels import record
 
@@ -30,13 +33,21 @@ BLOCK = 32
 """Both sizes of a packed matrix are multiples of it."""
 
 
+LIBRARY = torch.library.Library("qnext", "DEF")
+LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.impl("packed_linear", lambda x, weight, bias: cpu_products.linear(x, weight, bias, len(weight)), "CPU")
+torch.library.register_fake(
+    "qnext::packed_linear", lambda x, weight, bias: x.new_empty(len(x), len(weight)), lib=LIBRARY
+)
+
+
 def packs() -> bool:
     """Whether bfloat16 weights are packed here. AMX and zentorch bring kernels of their own."""
-    return (
-        not current_platform.is_zen_cpu()
-        and torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
-    )
+    return not current_platform.is_zen_cpu() and (packs_for_vllm() or cpu_products.available())
+
+
+def packs_for_vllm() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
@@ -49,7 +60,7 @@ def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig)
             continue
         if type(method) is UnquantizedFusedMoEMethod:
             if method.experts_cls is CPUUnquantizedExperts and method.moe.in_dtype == torch.bfloat16:
-                method.experts_cls = PackedExperts
+                method.experts_cls = PackedExperts if packs_for_vllm() else CompiledExperts
         elif type(method) in PACKED and fits(module.weight):
             module.quant_method = PACKED[type(method)]()
 
@@ -61,8 +72,8 @@ def packs_head(config: QNextConfig, vllm_config: VllmConfig) -> bool:
 
 def choose_draft_head(head: ParallelLMHead, config: QNextConfig, vllm_config: VllmConfig) -> bool:
     """Whether a draft has a head in int8 from now on, and not the target's."""
-    chosen = packs_head(config, vllm_config) and type(head.quant_method) is UnquantizedEmbeddingMethod
-    if chosen := chosen and fits(head.weight):
+    chosen = packs_for_vllm() and packs_head(config, vllm_config)
+    if chosen := chosen and type(head.quant_method) is UnquantizedEmbeddingMethod and fits(head.weight):
         head.quant_method = DraftHeadMethod()
     return chosen
 
@@ -73,7 +84,8 @@ def fits(weight: Tensor) -> bool:
 
 def pack(layer: nn.Module, name: str) -> None:
     """Put the packed form of [..., out, in] in its place; the shape stays."""
-    replace_parameter(layer, name, torch.ops._C.convert_weight_packed(getattr(layer, name)))
+    packed = torch.ops._C.convert_weight_packed if packs_for_vllm() else cpu_products.pack
+    replace_parameter(layer, name, packed(getattr(layer, name)))
 
 
 def pack_linear(layer: nn.Module) -> None:
@@ -83,6 +95,8 @@ def pack_linear(layer: nn.Module) -> None:
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # From the layer and not kept here, so that a compiled graph follows weights that are loaded again.
+    if not packs_for_vllm():
+        return torch.ops.qnext.packed_linear(x, weight, bias)
     bias = None if bias is None else bias.float()
     return engine_ops.weight_packed_linear_cpu(x, weight, weight.shape[0], bias)
 
@@ -164,3 +178,32 @@ class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
             w2_zero=None,
             block_size=None,
         )
+
+
+class CompiledExperts(PackedExperts):
+    name = "compiled"
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        if expert_map is not None:
+            topk_ids = expert_map[topk_ids.long()]
+
+        def gate_up(x: Tensor, rows: Tensor, used: Any, counts: Any) -> Tensor:
+            return cpu_products.products(x, w1, used, counts, rows, torch.float32)
+
+        def down(x: Tensor, used: Any, counts: Any) -> Tensor:
+            return cpu_products.products(x, w2, used, counts)
+
+        output.copy_(routed_experts(hidden_states, topk_weights, topk_ids, gate_up, down))

@@ -86,19 +86,34 @@ def cpp_delta_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
     return "; ".join(text for text, holds in obstacles.items() if holds)
 
 
+def cpp_prefill_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
+    """Why vLLM's C++ delta rule does not serve prompts; empty where it does."""
+    slow = current_platform.get_cpu_architecture() == CpuArchEnum.X86 and not torch.cpu._is_avx512_supported()
+    return cpp_delta_obstacle(dims, dtype) or ("without AVX512 it takes nine times as long" if slow else "")
+
+
 class CpuKernels:
     """Each phase of a batch goes through its convolution and its delta rule; one norm ends them all."""
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
         dtype = vllm_config.model_config.dtype
-        self.obstacles = {"convolution": cpp_conv_obstacle(dims, dtype), "delta rule": cpp_delta_obstacle(dims, dtype)}
-        self.conv = TorchConv() if self.obstacles["convolution"] else CppConv()
-        self.delta = TorchDelta() if self.obstacles["delta rule"] else CppDelta()
+        self.conv_obstacle = cpp_conv_obstacle(dims, dtype)
+        self.conv = TorchConv() if self.conv_obstacle else CppConv()
+        step, prefill = cpp_delta_obstacle(dims, dtype), cpp_prefill_obstacle(dims, dtype)
+        self.delta_obstacles = {"prefill": prefill, "decode": step, "verify": step}
+        self.delta = {phase: TorchDelta() if why else CppDelta() for phase, why in self.delta_obstacles.items()}
+
+    def name(self, phase: str) -> str:
+        return f"{self.conv.name}, {self.delta[phase].name}"
 
     def describe(self) -> dict[str, tuple[str, str]]:
         """By phase: what ``record`` will say of it, and why not something faster."""
-        reason = "; ".join(f"no C++ {what}: {why}" for what, why in self.obstacles.items() if why)
-        return {phase: (f"{self.conv.name}, {self.delta.name}", reason) for phase in ("prefill", "decode", "verify")}
+        found = {}
+        for phase, obstacle in self.delta_obstacles.items():
+            obstacles = {"convolution": self.conv_obstacle, "delta rule": obstacle}
+            reason = "; ".join(f"no C++ {what}: {why}" for what, why in obstacles.items() if why)
+            found[phase] = (self.name(phase), reason)
+        return found
 
     def prepare_weights(self, layer: "GatedDeltaNet") -> None:
         self.conv.prepare_weights(layer)
@@ -126,17 +141,17 @@ class CpuKernels:
 
         def finish(rows: slice | Tensor, core: Tensor, phase: str) -> None:
             out[rows] = ops.rms_norm_gated(core, z[rows], layer.norm.weight, layer.norm.eps)
-            record(f"{phase}: {self.conv.name}, {self.delta.name}")
+            record(f"{phase}: {self.name(phase)}")
 
         # The slots are columns of a block table; the C++ kernels take them for contiguous.
         if metadata.num_spec_decodes:
             drafts = Drafts.of(metadata)
             mixed = self.conv.verify(layer, qkv[verify], drafts)
-            finish(verify, self.delta.verify(layer, mixed, b[verify], a[verify], drafts), "verify")
+            finish(verify, self.delta["verify"].verify(layer, mixed, b[verify], a[verify], drafts), "verify")
         if metadata.num_decodes:
             slots = metadata.non_spec_state_indices_tensor[: metadata.num_decodes].contiguous()
             mixed = self.conv.decode(layer, qkv[decode], slots)
-            finish(decode, self.delta.decode(layer, mixed, b[decode], a[decode], slots), "decode")
+            finish(decode, self.delta["decode"].decode(layer, mixed, b[decode], a[decode], slots), "decode")
         if metadata.num_prefills:
             n = metadata.num_prefills
             batch = Prefills(
@@ -145,7 +160,7 @@ class CpuKernels:
                 metadata.prefill_query_start_loc[: n + 1],
             )
             mixed = self.conv.prefill(layer, qkv[prefill], batch)
-            finish(prefill, self.delta.prefill(layer, mixed, b[prefill], a[prefill], batch), "prefill")
+            finish(prefill, self.delta["prefill"].prefill(layer, mixed, b[prefill], a[prefill], batch), "prefill")
 
 
 class TorchConv:
@@ -241,7 +256,7 @@ class TorchDelta:
         g, beta = ops.gating(a, b, A_log=layer.A_log, dt_bias=layer.dt_bias)
         state = torch.where(batch.has_state[:, None, None, None], cache[batch.slots], 0).float()
         out, state = ops.chunk_gated_delta_rule(
-            q, k, v, g=g, beta=beta, initial_state=state, cu_seqlens=batch.cu_seqlens
+            q, k, v, g=g, beta=beta, initial_state=state, cu_seqlens=batch.cu_seqlens, chunk_size=32
         )
         cache[batch.slots] = state.to(cache.dtype)
         return out

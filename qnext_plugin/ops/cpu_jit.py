@@ -1,4 +1,4 @@
-"""Parallel loops on CPU, compiled by Numba, on which SGLang depends.
+"""Parallel loops on CPU, compiled by Numba, on which both engines depend.
 
 Numba's own threads would compete with torch's for the cores, so what is compiled runs as a parallel region of the
 OpenMP runtime that torch has loaded.
@@ -17,7 +17,7 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-_thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
+thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 
 
 @cache
@@ -45,7 +45,7 @@ def in_parallel(region: Callable[[Any], None]) -> Callable[[np.ndarray], None] |
 @njit  # type: ignore[misc]
 def share(jobs: Any) -> Any:
     """The first of this thread's ``jobs``, and the first of the next thread's."""
-    thread, threads = _thread_num(), _num_threads()
+    thread, threads = thread_num(), _num_threads()
     return jobs * thread // threads, jobs * (thread + 1) // threads
 
 
