@@ -10,8 +10,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from qnext_plugin.ops.gated_delta_rule import l2norm
 from qnext_plugin.ops.cpu_jit import in_parallel, pointer, share
+from qnext_plugin.ops.gated_delta_rule import l2norm
 
 
 def available() -> bool:

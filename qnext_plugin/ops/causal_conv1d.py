@@ -5,9 +5,13 @@ its last W - 1 inputs, oldest column first, zero for a fresh sequence. Sums are 
 inputs), outputs in ``x``'s dtype, states in ``conv_state``'s; no argument is written to.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+TILE = 1 << 18  # elements that are convolved at once, so that they stay in a CPU's cache meanwhile
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, *, conv_state: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,23 +20,17 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, conv_state: Tensor, cu_seqlens: 
     ``x`` [T, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1], ``cu_seqlens`` [N + 1] (starts at 0, ends at T).
     Returns ``out`` [T, C] and ``new_state`` [N, C, W - 1].
     """
-    cu_seqlens = cu_seqlens.long()
-    history = weight.shape[1] - 1
     compute = torch.promote_types(x.dtype, torch.float32)
-    num_sequences, num_tokens = conv_state.shape[0], x.shape[0]
-    tokens = torch.arange(num_tokens, device=x.device)
-    sequences = torch.arange(num_sequences, device=x.device)
-    columns = torch.arange(history, device=x.device)
-    # One stream in which every sequence's tokens follow its own history.
-    stream = x.new_empty(num_tokens + num_sequences * history, x.shape[1], dtype=compute)
-    position = tokens + (torch.bucketize(tokens, cu_seqlens[1:], right=True) + 1) * history
-    stream[position] = x.to(compute)
-    begin = cu_seqlens[:-1] + sequences * history
-    stream[begin[:, None] + columns] = conv_state.mT.to(compute)
-
-    out = _convolve(stream, weight)[position - history]
-    end = cu_seqlens[1:] + sequences * history
-    return out.to(x.dtype), stream[end[:, None] + columns].mT.to(conv_state.dtype).contiguous()
+    out, new_state, weight = torch.empty_like(x), torch.empty_like(conv_state), weight.to(compute)
+    rows = max(1, TILE // x.shape[1])
+    for i, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        history = conv_state[i].mT.to(compute)
+        for tokens, into in zip(x[begin:end].split(rows), out[begin:end].split(rows), strict=True):
+            stream = torch.cat([history, tokens.to(compute)])
+            into.copy_(_convolve(stream, weight))
+            history = stream[len(tokens) :]
+        new_state[i] = history.mT
+    return out, new_state
 
 
 def causal_conv1d_update(x: Tensor, weight: Tensor, *, conv_state: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,14 +42,14 @@ def in_parallel(region: Callable[[Any], None]) -> Callable[[np.ndarray], None] |
     return lambda data: library.GOMP_parallel(compiled.address, data.ctypes.data, torch.get_num_threads(), 0)
 
 
-@njit  # type: ignore[misc]
+@njit
 def share(jobs: Any) -> Any:
     """The first of this thread's ``jobs``, and the first of the next thread's."""
     thread, threads = thread_num(), _num_threads()
     return jobs * thread // threads, jobs * (thread + 1) // threads
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def pointer(_: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())

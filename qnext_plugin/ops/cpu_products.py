@@ -7,6 +7,7 @@ float32.
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -133,12 +134,12 @@ def _region(data: Any) -> None:
         row, first, last = row + count, first - blocks * parts, last - blocks * parts
 
 
-@njit  # type: ignore[misc]
+@njit
 def _bounds(row: Any, count: Any, parts: Any, part: Any) -> Any:
     return row + count * part // parts, row + count * (part + 1) // parts
 
 
-@njit  # type: ignore[misc]
+@njit
 def _rounded(bits: Any) -> Any:
     """Of a float32 the bfloat16 next to it, of two the even one; NaN stays NaN."""
     if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
@@ -146,7 +147,7 @@ def _rounded(bits: Any) -> Any:
     return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit  # type: ignore[misc]
+@njit
 def _block(rows: Any, weights: Any, x: Any, out: Any, k: Any, ahead: Any) -> None:
     if rows == 1:
         _rows_1(weights, x, out, k, ahead)
@@ -189,7 +190,7 @@ def _of_rows(rows: int) -> Any:
         i = builder.phi(I64)
         i.add_incoming(I64(0), before)
         sums = [[builder.phi(FLOATS) for _ in VECTORS] for _ in range(rows)]
-        for total in sum(sums, []):
+        for total in chain(*sums):
             total.add_incoming(FLOATS([0.0] * 8), before)
         here = builder.add(weights, builder.mul(i, I64(LINE)))
         builder.call(fetch, [at(here, ahead, ir.IntType(8)), I32(0), I32(2), I32(1)])
@@ -205,7 +206,7 @@ def _of_rows(rows: int) -> Any:
                 spread = builder.shuffle_vector(first, FLOATS(ir.Undefined), INTEGERS([0] * 8))
                 added = [builder.call(multiply_add, [spread, each[j], results[r][j]]) for j in VECTORS]
                 results = [*results[:r], added, *results[r + 1 :]]
-        for total, result in zip(sum(sums, []), sum(results, []), strict=True):
+        for total, result in zip(chain(*sums), chain(*results), strict=True):
             total.add_incoming(result, loop)
         following = builder.add(i, I64(1))
         i.add_incoming(following, loop)

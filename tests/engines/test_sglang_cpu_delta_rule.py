@@ -7,8 +7,8 @@ from numba import carray
 from numba.core.caching import CacheImpl
 
 from qnext_plugin import ops
+from qnext_plugin.ops.cpu_jit import in_parallel
 from sglang_ext import cpu_delta_rule
-from sglang_ext.cpu_jit import in_parallel
 from tests.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.engine

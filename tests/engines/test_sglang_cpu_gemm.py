@@ -6,12 +6,10 @@ import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from torch import nn
 
-from sglang_ext.cpu_gemm import PACKS, plain_weights, routed_experts
+from sglang_ext.cpu_gemm import FOR_AVX2, PACKS, Packed, PackedForAvx2, Plain, plain_weights
 from tests.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.engine
-
-EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 7, 24, 10, 3
 
 
 class Projection(nn.Module):
@@ -50,23 +48,14 @@ def test_weights_are_packed_again_after_a_load_that_fails():
     assert hasattr(model.weight, "packed") == PACKS
 
 
-@pytest.mark.parametrize("first", [0, 3, 4, EXPERTS - 1])  # of those on this rank
-@pytest.mark.parametrize("num_tokens", [1, 2, 40])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_routed_experts(dtype, num_tokens, first):
-    torch.manual_seed(num_tokens)
-    x = torch.randn(num_tokens, HIDDEN).to(dtype)
-    w13 = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN).to(dtype)
-    w2 = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE).to(dtype)
-    logits = torch.randn(num_tokens, EXPERTS)
-    logits[:, 4] = -torch.inf  # nobody's choice
-    weights, ids = logits.softmax(-1).topk(TOP_K)
-    expected = torch.zeros(num_tokens, HIDDEN, dtype=torch.float64)
-    for token in range(num_tokens):
-        for weight, expert in zip(weights[token].double(), ids[token], strict=True):
-            if expert < first:
-                continue
-            gate, up = (w13[expert].double() @ x[token].double()).chunk(2)
-            expected[token] += weight * (w2[expert].double() @ (F.silu(gate) * up))
-    local = (ids - first).clamp_min(-1).int()
-    assert_close(routed_experts(x, w13[first:], w2[first:], weights, local), expected, OPS[dtype])
+@pytest.mark.parametrize("packed", [Plain, PackedForAvx2 if FOR_AVX2 else Packed] if PACKS else [Plain])
+def test_matrices_of_experts(packed):
+    """Each multiplies its own rows, which ``gate_up`` picks first."""
+    torch.manual_seed(0)
+    weights, x = torch.randn(5, 34, 70).bfloat16(), torch.randn(9, 70).bfloat16()
+    used, counts, rows = [3, 0, 4], [2, 0, 5], torch.tensor([8, 1, 1, 4, 0, 7, 3])
+    matrices = packed(weights.clone())
+    parts = zip(x[rows].double().split(counts), used, strict=True)
+    expected = torch.cat([part @ weights[i].double().T for part, i in parts])
+    assert_close(matrices.gate_up(x, rows, used, counts), expected, OPS[torch.bfloat16])
+    assert_close(matrices.down(x[rows].float(), used, counts), expected, OPS[torch.bfloat16])

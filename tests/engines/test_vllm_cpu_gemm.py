@@ -14,7 +14,15 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from tests.tolerances import OPS, assert_close
-from vllm_ext.cpu_gemm import DraftHeadMethod, PackedExperts, PackedLinearMethod, fits, packs
+from vllm_ext.cpu_gemm import (
+    CompiledExperts,
+    DraftHeadMethod,
+    PackedExperts,
+    PackedLinearMethod,
+    fits,
+    packs,
+    packs_for_vllm,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not packs(), reason="this CPU is served by vLLM's own choice")]
 
@@ -46,6 +54,7 @@ def test_linear(num_tokens):
         assert_close(run(x), F.linear(x.double(), weight.double(), bias.double()), OPS[torch.bfloat16])
 
 
+@pytest.mark.skipif(not packs_for_vllm(), reason="vLLM has an int8 product for AVX512 only")
 @pytest.mark.parametrize("num_tokens", TOKENS)
 def test_draft_head(num_tokens):
     """Within the rounding of two operands to 8 bits; rows that pad the vocabulary stay zero."""
@@ -88,7 +97,7 @@ def experts():
         moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
         in_dtype=torch.bfloat16,
     )
-    return PackedExperts(moe, FusedMoEQuantConfig.make())
+    return (PackedExperts if packs_for_vllm() else CompiledExperts)(moe, FusedMoEQuantConfig.make())
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
