@@ -212,7 +212,7 @@ def prefill(tokens: list[Tensor], state: Tensor, begin: Tensor, end: Tensor, out
     rows = slice(None) if whole else torch.arange(num_tokens) + (begin - cu_seqlens[:-1]).repeat_interleave(lengths)
     q, k, v, g, beta = (x[rows] for x in tokens)
     out[rows], state = ops.chunk_gated_delta_rule(
-        q, k, v, g=g, beta=beta, initial_state=state, cu_seqlens=cu_seqlens, chunk_size=CHUNK
+        q, k, v, g=g, beta=beta, initial_state=state, cu_seqlens=cu_seqlens, chunk_size=32
     )
     return state
 

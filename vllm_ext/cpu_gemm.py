@@ -6,6 +6,7 @@ bfloat16, where oneDNN has no fast product either, they are those of ``qnext_plu
 serves prefill and decode, in the place of the plain weight. Only a draft's head is a second one, in int8.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,12 +34,28 @@ BLOCK = 32
 """Both sizes of a packed matrix are multiples of it."""
 
 
+def compiled_experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    """``ops.experts.routed_experts`` with packed ``w13`` [experts, 2 I, H] and ``w2`` [experts, H, I]."""
+
+    def gate_up(x: Tensor, rows: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return cpu_products.products(x, w13, used, counts, rows, torch.float32)
+
+    def down(x: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return cpu_products.products(x, w2, used, counts)
+
+    return routed_experts(x, topk_weights, topk_ids, gate_up, down)
+
+
+# Compiled graphs call these as they are.
 LIBRARY = torch.library.Library("qnext", "DEF")
 LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.impl("packed_linear", lambda x, weight, bias: cpu_products.linear(x, weight, bias, len(weight)), "CPU")
+LIBRARY.define("compiled_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor")
+LIBRARY.impl("compiled_experts", compiled_experts, "CPU")
 torch.library.register_fake(
-    "qnext::packed_linear", lambda x, weight, bias: x.new_empty(len(x), len(weight)), lib=LIBRARY
+    "qnext::packed_linear", lambda x, weight, _: x.new_empty(x.shape[0], weight.shape[0]), lib=LIBRARY
 )
+torch.library.register_fake("qnext::compiled_experts", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
 
 
 def packs() -> bool:
@@ -90,13 +107,12 @@ def pack(layer: nn.Module, name: str) -> None:
 
 def pack_linear(layer: nn.Module) -> None:
     pack(layer, "weight")
-    layer.cpu_linear = packed_linear  # what vLLM calls
+    # What vLLM calls. The weight is the layer's and not kept here, so that a compiled graph follows weights that are
+    # loaded again.
+    layer.cpu_linear = packed_linear if packs_for_vllm() else torch.ops.qnext.packed_linear
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # From the layer and not kept here, so that a compiled graph follows weights that are loaded again.
-    if not packs_for_vllm():
-        return torch.ops.qnext.packed_linear(x, weight, bias)
     bias = None if bias is None else bias.float()
     return engine_ops.weight_packed_linear_cpu(x, weight, weight.shape[0], bias)
 
@@ -199,11 +215,4 @@ class CompiledExperts(PackedExperts):
     ) -> None:
         if expert_map is not None:
             topk_ids = expert_map[topk_ids.long()]
-
-        def gate_up(x: Tensor, rows: Tensor, used: Any, counts: Any) -> Tensor:
-            return cpu_products.products(x, w1, used, counts, rows, torch.float32)
-
-        def down(x: Tensor, used: Any, counts: Any) -> Tensor:
-            return cpu_products.products(x, w2, used, counts)
-
-        output.copy_(routed_experts(hidden_states, topk_weights, topk_ids, gate_up, down))
+        output.copy_(torch.ops.qnext.compiled_experts(hidden_states, w1, w2, topk_weights, topk_ids))

@@ -56,9 +56,9 @@ def causal_conv1d_verify(
     Pad shorter sequences at the end with anything: no token reads a later one.
     """
     window = accepted_window(conv_state, num_accepted, weight.shape[1])
-    stream = torch.cat([window, x.mT.to(window.dtype)], dim=-1)
-    out = _convolve(stream.permute(2, 0, 1), weight).transpose(0, 1)
-    return out.to(x.dtype), stream[..., 1:]
+    stream = torch.cat([window.permute(2, 0, 1), x.transpose(0, 1).to(window.dtype)])
+    out = _convolve(stream, weight).transpose(0, 1)
+    return out.to(x.dtype), stream[1:].permute(1, 2, 0)
 
 
 def accepted_window(conv_state: Tensor, num_accepted: Tensor, width: int) -> Tensor:
