@@ -6,7 +6,6 @@ bfloat16, where oneDNN has no fast product either, they are those of ``qnext_plu
 serves prefill and decode, in the place of the plain weight. Only a draft's head is a second one, in int8.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,36 +25,12 @@ from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.ops import cpu_products
-from qnext_plugin.ops.experts import routed_experts
+from qnext_plugin.ops.cpu_operators import experts, linear
 from vllm_ext.compat import local_experts
 from vllm_ext.kernels import record
 
 BLOCK = 32
 """Both sizes of a packed matrix are multiples of it."""
-
-
-def compiled_experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-    """``ops.experts.routed_experts`` with packed ``w13`` [experts, 2 I, H] and ``w2`` [experts, H, I]."""
-
-    def gate_up(x: Tensor, rows: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
-        return cpu_products.products(x, w13, used, counts, rows, torch.float32)
-
-    def down(x: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
-        return cpu_products.products(x, w2, used, counts)
-
-    return routed_experts(x, topk_weights, topk_ids, gate_up, down)
-
-
-# Compiled graphs call these as they are.
-LIBRARY = torch.library.Library("qnext", "DEF")
-LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-LIBRARY.impl("packed_linear", lambda x, weight, bias: cpu_products.linear(x, weight, bias, len(weight)), "CPU")
-LIBRARY.define("compiled_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor")
-LIBRARY.impl("compiled_experts", compiled_experts, "CPU")
-torch.library.register_fake(
-    "qnext::packed_linear", lambda x, weight, _: x.new_empty(x.shape[0], weight.shape[0]), lib=LIBRARY
-)
-torch.library.register_fake("qnext::compiled_experts", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
 
 
 def packs() -> bool:
@@ -109,7 +84,7 @@ def pack_linear(layer: nn.Module) -> None:
     pack(layer, "weight")
     # What vLLM calls. The weight is the layer's and not kept here, so that a compiled graph follows weights that are
     # loaded again.
-    layer.cpu_linear = packed_linear if packs_for_vllm() else torch.ops.qnext.packed_linear
+    layer.cpu_linear = packed_linear if packs_for_vllm() else linear
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -215,4 +190,4 @@ class CompiledExperts(PackedExperts):
     ) -> None:
         if expert_map is not None:
             topk_ids = expert_map[topk_ids.long()]
-        output.copy_(torch.ops.qnext.compiled_experts(hidden_states, w1, w2, topk_weights, topk_ids))
+        output.copy_(experts(hidden_states, w1, w2, topk_weights, topk_ids))

@@ -7,10 +7,12 @@ GPU     float32 prefill, which vLLM's backends refuse            ``qnext_plugin.
 GPU     otherwise                                                ``gpu_kernels``: vLLM's Triton, CUDA and FlashInfer
 CPU     convolution: bfloat16, width 4, AVX512-BF16 or Arm bf16  ``cpp``: vLLM's C++ convolution
 CPU     delta rule: bfloat16, K = V in (64, 128)                 ``cpp``: vLLM's C++ delta rule
+CPU     that of prompts on x86 without AVX512                    ``torch``, in a ninth of the time of vLLM's
 CPU     otherwise, each on its own                               ``torch``: ``qnext_plugin.ops``, any dtype and size
 ======  =======================================================  ==================================================
 
-Matrix products are vLLM's choice, but for bfloat16 on CPUs with AVX512-BF16 and without AMX (``cpu_gemm``).
+Matrix products are vLLM's choice, but for bfloat16 on CPUs with AVX512-BF16 and without AMX, and on CPUs with AVX2 and
+nothing for bfloat16 (``cpu_gemm``).
 """
 
 from typing import TYPE_CHECKING

@@ -7,12 +7,16 @@ import pytest
 from qnext_plugin import process
 from vllm_ext.cpu_gemm import packs
 
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
-
-# As measured when it was last changed. Conversions count: a norm in eager mode makes two, to float32 and back.
-BUDGET = {
-    "prefill": {"linear_attention": 19, "full_attention": 21},
-    "decode": {"linear_attention": 19, "full_attention": 21},
+# As measured when they were last changed. Conversions count: a norm in eager mode makes two, to float32 and back.
+BUDGETS = {
+    "cpp": {
+        "prefill": {"linear_attention": 19, "full_attention": 21},
+        "decode": {"linear_attention": 19, "full_attention": 21},
+    },
+    "torch": {
+        "prefill": {"linear_attention": 57, "full_attention": 23},
+        "decode": {"linear_attention": 49, "full_attention": 23},
+    },
 }
 # Modules too small for packing: as many rows as experts, as DeltaNet heads, one.
 SMALL = ["gate", "in_proj_ba", "shared_expert_gate"]
@@ -31,7 +35,8 @@ def found(tmp_path_factory, checkpoint):
 
 def test_layers_move_no_more_than_their_budget(found):
     print(found["moves"])
-    for phase, budget in BUDGET.items():
+    convolution = "cpp" if "prefill: cpp, cpp" in found["serving"]["kernels"] else "torch"
+    for phase, budget in BUDGETS[convolution].items():
         for mixer, most in budget.items():
             assert 0 < found["moves"][phase][mixer] <= most, f"{phase}, {mixer}: {found['moves'][phase][mixer]}"
 
