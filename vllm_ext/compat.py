@@ -249,6 +249,21 @@ def local_experts(
 
 
 @cache
+def compiled_products() -> Any:
+    """``qnext_plugin.ops.cpu_operators``, which loads Numba, and so llvmlite.
+
+    When it registers kernels, vLLM asks all objects in all modules for their ``__dict__``. Llvmlite's library takes that
+    for a function of its own, and no second engine starts in the process. Can go when either knows better.
+    """
+    from llvmlite.binding import ffi
+
+    from qnext_plugin.ops import cpu_operators
+
+    ffi.lib._fntab.setdefault("__dict__", {})
+    return cpu_operators
+
+
+@cache
 def _data_parallel() -> None:
     """Ranks with different numbers of tokens cannot exchange them for the experts.
 

@@ -24,9 +24,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.ops import cpu_products
-from qnext_plugin.ops.cpu_operators import experts, linear
-from vllm_ext.compat import local_experts
+from vllm_ext.compat import compiled_products, local_experts
 from vllm_ext.kernels import record
 
 BLOCK = 32
@@ -35,11 +33,15 @@ BLOCK = 32
 
 def packs() -> bool:
     """Whether bfloat16 weights are packed here. AMX and zentorch bring kernels of their own."""
-    return not current_platform.is_zen_cpu() and (packs_for_vllm() or cpu_products.available())
+    return not current_platform.is_zen_cpu() and (packs_for_vllm() or packs_for_avx2())
 
 
 def packs_for_vllm() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def packs_for_avx2() -> bool:
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported() and compiled_products().available()
 
 
 def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
@@ -76,7 +78,7 @@ def fits(weight: Tensor) -> bool:
 
 def pack(layer: nn.Module, name: str) -> None:
     """Put the packed form of [..., out, in] in its place; the shape stays."""
-    packed = torch.ops._C.convert_weight_packed if packs_for_vllm() else cpu_products.pack
+    packed = torch.ops._C.convert_weight_packed if packs_for_vllm() else compiled_products().pack
     replace_parameter(layer, name, packed(getattr(layer, name)))
 
 
@@ -84,7 +86,7 @@ def pack_linear(layer: nn.Module) -> None:
     pack(layer, "weight")
     # What vLLM calls. The weight is the layer's and not kept here, so that a compiled graph follows weights that are
     # loaded again.
-    layer.cpu_linear = packed_linear if packs_for_vllm() else linear
+    layer.cpu_linear = packed_linear if packs_for_vllm() else compiled_products().linear_operator
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,6 +176,10 @@ class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
 class CompiledExperts(PackedExperts):
     name = "compiled"
 
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        self.operator = compiled_products().experts_operator
+
     def apply(
         self,
         output: Tensor,
@@ -190,4 +196,4 @@ class CompiledExperts(PackedExperts):
     ) -> None:
         if expert_map is not None:
             topk_ids = expert_map[topk_ids.long()]
-        output.copy_(experts(hidden_states, w1, w2, topk_weights, topk_ids))
+        output.copy_(self.operator(hidden_states, w1, w2, topk_weights, topk_ids))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext_plugin.ops import cpu_products
+from qnext_plugin.ops.cpu_products import available, pack
 from qnext_plugin.ops.experts import routed_experts
 
 
@@ -23,6 +24,8 @@ def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
     return routed_experts(x, topk_weights, topk_ids, gate_up, down)
 
 
+__all__ = ["available", "experts_operator", "linear_operator", "pack"]
+
 LIBRARY = torch.library.Library("qnext", "DEF")
 LIBRARY.define("cpu_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
 LIBRARY.define("cpu_experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor")
@@ -33,8 +36,8 @@ torch.library.register_fake(
 )
 torch.library.register_fake("qnext::cpu_experts", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
 
-linear = torch.ops.qnext.cpu_linear
+linear_operator = torch.ops.qnext.cpu_linear
 """``cpu_products.linear`` by a matrix whose outputs are a multiple of BLOCK."""
 
-experts = torch.ops.qnext.cpu_experts
+experts_operator = torch.ops.qnext.cpu_experts
 """``routed_experts`` of ``x``, with packed ``w13`` [experts, 2 I, H] and ``w2`` [experts, H, I]."""

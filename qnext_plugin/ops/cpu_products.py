@@ -63,6 +63,7 @@ def products(
     ``x`` [T, k] is bfloat16 or float32; ``packed`` [matrices, padded n, k] or [padded n, k]; ``rows`` [R] int64, by
     default each once. Returns [R, padded n] in ``dtype``, bfloat16 or float32; sums are float32.
     """
+    assert packed.is_contiguous() and x.shape[-1] == packed.shape[-1]
     x = x.contiguous()
     n, k = packed.shape[-2:]
     num_rows = len(x) if rows is None else len(rows)

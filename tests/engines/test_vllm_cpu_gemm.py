@@ -132,3 +132,10 @@ def test_experts(experts, num_tokens, first):
         out, x, layer.w13_weight, layer.w2_weight, weights, ids.int(), MoEActivation.SILU, EXPERTS, expert_map
     )
     assert_close(out, expected, OPS[torch.bfloat16])
+
+
+def test_vllm_registers_kernels_after_llvmlite_is_loaded():
+    """As a second engine in a process does."""
+    from vllm.triton_utils.dispatcher import _rebind_kernels
+
+    _rebind_kernels([(object(), print)])
