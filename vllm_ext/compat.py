@@ -252,7 +252,7 @@ def local_experts(
 def compiled_products() -> Any:
     """``qnext_plugin.ops.cpu_operators``, which loads Numba, and so llvmlite.
 
-    When it registers kernels, vLLM asks all objects in all modules for their ``__dict__``. Llvmlite's library takes that
+    When it registers kernels, vLLM asks every object for its ``__dict__``. Llvmlite's library takes that
     for a function of its own, and no second engine starts in the process. Can go when either knows better.
     """
     from llvmlite.binding import ffi
