@@ -16,6 +16,7 @@ ONLY = {
     "vllm_ext/scheduler.py": "SGLang's scheduler serves drafts on pipelines itself",
     "vllm_ext/ray_executor.py": "SGLang has no executors, and serves on CPUs without Ray",
     "vllm_ext/compat.py: ReloadSession": "SGLang copies new weights as they come",
+    "vllm_ext/compat.py: KeepsBlockSize": "SGLang's processes keep their configuration",
     "sglang_ext/loading.py: Copy": "its second argument needs a name",
     "vllm_ext/mtp.py: Qwen3NextMTP": "each engine derives another architecture's name for the draft",
     "sglang_ext/mtp.py: Qwen3NextForCausalLMMTP": "the same",

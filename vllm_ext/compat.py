@@ -15,6 +15,7 @@ import torch
 import vllm
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
@@ -23,6 +24,22 @@ PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
 def has_fused_mtp_decode() -> bool:
     """Whether this build of vLLM has the CUDA kernel from the convolution's output to the gated norm's."""
     return hasattr(torch.ops._C, "fused_gdn_decode_post_conv_mtp")
+
+
+class KeepsBlockSize(VerifyAndUpdateConfig):
+    """Keeps vLLM from cutting prompts elsewhere than at the ends of its cache's blocks.
+
+    After an engine process has enlarged its blocks to hold a recurrent state, vLLM sets up the configuration again, and
+    on a CPU the block size is back at its default, unless it is the user's. The scheduler then cuts prompts at that
+    one's multiples, and states are cached as those of positions that they are not at. Can go when
+    ``CpuPlatform.check_and_update_config`` leaves a size alone that is set.
+    """
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        cache_config = vllm_config.cache_config
+        if current_platform.is_cpu() and not cache_config.user_specified_block_size:
+            cache_config.block_size, cache_config.user_specified_block_size = 128, True
 
 
 def repair_cpu_backend(vllm_config: VllmConfig) -> None:

@@ -32,4 +32,9 @@ def register() -> None:
         return
     for architecture, target in ARCHITECTURES.items():
         vllm.ModelRegistry.register_model(architecture, target)
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_ext.compat import KeepsBlockSize
+
+    MODELS_CONFIG_MAP["Qwen3NextForCausalLM"] = KeepsBlockSize
     logger.info("qnext-plugin %s: %s registered from vllm_ext", __version__, ", ".join(ARCHITECTURES))

@@ -12,12 +12,23 @@ ARCHITECTURE = "Qwen3NextForCausalLM"
 REGISTRY = """
 import json, sys
 from vllm.config.compilation import CompilationConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 load_general_plugins()
 from vllm import ModelRegistry
 models = {name: [m.module_name, m.class_name] for name, m in ModelRegistry.models.items()}
-json.dump({"models": models, "splitting_ops": CompilationConfig._attention_ops}, open(sys.argv[1], "w"))
+hooks = {name: str(hook) for name, hook in MODELS_CONFIG_MAP.items()}
+found = {"models": models, "hooks": hooks, "splitting_ops": CompilationConfig._attention_ops}
+json.dump(found, open(sys.argv[1], "w"))
+"""
+BLOCK_SIZE = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+config = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
+config.cache_config.block_size *= 3
+config.__post_init__()
+print("blocks of", config.cache_config.block_size)
 """
 
 
@@ -40,6 +51,16 @@ def test_only_this_architecture_and_its_draft_change(registry):
     assert all(ours["models"][name] == ["vllm_ext", name] for name in changed)
     assert ours["models"].keys() == off["models"].keys()
     assert ours["splitting_ops"] == off["splitting_ops"]
+    assert "KeepsBlockSize" in ours["hooks"].pop(ARCHITECTURE)
+    assert ours["hooks"] == off["hooks"]
+
+
+@pytest.mark.parametrize(("env", "size"), [({}, 3 * 128), ({"QNEXT_DISABLE": "1"}, 128)], ids=["ours", "off"])
+def test_blocks_keep_their_size_when_a_process_sets_up_again(checkpoint, tmp_path, env, size):
+    """As each engine process does, once it has enlarged them: see ``compat.KeepsBlockSize``."""
+    log = tmp_path / "log"
+    assert process.run(["-c", BLOCK_SIZE, str(checkpoint("tiny"))], log, env) == 0, process.tail(log)
+    assert f"blocks of {size}\n" in log.read_text()
 
 
 @pytest.mark.parametrize("env", [{"QNEXT_DISABLE": "1"}, {"VLLM_PLUGINS": "another_plugin"}], ids=["off", "another"])

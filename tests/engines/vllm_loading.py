@@ -172,6 +172,7 @@ def rearranged(model: nn.Module, old: list[int]) -> list[int]:
 
 
 def main(root: str) -> None:
+    from vllm import _custom_ops
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
@@ -183,7 +184,10 @@ def main(root: str) -> None:
         directory = Path(root) / name
         print("read", json.dumps({name: read(directory, name != "plain")}), flush=True)
     # As on a CPU that has every kernel of vLLM's: what is loaded is what counts here, nothing runs.
-    with patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True):
+    with (
+        patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True),
+        patch.object(_custom_ops, "_supports_cpu_fp8_w8a16", True),
+    ):
         for directory, tensors, quantization in checkpoints(Path(root)):
             # GPTQ and AWQ store scales in float16, which vLLM converts to the type it serves in.
             half = torch.float16 if quantization.get("quant_method") in ("gptq", "awq") else torch.bfloat16
