@@ -110,7 +110,7 @@ def chunk_gated_delta_rule(
     """
     num_k_heads, head_k_dim = q.shape[1:]
     num_v_heads, head_v_dim = v.shape[1:]
-    heads_per_group = num_v_heads // num_k_heads
+    groups = (num_k_heads, num_v_heads // num_k_heads)
     dtype, compute = v.dtype, torch.promote_types(v.dtype, torch.float32)
     cu_seqlens = cu_seqlens.long()
     chunk_size = max(1, min(chunk_size, int(cu_seqlens.diff().max())))
@@ -118,17 +118,16 @@ def chunk_gated_delta_rule(
     num_chunks = sum(active)
 
     def to_chunks(x: Tensor) -> Tensor:
-        padded = x.new_zeros(num_chunks * chunk_size, *x.shape[1:], dtype=compute)
-        padded[slots] = x.to(compute)
-        return padded.unflatten(0, (num_chunks, chunk_size)).transpose(1, 2)
+        """[T, heads, ...] to [chunks, heads, C, ...]"""
+        chunks = x.new_zeros(num_chunks, x.shape[1], chunk_size, *x.shape[2:], dtype=compute)
+        chunks.transpose(1, 2)[slots // chunk_size, slots % chunk_size] = x.to(compute)
+        return chunks
 
-    def by_group(x: Tensor) -> Tensor:
-        return to_chunks(x).unflatten(1, (num_k_heads, heads_per_group))
-
-    # [chunks, Hk, 1, C, K] and [chunks, Hk, Hv // Hk, C, ...]
-    q = to_chunks(l2norm(q) * head_k_dim**-0.5).unsqueeze(2)
-    k = to_chunks(l2norm(k)).unsqueeze(2)
-    v, beta, log_decay = by_group(v), by_group(beta), by_group(g).cumsum(-1)
+    # [chunks, Hk, 1, C, 2, K] and [chunks, Hk, Hv // Hk, C, ...]
+    qk = to_chunks(torch.stack([l2norm(q) * head_k_dim**-0.5, l2norm(k)], dim=2)).unsqueeze(2)
+    q, k = qk.unbind(-2)
+    v, beta, log_decay = (to_chunks(x).unflatten(1, groups) for x in (v, beta, g))
+    log_decay = log_decay.cumsum(-1)
 
     # Above the diagonal exp may overflow; tril_ drops it, where a product with a mask would make NaN.
     decay = (log_decay[..., :, None] - log_decay[..., None, :]).exp_().tril_()
@@ -139,21 +138,21 @@ def chunk_gated_delta_rule(
     from_start = log_decay.exp()[..., None]
     to_end = (log_decay[..., -1:] - log_decay).exp()[..., None]
     whole = log_decay[..., -1, None, None].exp()
-    qk = torch.cat([q, k], dim=-2)
-    out = v.new_empty(num_chunks, chunk_size, num_k_heads, heads_per_group, head_v_dim)
-    state = initial_state[order].to(compute).unflatten(1, (num_k_heads, heads_per_group))
+    out = v.new_empty(num_chunks, chunk_size, num_v_heads, head_v_dim, dtype=dtype)
+    states = initial_state[order].to(compute).unflatten(1, groups)
     start = 0
     for n in active:
-        chunk = slice(start, start + n)
-        read_q, read_k = (qk[chunk] @ state[:n]).chunk(2, dim=-2)
-        written = solve[chunk] @ (v[chunk] - from_start[chunk] * read_k)
-        out[chunk] = (from_start[chunk] * read_q + attention[chunk] @ written).permute(0, 3, 1, 2, 4)
-        state[:n] = whole[chunk] * state[:n] + k[chunk].mT @ (to_end[chunk] * written)
+        chunk, state = slice(start, start + n), states[:n]
+        read_q, read_k = (qk[chunk].flatten(3, 4) @ state).unflatten(3, (chunk_size, 2)).unbind(-2)
+        written = solve[chunk] @ torch.addcmul(v[chunk], from_start[chunk], read_k, value=-1)
+        read = torch.addcmul(attention[chunk] @ written, from_start[chunk], read_q)
+        out[chunk] = read.flatten(1, 2).transpose(1, 2)
+        state.mul_(whole[chunk]).add_(k[chunk].mT @ written.mul_(to_end[chunk]))
         start += n
 
     final_state = torch.empty_like(initial_state)
-    final_state[order] = state.flatten(1, 2).to(final_state.dtype)
-    return out.view(-1, num_v_heads, head_v_dim)[slots].to(dtype), final_state
+    final_state[order] = states.flatten(1, 2).to(final_state.dtype)
+    return out.flatten(0, 1).index_select(0, slots), final_state
 
 
 def _chunk_layout(cu_seqlens: Tensor, num_tokens: int, chunk_size: int) -> tuple[Tensor, Tensor, list[int]]:
