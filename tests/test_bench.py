@@ -2,6 +2,8 @@
 
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -308,3 +310,23 @@ def test_readme_tables():
     made = tables.context({"microseconds by context": steps})
     assert "| us of a layer | 1,024 tokens | 32,768 tokens | growth |" in made
     assert "| gated attention | 50 | 400 | 7.14 |" in made
+
+
+def test_a_command_that_is_terminated_stops_what_it_has_started():
+    code = """
+import os, signal
+from argparse import Namespace
+from types import SimpleNamespace
+from qnext_plugin import cli
+
+def run(args):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        print("stopped")
+
+cli.parser = lambda: SimpleNamespace(parse_known_args=lambda argv: (Namespace(run=run), []))
+cli.main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (143, "stopped\n"), found.stderr

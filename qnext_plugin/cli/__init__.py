@@ -1,6 +1,7 @@
 """The ``qnext`` command."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags and not hasattr(args, "flags"):
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
     args.flags = flags
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are stopped on the way out
     try:
         return int(args.run(args) or 0)
     except (ValueError, OSError) as e:
