@@ -36,5 +36,5 @@ def register() -> None:
 
     from vllm_ext.compat import KeepsBlockSize
 
-    MODELS_CONFIG_MAP["Qwen3NextForCausalLM"] = KeepsBlockSize
+    MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", KeepsBlockSize)  # vLLM has none of its own
     logger.info("qnext-plugin %s: %s registered from vllm_ext", __version__, ", ".join(ARCHITECTURES))

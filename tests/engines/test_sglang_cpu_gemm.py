@@ -53,7 +53,7 @@ def test_matrices_of_experts(packed):
     """Each multiplies its own rows, which ``gate_up`` picks first."""
     torch.manual_seed(0)
     weights, x = torch.randn(5, 34, 70).bfloat16(), torch.randn(9, 70).bfloat16()
-    used, counts, rows = [3, 4], [2, 5], torch.tensor([8, 1, 1, 4, 0, 7, 3])
+    used, counts, rows = [3, 0, 4], [2, 0, 5], torch.tensor([8, 1, 1, 4, 0, 7, 3])
     matrices = packed(weights.clone())
     parts = zip(x[rows].double().split(counts), used, strict=True)
     expected = torch.cat([part @ weights[i].double().T for part, i in parts])
