@@ -167,18 +167,19 @@ class TorchConv:
     name = "torch"
 
     def prepare_weights(self, layer: "GatedDeltaNet") -> None:
-        pass
+        # A row for each tap, in float32, is what the operators would make of it in every step.
+        layer.packed_conv_weight = layer.conv1d.weight.squeeze(1).float().mT.contiguous().mT
 
     def decode(self, layer: "GatedDeltaNet", x: Tensor, slots: Tensor) -> Tensor:
         cache = self._history(layer)
-        out, cache[slots] = ops.causal_conv1d_update(x, layer.conv1d.weight.squeeze(1), conv_state=cache[slots])
+        out, cache[slots] = ops.causal_conv1d_update(x, layer.packed_conv_weight, conv_state=cache[slots])
         return out
 
     def prefill(self, layer: "GatedDeltaNet", x: Tensor, batch: Prefills) -> Tensor:
         cache = self._history(layer)
         state = torch.where(batch.has_state[:, None, None], cache[batch.slots], 0)
         out, cache[batch.slots] = ops.causal_conv1d(
-            x, layer.conv1d.weight.squeeze(1), conv_state=state, cu_seqlens=batch.cu_seqlens
+            x, layer.packed_conv_weight, conv_state=state, cu_seqlens=batch.cu_seqlens
         )
         return out
 
@@ -186,7 +187,7 @@ class TorchConv:
         cache, slots = conv_view(layer.kv_cache[0]), drafts.slots[:, 0]
         out, cache[slots] = ops.causal_conv1d_verify(
             drafts.rectangle(x),
-            layer.conv1d.weight.squeeze(1),
+            layer.packed_conv_weight,
             conv_state=cache[slots],
             num_accepted=drafts.num_accepted,
         )

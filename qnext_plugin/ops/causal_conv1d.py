@@ -39,10 +39,8 @@ def causal_conv1d_update(x: Tensor, weight: Tensor, *, conv_state: Tensor) -> tu
     ``x`` [N, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1]. Returns ``out`` [N, C] and ``new_state``
     [N, C, W - 1].
     """
-    window = torch.cat([conv_state, x[..., None].to(conv_state.dtype)], dim=-1)
-    compute = torch.promote_types(x.dtype, torch.float32)
-    out = F.silu((window.to(compute) * weight.to(compute)).sum(-1))
-    return out.to(x.dtype), window[..., 1:]
+    stream = torch.cat([conv_state.permute(2, 0, 1), x[None].to(conv_state.dtype)])
+    return _convolve(stream, weight)[0].to(x.dtype), stream[1:].permute(1, 2, 0)
 
 
 def causal_conv1d_verify(
