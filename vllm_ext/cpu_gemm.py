@@ -24,7 +24,8 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
-from vllm_ext.compat import compiled_products, local_experts
+from vllm_ext.compat import compiled_products
+from vllm_ext.compat_parallel import local_experts
 from vllm_ext.kernels import record
 
 BLOCK = 32
@@ -156,21 +157,15 @@ class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
         *_: Any,
         **__: Any,
     ) -> None:
-        topk_weights, topk_ids = local_experts(expert_map, topk_weights, topk_ids)
-        engine_ops.fused_experts_cpu(
-            output,
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            engine_ops.CPUQuantMethod.UNQUANT,
-            w1_scale=None,
-            w2_scale=None,
-            w1_zero=None,
-            w2_zero=None,
-            block_size=None,
-        )
+        self.multiply(output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map)
+
+    def multiply(
+        self, out: Tensor, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None
+    ) -> None:
+        weights, ids = local_experts(expert_map, weights, ids)
+        no_scales_zeros_or_blocks = (None,) * 5
+        method = engine_ops.CPUQuantMethod.UNQUANT
+        engine_ops.fused_experts_cpu(out, x, w13, w2, weights, ids, method, *no_scales_zeros_or_blocks)
 
 
 class CompiledExperts(PackedExperts):
@@ -180,20 +175,7 @@ class CompiledExperts(PackedExperts):
         super().process_weights_after_loading(layer)
         self.operator = compiled_products().experts_operator
 
-    def apply(
-        self,
-        output: Tensor,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        activation: Any,
-        global_num_experts: int,
-        expert_map: Tensor | None,
-        *_: Any,
-        **__: Any,
+    def multiply(
+        self, out: Tensor, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None
     ) -> None:
-        if expert_map is not None:
-            topk_ids = expert_map[topk_ids.long()]
-        output.copy_(self.operator(hidden_states, w1, w2, topk_weights, topk_ids))
+        out.copy_(self.operator(x, w13, w2, weights, ids if expert_map is None else expert_map[ids.long()]))

@@ -13,7 +13,7 @@ from tests.mutants import Mutant, layers
 
 def slot_not_zeroed(worker: Any) -> AbstractContextManager[Any]:
     """A new sequence reads what its recurrent slot held before."""
-    from vllm_ext.cpu_kernels import TorchDelta
+    from vllm_ext.cpu_phases import TorchDelta
 
     prefill = TorchDelta.prefill
 
@@ -51,7 +51,7 @@ def state_dropped_at_prefix_restore(worker: Any) -> AbstractContextManager[Any]:
 
 def _drafts(**changes: Callable[[Any], torch.Tensor]) -> AbstractContextManager[Any]:
     """Replace fields of each speculative batch, given as functions of it."""
-    from vllm_ext.cpu_kernels import Drafts
+    from vllm_ext.cpu_phases import Drafts
 
     of = Drafts.of
 
@@ -64,7 +64,7 @@ def _drafts(**changes: Callable[[Any], torch.Tensor]) -> AbstractContextManager[
 
 def verify_commits_one_step_early(worker: Any) -> AbstractContextManager[Any]:
     """The recurrent state goes on from before the last accepted draft; the convolution is right."""
-    from vllm_ext.cpu_kernels import TorchDelta
+    from vllm_ext.cpu_phases import TorchDelta
 
     verify = TorchDelta.verify
 
@@ -81,7 +81,7 @@ def state_in_the_wrong_slot(worker: Any) -> AbstractContextManager[Any]:
 
 def conv_window_not_rolled_back(worker: Any) -> AbstractContextManager[Any]:
     """The convolution goes on as if every draft had been accepted; the recurrent state is right."""
-    from vllm_ext.cpu_kernels import TorchConv
+    from vllm_ext.cpu_phases import TorchConv
 
     verify = TorchConv.verify
 
