@@ -28,7 +28,8 @@ def bench(found: dict[str, Any]) -> str:
     limited, drafted = (all(key in row for row in found["workloads"].values()) for key in ("limit", "tokens per step"))
     engine = found.get("engines", {}).get("native", "vllm").split()[0]
     own = {"native": f"{ {'vllm': 'vLLM', 'sglang': 'SGLang'}[engine] }'s own"}
-    rows = [["Workload", *(own.get(side, side) for side in sides), "ratio"]]
+    titles = [own.get(side, side) for side in sides]
+    rows = [["Workload", *titles, "ratio"]]
     rows[0] += ["ours, of the limit"] * limited + ["tokens of a step"] * drafted
     for name, row in found["workloads"].items():
         medians = [statistics.median(row[side]) for side in sides]
@@ -37,7 +38,22 @@ def bench(found: dict[str, Any]) -> str:
         share = [f"{medians[0] / row['limit'][sides[0]]:.0%}"] if limited else []
         steps = [f"{statistics.median(row['tokens per step'][sides[0]]):.2f}"] if drafted else []
         rows.append([name, *(f"{median:.0f}" for median in medians), spread, *share, *steps])
-    return table(rows) + ("\n" + decode_steps(found["decode steps"]) if "decode steps" in found else "")
+    tables = [table(rows)]
+    if "decode steps" in found:
+        tables.append(decode_steps(found["decode steps"]))
+    if any("first token ms" in row for row in found["workloads"].values()):
+        tables.append(waits(found, sides, titles))
+    return "\n".join(tables)
+
+
+def waits(found: dict[str, Any], sides: list[str], titles: list[str]) -> str:
+    """Of ``qnext bench --serve``: the start, a request's first token and those after it."""
+    rows = [["", *titles]]
+    rows.append(["start-up, s", *(f"{statistics.median(found['start-up seconds'][side]):.0f}" for side in sides)])
+    for name, row in found["workloads"].items():
+        for key in ("first token ms", "further token ms"):
+            rows.append([f"{name}: {key}", *(f"{statistics.median(row[key][side]):.0f}" for side in sides)])
+    return table(rows)
 
 
 def decode_steps(found: dict[str, Any]) -> str:
