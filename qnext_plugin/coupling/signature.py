@@ -4,7 +4,8 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qnext_plugin.coupling.source import Class, Entity, Function, Instance, Module, Source
+from qnext_plugin.coupling.entities import Class, Entity, Function, Instance, Module
+from qnext_plugin.coupling.source import Source
 
 _DATACLASSES = {"dataclass", "config"}
 _RECORDS = {"NamedTuple", "Struct", "BaseModel"}

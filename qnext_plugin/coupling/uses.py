@@ -8,19 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qnext_plugin.coupling.entities import Class, Entity, Function, Instance, Missing, Module, Scope, Text
 from qnext_plugin.coupling.signature import Parameters, describe, signature
-from qnext_plugin.coupling.source import (
-    Class,
-    Entity,
-    Function,
-    Instance,
-    Missing,
-    Module,
-    Scope,
-    Source,
-    Text,
-    imported,
-)
+from qnext_plugin.coupling.source import Source, imported
 
 TORCH_OPERATORS = {"aten", "mkldnn", "onednn", "prims", "quantized"}
 
