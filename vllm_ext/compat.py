@@ -44,7 +44,7 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
     """Make this configuration run on a CPU, where vLLM 0.32 and 0.33 have gaps; idempotent."""
     if not current_platform.is_cpu():
         return
-    from vllm_ext import compat_parallel, cpu_triton
+    from vllm_ext import compat_parallel
 
     _seeded_prompts_in_pieces()
     _experts_loaded_again()
@@ -52,6 +52,8 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
         _experts_without_adapters()
         _requests_without_adapters()
     if vllm_config.speculative_config is not None:
+        from vllm_ext import cpu_triton
+
         cpu_triton.register()
         _first_steps_with_drafts()
     compat_parallel.repair(vllm_config)
