@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from qnext_plugin.checkpoint import expected_tensors, listing
+from qnext_plugin.checkpoint import expected_tensors
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.listing import listing
 
 Pair = tuple[Tensor | None, Tensor | None]
 

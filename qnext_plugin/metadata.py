@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.checkpoint import TensorInfo, read_headers
 from qnext_plugin.config import read_config
+from qnext_plugin.headers import TensorInfo, read_headers
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qnext_plugin.checkpoint import collapse
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.layouts import FP8_BLOCK, KINDS, can_ungroup
+from qnext_plugin.listing import collapse
 from qnext_plugin.quantization import SCALES, Leaves, dequantise, is_quantised, layout_method, storage
 
 Config = TypeVar("Config")

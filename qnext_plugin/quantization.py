@@ -17,14 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_plugin.checkpoint import (
-    CACHE_SCALES,
-    FLOAT_DTYPES,
-    PACKED_WEIGHTS,
-    QUANT_COMPANIONS,
-    TensorInfo,
-    listing,
-)
+from qnext_plugin.checkpoint import CACHE_SCALES, FLOAT_DTYPES, PACKED_WEIGHTS, QUANT_COMPANIONS
+from qnext_plugin.headers import TensorInfo
+from qnext_plugin.listing import listing
 
 Leaves = Mapping[str, TensorInfo]
 

@@ -25,8 +25,9 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qnext_plugin.checkpoint import INDEX_FILE, TensorInfo, check_coverage, expected_tensors, read_headers
+from qnext_plugin.checkpoint import check_coverage, expected_tensors
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import INDEX_FILE, TensorInfo, read_headers
 from qnext_plugin.quantization import AWQ_ORDER, check_quantisation
 
 # What the published checkpoints leave alone, as a pattern for whole module names.

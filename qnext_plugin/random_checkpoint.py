@@ -12,8 +12,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from qnext_plugin.checkpoint import INDEX_FILE, SINGLE_FILE, Shape, expected_tensors
+from qnext_plugin.checkpoint import expected_tensors
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import INDEX_FILE, SINGLE_FILE, Shape
 
 DIALECTS = ("published", "transformers5")
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16")}

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qnext_plugin.checkpoint import FLOAT_DTYPES, TensorInfo, expected_tensors
+from qnext_plugin.checkpoint import FLOAT_DTYPES, expected_tensors
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
+from qnext_plugin.headers import TensorInfo
 from qnext_plugin.state import StateSpec
 
 VOCAB_PADDING = 64  # both engines pad the vocabulary to a multiple of it before they split it

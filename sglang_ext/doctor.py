@@ -49,7 +49,8 @@ def serving_classes() -> dict[str, str]:
 
 def check(hf_config: Any, args: Any) -> None:
     """What the model asks of a configuration before it reads a weight."""
-    from qnext_plugin.checkpoint import check_coverage, read_headers
+    from qnext_plugin.checkpoint import check_coverage
+    from qnext_plugin.headers import read_headers
     from sglang_ext.compat import check_platform
     from sglang_ext.config import qnext_config
 

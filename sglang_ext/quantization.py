@@ -21,8 +21,8 @@ from sglang.srt.runtime_context import get_model, get_parallel
 from torch import nn
 
 from qnext_plugin import quantised_layers
-from qnext_plugin.checkpoint import TensorInfo, read_headers
 from qnext_plugin.config import QNextConfig, read_config
+from qnext_plugin.headers import TensorInfo, read_headers
 from qnext_plugin.metadata import read_metadata
 from qnext_plugin.quantised_layers import obstacle, quantised_parts
 from qnext_plugin.quantization import Leaves, stored_modules

@@ -9,9 +9,11 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_model
 from torch import nn
 
-from qnext_plugin.checkpoint import check_coverage, collapse, read_headers
+from qnext_plugin.checkpoint import check_coverage
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import read_headers
 from qnext_plugin.layouts import ungroup
+from qnext_plugin.listing import collapse
 from qnext_plugin.quantised_layers import layer_name
 from qnext_plugin.quantization import check_quantisation, layout_method
 from sglang_ext.quantization import dequantised, is_plain, quantization_config, stored_quantised

@@ -16,10 +16,11 @@ from qnext_plugin.bench.ceilings import Ceilings
 from qnext_plugin.bench.limits import Model, limit
 from qnext_plugin.bench.side import Side, Task
 from qnext_plugin.bench.worker import Answered, given_prompts, measure, random_prompts
-from qnext_plugin.checkpoint import TensorInfo, expected_tensors
+from qnext_plugin.checkpoint import expected_tensors
 from qnext_plugin.cli import main
 from qnext_plugin.cli.bench import add_acceptance
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import TensorInfo
 from qnext_plugin.random_checkpoint import write_random_checkpoint
 from qnext_plugin.sizes import Serving
 

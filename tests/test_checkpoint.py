@@ -8,16 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qnext_plugin.checkpoint import (
-    RefusedUpdate,
-    TensorInfo,
-    UpdateCheck,
-    check_coverage,
-    collapse,
-    expected_tensors,
-    read_headers,
-)
+from qnext_plugin.checkpoint import RefusedUpdate, UpdateCheck, check_coverage, expected_tensors
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import TensorInfo, read_headers
+from qnext_plugin.listing import collapse
 
 RAW = {
     "vocab_size": 37,

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qnext_plugin.checkpoint import read_headers
 from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import read_headers
 from qnext_plugin.plan import DEVICES, SglangCache, VllmCache
 from qnext_plugin.random_checkpoint import PRESETS, write_random_checkpoint
 from qnext_plugin.sizes import Serving

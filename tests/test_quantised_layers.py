@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from qnext_plugin.checkpoint import read_headers
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import read_headers
 from qnext_plugin.quantised_layers import (
     build,
     dequantised,

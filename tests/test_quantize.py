@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qnext_plugin.checkpoint import check_coverage, read_headers
+from qnext_plugin.checkpoint import check_coverage
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import read_headers
 from qnext_plugin.quantization import (
     check_quantisation,
     dequantise,

@@ -20,8 +20,8 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from qnext_plugin import quantised_layers
-from qnext_plugin.checkpoint import TensorInfo, read_headers
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import TensorInfo, read_headers
 from qnext_plugin.quantised_layers import obstacle, quantised_parts
 from qnext_plugin.quantization import Leaves, stored_modules
 

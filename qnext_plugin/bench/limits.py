@@ -7,8 +7,9 @@ from math import prod
 import torch
 
 from qnext_plugin.bench.ceilings import Ceilings
-from qnext_plugin.checkpoint import TensorInfo, expected_tensors
+from qnext_plugin.checkpoint import expected_tensors
 from qnext_plugin.config import FULL, LINEAR
+from qnext_plugin.headers import TensorInfo
 from qnext_plugin.sizes import Serving
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
-from qnext_plugin.checkpoint import read_headers
+from qnext_plugin.headers import read_headers
 from qnext_plugin.verify.rows import Query, Reference, Rows
 
 _VOCAB_CHUNK = 8192

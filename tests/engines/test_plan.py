@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qnext_plugin.checkpoint import read_headers
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.headers import read_headers
 from qnext_plugin.plan import DEVICES, SglangCache, VllmCache
 from qnext_plugin.sizes import Serving
 from qnext_plugin.verify.scenarios import CONFIGS, MAX_MODEL_LEN, configs
