@@ -1,9 +1,9 @@
-"""The tables of measured results in README.md, written from ``bench/results/*.json``.
+"""The tables of measured results in README.md and docs/results.md, written from ``bench/results/*.json``.
 
     scripts/results [--check]
 
 A table stands between ``<!-- results: FILE -->``, or a pattern for several, and ``<!-- end of results -->``.
-``--check`` changes nothing and fails where README.md says something else than the file.
+``--check`` changes nothing and fails where a document says something else than the files.
 """
 
 import argparse
@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+AGAINST = {
+    "cpu-eager": "vLLM's own",
+    "cpu-mtp": "vLLM's own, two drafts a step, none accepted",
+    "cpu-demo-mtp": "vLLM's own, two drafts a step, demo checkpoint",
+    "cpu-serve": "vLLM's own, over HTTP, compiled, four clients",
+    "cpu-llama-cpp": "llama.cpp",
+}
+"""What the results of a file are against, without the CPU in its name."""
 REGION = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -152,31 +161,49 @@ def verify(runs: list[dict[str, Any]]) -> str:
     return table(table_rows)
 
 
-def written(readme: str) -> str:
-    """``readme`` with every table as its files have it."""
+def speeds(files: dict[str, dict[str, Any]]) -> str:
+    """Of ``qnext bench`` and ``bench/llama_cpp.py`` on two CPUs: our rate, how many times the other side's it is."""
+    rows = [["Against", "Workload", "CPU with AVX512-BF16", "with AVX2 alone"]]
+    for name, title in AGAINST.items():
+        found = [files.get(name.replace("cpu-", cpu), {}).get("workloads", {}) for cpu in ("cpu-", "cpu-avx2-")]
+        for workload in found[0] or found[1]:
+            each = [row.get(workload) for row in found]
+            cells = [f"{statistics.median(row['ours']):.0f}, {row['ratio']:.2f}x" if row else "" for row in each]
+            rows.append([title, workload, *cells])
+    return table(rows)
+
+
+def written(document: str) -> str:
+    """``document`` with every table as its files have it."""
 
     def region(match: re.Match[str]) -> str:
-        runs = [json.loads(file.read_text()) for file in sorted(ROOT.glob(match["file"]))]
+        runs = {file.stem: json.loads(file.read_text()) for file in sorted(ROOT.glob(match["file"]))}
+        first, *more = runs.values()
         kinds = {"checks": gpu_check, "microseconds by context": context, "times": engines, "workloads": bench}
-        make = next((make for key, make in kinds.items() if key in runs[0]), None)
-        return f"{match[1]}\n{make(runs[0]) if make else verify(runs)}\n{match[3]}"
+        if "rows" in first:
+            made = verify(list(runs.values()))
+        else:
+            made = speeds(runs) if more else next(make for key, make in kinds.items() if key in first)(first)
+        return f"{match[1]}\n{made}\n{match[3]}"
 
-    return REGION.sub(region, readme)
+    return REGION.sub(region, document)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if written(text) == text:
-        return 0
-    if check:
-        print("README.md differs from bench/results; run scripts/results")
-        return 1
-    readme.write_text(written(text))
-    return 0
+    status = 0
+    for document in DOCUMENTS:
+        text = document.read_text()
+        if written(text) == text:
+            continue
+        if check:
+            print(f"{document} differs from bench/results; run scripts/results")
+            status = 1
+        else:
+            document.write_text(written(text))
+    return status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the README's table of quantised checkpoints from test results: ``python scripts/quantization_table.py XML...``.
+"""Write the table of docs/quantization.md from test results: ``python scripts/quantization_table.py XML...``.
 
 The arguments are JUnit files (``pytest --junitxml``). A passed test fills cells with properties named ``matrix``, each
 ``format | engine | column | what was shown``; a cell that no passed test fills is unproven. Rows of an engine that none
@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"
 BEGIN, END = "<!-- quantised checkpoints: scripts/quantization_table.py -->\n", "<!-- end -->\n"
 FORMATS = ("fp8-block", "fp8-channel", "w8a8", "w4a16", "awq", "gptq", "nvfp4")
 ENGINES = ("vLLM", "SGLang")
@@ -47,9 +47,9 @@ def table(found: dict[tuple[str, str, str], str], before: str) -> str:
 
 
 def main(*files: str) -> None:
-    before, rest = README.read_text().split(BEGIN)
+    before, rest = DOCUMENT.read_text().split(BEGIN)
     old, after = rest.split(END)
-    README.write_text(before + BEGIN + table(cells(files), old) + END + after)
+    DOCUMENT.write_text(before + BEGIN + table(cells(files), old) + END + after)
 
 
 if __name__ == "__main__":

@@ -112,8 +112,9 @@ def test_table_of_a_gpu_run():
     assert "| decode batch 1 | 111 | 100 | 1.11 (1.10-1.12) |" in made
 
 
-def test_readme_says_what_the_result_files_say():
-    assert tables.written((tables.ROOT / "README.md").read_text()) == (tables.ROOT / "README.md").read_text()
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda document: document.name)
+def test_documents_say_what_the_result_files_say(document):
+    assert tables.written(document.read_text()) == document.read_text()
 
 
 def test_without_a_gpu_it_says_what_it_left_out(tmp_path, monkeypatch):
