@@ -28,9 +28,12 @@ DEVICES = {"cuda": Device(16, 16), "cpu": Device(32, 128)}
 
 
 def default_state_dtype(engine: str, device: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """Of recurrent states, unless a flag says otherwise; ``config`` as ``config.json`` has it, ``dtype`` as served."""
+    """Of recurrent states, unless a flag says otherwise; ``config`` as ``config.json`` has it, ``dtype`` as served.
+
+    Of a CPU: this machine's.
+    """
     if engine == "vllm":
-        return torch.float32 if device == "cpu" else dtype
+        return torch.float32 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else dtype
     return torch.float32 if (named := config.get("mamba_ssm_dtype")) is None else getattr(torch, named)
 
 

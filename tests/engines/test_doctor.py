@@ -73,6 +73,7 @@ def test_names_our_classes_and_the_kernels_that_then_serve(checkpoint, serve):
     assert report["classes"]["target"] == f"{ADAPTER}.model.Qwen3NextForCausalLM"
     assert {"prefill", "experts", "attention"} < report["kernels"].keys()
     if ENGINE == "vllm":
+        assert not any("--block-size" in risk for risk, _ in report["risks"]), "nobody asked for a block size"
         assert report["classes"]["draft"] == "vllm_ext.mtp.Qwen3NextMTP"
         ran = dict(line.split(": ") for line in serve("bfloat16-mtp2").kernels)
         assert {"prefill", "verify"} <= ran.keys()

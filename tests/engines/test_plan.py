@@ -5,7 +5,7 @@ import torch
 
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.headers import read_headers
-from qnext_plugin.plan import DEVICES, SglangCache, VllmCache
+from qnext_plugin.plan import DEVICES, SglangCache, VllmCache, default_state_dtype
 from qnext_plugin.sizes import Serving
 from qnext_plugin.verify.scenarios import CONFIGS, MAX_MODEL_LEN, configs
 from tests.engines.installed import ENGINE
@@ -36,9 +36,8 @@ def case(request, serve, checkpoint):
 def test_vllm_blocks(case):
     config, serving, _, memory = case
     block_size = 32 if config.prefix_caching else None
-    cache = VllmCache(serving, torch.float32, DEVICES["cpu"], config.prefix_caching, block_size)
-    if config.dtype == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
-        cache = VllmCache(serving, torch.bfloat16, DEVICES["cpu"], config.prefix_caching, block_size)
+    state_dtype = default_state_dtype("vllm", "cpu", {}, serving.dtype)
+    cache = VllmCache(serving, state_dtype, DEVICES["cpu"], config.prefix_caching, block_size)
     assert memory["block_size"] == cache.block_size
     num_blocks = config.num_blocks or cache.num_blocks(CACHE_MEMORY)
     assert within(memory["num_blocks"], num_blocks)
