@@ -29,8 +29,8 @@ class KeepsBlockSize(VerifyAndUpdateConfig):
 
     After an engine process has enlarged its blocks to hold a recurrent state, vLLM sets up the configuration again, and
     on a CPU the block size is back at its default, unless it is the user's. The scheduler then cuts prompts at that
-    one's multiples, and states are cached as those of positions that they are not at. Can go when
-    ``CpuPlatform.check_and_update_config`` leaves a size alone that is set.
+    one's multiples, and states are cached as those of positions that they are not at. Mended in vLLM 0.33: can go with
+    the support of 0.32.
     """
 
     @staticmethod

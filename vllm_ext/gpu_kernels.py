@@ -88,23 +88,25 @@ class GpuKernels:
             return
         self.warm = True
         dims, n, device = layer.dims, FLA_CHUNK_SIZE, mixed_qkvz.device
-        cu_seqlens = torch.tensor([0, n], dtype=torch.int32, device=device)
-        indices = offsets = None
-        if self.prefill_backend == "cutedsl":
-            from vllm.model_executor.layers.mamba.ops.gdn_chunk_cutedsl import prepare_metadata_cutedsl
-
-            indices, offsets = prepare_metadata_cutedsl(cu_seqlens, n)
         shape, dtype = layer.get_state_shape()[1], layer.get_state_dtype()[1]
-        self._chunk(
-            layer,
-            torch.randn(n, dims.conv_dim, dtype=mixed_qkvz.dtype, device=device),
-            torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=device),
-            torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=device),
-            torch.zeros(1, *shape, dtype=dtype, device=device),
-            cu_seqlens,
-            indices,
-            offsets,
-        )
+        # FlashInfer has a kernel for few sequences and one for many.
+        for num_sequences in (1, n) if self.prefill_backend == "flashinfer" else (1,):
+            cu_seqlens = torch.arange(0, n + 1, n // num_sequences, dtype=torch.int32, device=device)
+            indices = offsets = None
+            if self.prefill_backend == "cutedsl":
+                from vllm.model_executor.layers.mamba.ops.gdn_chunk_cutedsl import prepare_metadata_cutedsl
+
+                indices, offsets = prepare_metadata_cutedsl(cu_seqlens, n)
+            self._chunk(
+                layer,
+                torch.randn(n, dims.conv_dim, dtype=mixed_qkvz.dtype, device=device),
+                torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=device),
+                torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=device),
+                torch.zeros(num_sequences, *shape, dtype=dtype, device=device),
+                cu_seqlens,
+                indices,
+                offsets,
+            )
 
     def run(
         self,

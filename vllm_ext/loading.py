@@ -35,6 +35,7 @@ class Loading:
         self._model, self._config, self._vllm_config, self._mtp = model, config, vllm_config, mtp
         # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
         self._first = vllm_config.load_config.load_format != "dummy"
+        self._takes = is_draft if mtp == "required" else is_trunk
         # Of the experts the loader may pass on this rank's only.
         self._some_experts = vllm_config.parallel_config.enable_ep_weight_filter
         self._whole_stream = not (check_checkpoint(config, vllm_config, mtp) or self._some_experts)
@@ -49,13 +50,16 @@ class Loading:
     @cached_property
     def _forms(self) -> list[dict[str, set[str]]]:
         """The tensors of each module, in either form that a layer may be stored in."""
-        takes = is_draft if self._mtp == "required" else is_trunk
         forms: list[dict[str, set[str]]] = [{}, {}]
         for form, other in zip(forms, (False, True), strict=True):
-            for name in filter(takes, expected_tensors(self._config, split_in_proj=other, fused_experts=other)):
+            for name in filter(self._takes, expected_tensors(self._config, split_in_proj=other, fused_experts=other)):
                 if not (self._some_experts and unit(name).endswith(".experts")):
                     form.setdefault(unit(name), set()).add(name)
         return forms
+
+    def is_unused(self, name: str) -> bool:
+        """Whether vLLM may leave out a file of nothing but such tensors: not where the stream is what is checked."""
+        return not self._whole_stream and not self._takes(name)
 
     def check_complete(self) -> None:
         """``RuntimeError`` where an update has left a mix of old and new weights."""

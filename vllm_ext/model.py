@@ -219,6 +219,9 @@ class Qwen3NextForCausalLM(
         self._loading.check_complete()
         return self.logits_processor(self.lm_head, hidden_states)
 
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        return self._loading.is_unused(name)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return self._loading.load(
             weights, lambda checked: load_weights(self, self.qnext_config, self.vllm_config, checked)

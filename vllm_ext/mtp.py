@@ -114,6 +114,9 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         self._loading.check_complete()
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
 
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        return self._loading.is_unused(name)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return self._loading.load(
             weights, lambda checked: load_draft_weights(self, self.config, self.vllm_config, checked)

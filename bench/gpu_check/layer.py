@@ -81,7 +81,9 @@ class Layer:
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
         dims = self.dims
-        speculative = SimpleNamespace(num_speculative_tokens=self.num_drafts, parallel_drafting=False)
+        speculative = SimpleNamespace(
+            num_speculative_tokens=self.num_drafts, parallel_drafting=False, use_eagle_block_drop=lambda: False
+        )
         self.config = SimpleNamespace(
             compilation_config=SimpleNamespace(
                 cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: self.full_graph),

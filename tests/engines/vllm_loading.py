@@ -73,7 +73,9 @@ def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, An
             vllm_config.compilation_config.static_forward_context.clear()
             with set_current_vllm_config(vllm_config), patch.object(parallel_state, "_TP", group):
                 model = initialize_model(vllm_config, model_class=model_class)
-                model.load_weights(iter(stored))
+                used = [pair for pair in stored if not model.is_unused_checkpoint_weight(pair[0])]
+                assert 0 < len(used) < len(stored), f"{len(used)} of {len(stored)} tensors are used"
+                model.load_weights(iter(used))
             if model_class is Qwen3NextForCausalLM:
                 shards = expected(tensors, config, rank, tp)
             else:
