@@ -135,7 +135,7 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
         found.append(
             (f"prompts shorter than {block_size} tokens, an attention block, never hit the prefix cache", smaller)
         )
-    if asked not in (None, block_size, device.block_size):
+    if asked not in (None, block_size, device.block_size):  # the last is what `KeepsBlockSize` asks for
         found.append((f"--block-size {asked} becomes {block_size}, so that a block holds a state", "drop --block-size"))
     if asked is not None:
         with set_current_vllm_config(vllm_config):
