@@ -56,7 +56,7 @@ def main() -> None:
     from qnext_plugin.config import QNextConfig
     from qnext_plugin.verify.scenarios import EngineConfig
     from qnext_plugin.verify.worker import check_modules
-    from vllm_ext.bench import Engine
+    from vllm_ext.tools.bench import Engine
 
     longest = max(args.lengths) + STEPS + 1
     engine = Engine(args.model, EngineConfig("", dtype=args.dtype, max_model_len=longest))

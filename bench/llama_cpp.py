@@ -79,7 +79,7 @@ def check() -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qnext_plugin.demo_checkpoint import DIRECTORY
+    from qnext_plugin.checkpoint.make_demo import DIRECTORY
     from qnext_plugin.verify.scenarios import tokens
     from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO
 

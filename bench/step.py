@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 
 WORKLOADS = {
     "prefill 1x2000": {"batch": 1, "length": 2000},

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"
-BEGIN, END = "<!-- quantised checkpoints: scripts/quantization_table.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- quantized checkpoints: scripts/quantization_table.py -->\n", "<!-- end -->\n"
 FORMATS = ("fp8-block", "fp8-channel", "w8a8", "w4a16", "awq", "gptq", "nvfp4")
 ENGINES = ("vLLM", "SGLang")
 COLUMNS = ("one process, MTP", "TP 1, 2, 4, 8", "TP 2", "EP 2", "PP 2")

@@ -8,7 +8,7 @@ from sglang.srt.configs.qwen3_next import Qwen3NextConfig as EngineConfig
 from transformers import PretrainedConfig
 
 from qnext_plugin.config import FULL, QNextConfig
-from sglang_ext.compat import accept_quantisations, unpadded
+from sglang_ext.compat import ON_CPU, unpadded
 from sglang_ext.state import cache_params
 
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
@@ -26,8 +26,10 @@ class Qwen3NextConfig(EngineConfig):  # type: ignore[misc]
         super().__init__(**{name: value for name, value in values.items() if name not in ROPE})
         if not values:
             return
-        if "quantization_config" in values:
-            accept_quantisations()
+        if "quantization_config" in values and ON_CPU:
+            from sglang_ext.cpu.install import accept_quantizations
+
+            accept_quantizations()
         config = QNextConfig.from_dict(values)
         self.layer_types = list(config.layer_types)
         self.mlp_only_layers = list(config.mlp_only_layers)

@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from sglang.srt.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -14,6 +13,7 @@ from sglang.srt.utils import add_prefix, is_cuda
 from torch import nn
 
 from qnext_plugin.config import QNextConfig
+from sglang_ext.norm import ZeroCenteredRMSNorm
 from sglang_ext.quantization import build
 
 

@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from sglang.kernels.ops.attention.fla.layernorm_gated import RMSNorm
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
@@ -13,10 +12,10 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix, is_cuda
 from torch import nn
 
-from qnext_plugin import ops
+from qnext_plugin.checkpoint.layouts import section_sizes
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
-from qnext_plugin.layouts import section_sizes
 from sglang_ext.compat import ON_CPU, is_prefill_alone
+from sglang_ext.norm import RMSNormGated
 from sglang_ext.quantization import build
 
 
@@ -33,15 +32,6 @@ class CausalConv1d(nn.Module):
             param.data.copy_(torch.cat([section.chunk(tp_size)[tp_rank] for section in sections]))
 
         self.weight.weight_loader = load  # type: ignore[attr-defined]
-
-
-class RMSNormGated(RMSNorm):  # type: ignore[misc]
-    """``norm(x) * silu(z)`` over the last dimension; ``x``, ``z`` [num_tokens, num_v_heads, head_v_dim]."""
-
-    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        if ON_CPU:
-            return ops.rms_norm_gated(x, z, self.weight, self.eps)
-        return super().forward(x.flatten(0, 1), z).view(x.shape)
 
 
 class GatedDeltaNet(nn.Module):

@@ -1,281 +1,38 @@
-"""What serves a Gated DeltaNet layer.
+"""What serves a Gated DeltaNet layer, and matrix products.
 
 ======  ====================================================================================================
 device  convolution and delta rule
 ======  ====================================================================================================
 GPU     SGLang's own kernels and choices (``--linear-attn-backend``), on the flat layout
-CPU     this file: ``qnext_plugin.ops`` behind the names and signatures of SGLang's kernels, any dtype and size; decode
-        on float32 states: ``cpu_delta_rule``
+CPU     ``cpu.gated_delta_net``: ``qnext_plugin.ops`` behind the names and signatures of SGLang's kernels, any dtype and
+        size; decode on float32 states is compiled, as are products with bfloat16 weights (``cpu.gemm``)
 ======  ====================================================================================================
 """
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
-import torch
-from sglang.srt.layers.attention.linear.kernels.kernel_backend import LinearAttnKernelBase
-from torch import Tensor
+from torch import nn
 
-from qnext_plugin import ops
-from sglang_ext import cpu_delta_rule, cpu_products
-
-CHUNK = 64
-"""Tokens between the states that SGLang keeps of a prefill for its prefix cache."""
-
-KERNELS_RAN: set[str] = set()
-"""Phases of a batch that these kernels have served in this process, ``compiled`` for the delta rule of
-``cpu_delta_rule``, ``products`` for compiled ones and ``packed`` for oneDNN's."""
+from sglang_ext.compat import ON_CPU
 
 
-def causal_conv1d_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_states: Tensor,
-    query_start_loc: Tensor,
-    *,
-    cache_indices: Tensor,
-    has_initial_state: Tensor,
-    **_: Any,
-) -> Tensor:
-    """``x`` [C, T], N packed sequences; ``conv_states`` [slots, C, W - 1] is updated. Returns [C, T]."""
-    state = torch.where(has_initial_state[:, None, None], conv_states[cache_indices], 0)
-    out, conv_states[cache_indices] = ops.causal_conv1d(x.mT, weight, conv_state=state, cu_seqlens=query_start_loc)
-    return out.mT
+def prepare_cpu(*, drafts: bool, adapters: bool) -> None:
+    """Have SGLang compute on this CPU with kernels of ours, if it is on one; idempotent."""
+    if not ON_CPU:
+        return
+    from sglang_ext.cpu import install
+
+    install.install_cpu_kernels()
+    if drafts:
+        install.install_cpu_speculation()
+    if adapters:
+        install.install_cpu_lora()
 
 
-def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    conv_state_indices: Tensor,
-    intermediate_conv_window: Tensor | None = None,
-    intermediate_state_indices: Tensor | None = None,
-    retrieve_next_token: Tensor | None = None,
-    retrieve_next_sibling: Tensor | None = None,
-    retrieve_parent_token: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """``x`` [N, C], one token a sequence; ``conv_state`` [slots, C, W - 1] is updated. Returns [N, C].
+def plain_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, ``model``'s weights are as they were declared, so that some or all can be loaded."""
+    if not ON_CPU:
+        return nullcontext()
+    from sglang_ext.cpu import gemm
 
-    Or ``x`` [N, C, D], drafts to verify, a chain or a tree: ``conv_state`` stays, ``intermediate_conv_window``
-    [rows, D, C, W - 1] receives the state after each of them, ``retrieve_parent_token`` [N, D] the tree's parents.
-    """
-    state = conv_state[conv_state_indices]
-    if x.ndim == 2:
-        out, conv_state[conv_state_indices] = ops.causal_conv1d_update(x, weight, conv_state=state)
-        return out
-    assert intermediate_conv_window is not None and intermediate_state_indices is not None
-    if retrieve_next_token is None:
-        first = torch.ones_like(conv_state_indices)
-        out, stream = ops.causal_conv1d_verify(x.mT, weight, conv_state=state, num_accepted=first)
-        windows = stream.unfold(2, weight.shape[1] - 1, 1).transpose(1, 2)
-    else:
-        assert retrieve_next_sibling is not None and retrieve_parent_token is not None
-        retrieve_parent_token.copy_(tree_parents(retrieve_next_token, retrieve_next_sibling))
-        out, windows = ops.causal_conv1d_tree(x.mT, weight, conv_state=state, parents=retrieve_parent_token)
-    for i in range(x.shape[2]):  # one by one: in SGLang's buffer neighbouring windows share memory
-        intermediate_conv_window[intermediate_state_indices, i] = windows[:, i]
-    return out.contiguous().mT
-
-
-def tree_parents(next_token: Tensor, next_sibling: Tensor) -> Tensor:
-    """Each token's parent in SGLang's tree of drafts, whose links name first child and next sibling or are -1:
-    all [N, D], the root's own 0."""
-    num_tokens = next_token.shape[1]
-    parents = next_token.new_zeros(len(next_token), num_tokens + 1)  # the last column takes what links to nothing
-    child, sibling = (torch.where(link < 0, num_tokens, link) for link in (next_token, next_sibling))
-    for i in range(num_tokens):
-        here = slice(i, i + 1)
-        parents.scatter_(1, child[:, here], i).scatter_(1, sibling[:, here], parents[:, here].clone())
-    return parents[:, :num_tokens]
-
-
-def fused_gdn_gating(A_log: Tensor, a: Tensor, b: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """``a``, ``b`` [T, Hv] to ``g`` and ``beta`` [1, T, Hv]."""
-    g, beta = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
-    return g.unsqueeze(0), beta.unsqueeze(0)
-
-
-class TorchGDNKernel(LinearAttnKernelBase):
-    """The delta rule over a cache ``ssm_states`` [slots, Hv, K, V]; tokens are along axis 1 of ``[1, T, ...]``."""
-
-    supports_track_state_snapshot = True
-
-    def __init__(self) -> None:
-        cpu_delta_rule.available()  # compiled now, and not for the first request
-
-    def decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        b: Tensor,
-        *,
-        A_log: Tensor,
-        dt_bias: Tensor,
-        ssm_states: Tensor,
-        cache_indices: Tensor,
-        **_: Any,
-    ) -> Tensor:
-        g, beta = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
-        KERNELS_RAN.add("decode")
-        if cpu_delta_rule.serves(ssm_states):
-            KERNELS_RAN.add("compiled")
-            out = cpu_delta_rule.decode(q[0], k[0], v[0], g=g, beta=beta, states=ssm_states, slots=cache_indices)
-        else:
-            state = ssm_states.index_select(0, cache_indices)
-            out, state = ops.recurrent_gated_delta_rule(q[0], k[0], v[0], g=g, beta=beta, initial_state=state)
-            ssm_states[cache_indices] = state
-        return out.unsqueeze(0)
-
-    def extend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        *,
-        ssm_states: Tensor,
-        cache_indices: Tensor,
-        query_start_loc: Tensor,
-        track_state: Tensor | None = None,
-        track_chunk_idx: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None, None]:
-        """``track_state`` [N, Hv, K, V] receives the state after ``track_chunk_idx`` [N] chunks, where that is >= 0."""
-        tokens = [x[0] for x in (q, k, v, g, beta)]
-        state = ssm_states[cache_indices].float()
-        begin, end = query_start_loc[:-1].long(), query_start_loc[1:].long()
-        out = torch.empty_like(tokens[2])
-        if track_state is not None:
-            assert track_chunk_idx is not None
-            split = torch.where(track_chunk_idx >= 0, begin + track_chunk_idx * CHUNK, begin)
-            state = prefill(tokens, state, begin, split, out)
-            track_state.copy_(state)
-            begin = split
-        ssm_states[cache_indices] = prefill(tokens, state, begin, end, out).to(ssm_states.dtype)
-        KERNELS_RAN.add("extend")
-        return out.unsqueeze(0), None, None
-
-    def target_verify(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        b: Tensor,
-        *,
-        A_log: Tensor,
-        dt_bias: Tensor,
-        ssm_states: Tensor,
-        cache_indices: Tensor,
-        intermediate_states_buffer: Tensor,
-        intermediate_state_indices: Tensor,
-        cache_steps: int,
-        retrieve_parent_token: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """``cache_steps`` drafts a sequence: ``ssm_states`` stays, ``intermediate_states_buffer``
-        [rows, cache_steps, Hv, K, V] receives the state after each of them."""
-        gates = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
-        q, k, v, g, beta = (x.unflatten(0, (-1, cache_steps)) for x in (q[0], k[0], v[0], *gates))
-        out, states = ops.verify_gated_delta_rule(
-            q,
-            k,
-            v,
-            g=g,
-            beta=beta,
-            initial_state=ssm_states[cache_indices[: len(v)]],
-            parents=retrieve_parent_token,
-        )
-        intermediate_states_buffer[intermediate_state_indices[: len(v)]] = states
-        KERNELS_RAN.add("verify")
-        return out.flatten(0, 1).unsqueeze(0)
-
-
-def prefill(tokens: list[Tensor], state: Tensor, begin: Tensor, end: Tensor, out: Tensor) -> Tensor:
-    """Tokens ``begin[i]`` to ``end[i]`` of each sequence from ``state`` [N, Hv, K, V]; returns the state after them.
-
-    ``tokens`` are q, k, v, g, beta; what they yield is written to ``out`` [T, Hv, V] in place.
-    """
-    lengths = end - begin
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    num_tokens = int(cu_seqlens[-1])
-    if num_tokens == 0:
-        return state
-    whole = num_tokens == out.shape[0]
-    rows = slice(None) if whole else torch.arange(num_tokens) + (begin - cu_seqlens[:-1]).repeat_interleave(lengths)
-    q, k, v, g, beta = (x[rows] for x in tokens)
-    out[rows], state = ops.chunk_gated_delta_rule(
-        q, k, v, g=g, beta=beta, initial_state=state, cu_seqlens=cu_seqlens, chunk_size=32
-    )
-    return state
-
-
-def track_states_all_layers(
-    conv_states: Tensor,
-    ssm_states: Tensor,
-    cache_indices: Tensor,
-    mask: Tensor,
-    track_indices: Tensor,
-    *_: Any,
-    **__: Any,
-) -> None:
-    """Copy the states of the slots ``cache_indices`` [N] to ``track_indices`` [N] where ``mask`` [N], in every layer.
-
-    ``conv_states`` and ``ssm_states`` are [layers, slots, ...].
-    """
-    rows = mask.nonzero()[:, 0]
-    source, target = cache_indices[rows], track_indices[rows]
-    for states in (conv_states, ssm_states):
-        states[:, target] = states[:, source]
-
-
-def track_states(conv_states: Tensor, ssm_states: Tensor, *args: Any, **kwargs: Any) -> None:
-    """``track_states_all_layers`` for one layer's [slots, ...]."""
-    track_states_all_layers(conv_states[None], ssm_states[None], *args, **kwargs)
-
-
-def commit_states_after_verify(
-    caches: Any,
-    slots: Tensor,
-    steps: Tensor,
-    track_slots: Tensor | None,
-    track_steps: Tensor | None,
-    src_indices_raw: Tensor | None = None,
-) -> None:
-    """Copy the states after draft ``steps`` [N] to ``slots`` [N] in every layer, where not negative; the same for what
-    the prefix cache keeps. ``src_indices_raw`` [N] are the rows of the verified sequences if not the first ones.
-    """
-    for target, step in ((slots, steps), (track_slots, track_steps)):
-        if target is None or step is None:
-            continue
-        rows = ((step >= 0) & (target >= 0)).nonzero()[:, 0]
-        source = rows if src_indices_raw is None else src_indices_raw[rows]
-        target, step = target[rows], step[rows]
-        caches.temporal[:, target] = caches.intermediate_ssm[:, source, step]
-        for states, windows in zip(caches.conv, caches.intermediate_conv_window, strict=True):
-            states[:, target] = windows[:, source, step]
-
-
-def describe(dtype: torch.dtype) -> dict[str, tuple[str, str]]:
-    """What serves on CPU, by phase of a layer (convolution, delta rule), and why not something faster."""
-    from sglang_ext.cpu_gemm import FOR_AVX2, PACKS
-
-    found = {
-        phase: ("torch, torch", "SGLang's package from PyPI has no CPU kernels")
-        for phase in ("prefill", "decode", "verify")
-    }
-    if cpu_delta_rule.available():
-        found["decode"] = ("torch, numba", "")
-    packed = PACKS and dtype == torch.bfloat16
-    reason = (
-        "" if packed else f"weights are packed in bfloat16 only, on a CPU with instructions for it; this is {dtype}"
-    )
-    compiled = "numba" if FOR_AVX2 or cpu_products.available() else "onednn"
-    return found | {"experts": (compiled if packed else "torch", reason)}
+    return gemm.plain_weights(model)

@@ -12,9 +12,9 @@ from typing import Literal, Protocol
 import torch
 from sglang.srt.runtime_context import get_model
 
-from qnext_plugin.checkpoint import UpdateCheck, check_coverage, check_stream
+from qnext_plugin.checkpoint.headers import TensorInfo, describe
+from qnext_plugin.checkpoint.schema import UpdateCheck, check_coverage, check_stream
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.headers import TensorInfo, describe
 from sglang_ext.weights import check_checkpoint, check_directory
 
 Weights = Iterable[tuple[str, torch.Tensor]]

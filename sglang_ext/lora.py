@@ -11,11 +11,11 @@ from sglang.srt.lora.layers import BaseLayerWithLoRA
 from sglang.srt.lora.lora import LoRAAdapter
 from torch import Tensor, nn
 
-from qnext_plugin.checkpoint import expected_tensors
+from qnext_plugin.checkpoint.layouts import KINDS, section_sizes, ungroup
+from qnext_plugin.checkpoint.listing import listing
+from qnext_plugin.checkpoint.lora import check_adapter
+from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.layouts import KINDS, section_sizes, ungroup
-from qnext_plugin.listing import listing
-from qnext_plugin.lora import check_adapter
 from sglang_ext.compat import ON_CPU
 
 PREFIX = "base_model.model."

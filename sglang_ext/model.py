@@ -12,7 +12,6 @@ from sglang.srt.layers.aux_hidden_states import AuxHiddenStateList
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.layer_boundary import append_stages, declare_attn, declare_ffn, is_dense_ffn_fully_dp
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
-from sglang.srt.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.pooler import Pooler, PoolingType
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -27,22 +26,15 @@ from transformers import PretrainedConfig
 
 from qnext_plugin import __version__
 from qnext_plugin.config import FULL, QNextConfig
-from sglang_ext.compat import (
-    ON_CPU,
-    check_platform,
-    guard_vocabulary,
-    guard_weight_updates,
-    install_cpu_kernels,
-    install_cpu_lora,
-    install_cpu_speculation,
-    prepare_adapters,
-)
+from sglang_ext.compat import ON_CPU, check_platform
 from sglang_ext.config import qnext_config
-from sglang_ext.cpu_gemm import plain_weights
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
+from sglang_ext.guards import guard_vocabulary, guard_weight_updates, prepare_adapters
+from sglang_ext.kernels import plain_weights, prepare_cpu
 from sglang_ext.loading import Loading
 from sglang_ext.lora import hidden_dim, prepare
+from sglang_ext.norm import ZeroCenteredRMSNorm
 from sglang_ext.quantization import build, report
 from sglang_ext.sparse_moe import MLP, SparseMoeBlock
 from sglang_ext.weights import load_weights
@@ -186,18 +178,13 @@ class Qwen3NextForCausalLM(nn.Module):
         super().__init__()
         check_platform()
         drafts = speculates()
-        if ON_CPU:
-            install_cpu_kernels()
-        if ON_CPU and drafts:
-            install_cpu_speculation()
+        prepare_cpu(drafts=drafts, adapters=get_lora().enable_lora)
         self.config = config
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
         guard_vocabulary(self.qnext_config.vocab_size)
         guard_weight_updates()
         if get_lora().enable_lora:
             prepare_adapters()
-            if ON_CPU:
-                install_cpu_lora()
         self.loading = Loading(self.qnext_config, mtp="required" if drafts else "optional")
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
-from sglang.srt.layers.layernorm import GemmaRMSNorm as ZeroCenteredRMSNorm
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -21,8 +20,9 @@ from transformers import PretrainedConfig
 from qnext_plugin import __version__
 from qnext_plugin.config import QNextConfig
 from sglang_ext.config import draft_config, qnext_config
-from sglang_ext.cpu_gemm import plain_weights
+from sglang_ext.kernels import plain_weights
 from sglang_ext.model import PACKED_MODULES, Qwen3NextModel
+from sglang_ext.norm import ZeroCenteredRMSNorm
 from sglang_ext.quantization import build, report
 from sglang_ext.weights import load_draft_weights
 

@@ -1,7 +1,7 @@
-"""Which layers are quantised: what the checkpoint stores decides, not the lists in its configuration.
+"""Which layers are quantized: what the checkpoint stores decides, not the lists in its configuration.
 
-A layer that cannot be served as stored has its weight dequantised while loading, and the log says why. On a CPU that is
-every one: SGLang's package from PyPI has no quantised kernels for it.
+A layer that cannot be served as stored has its weight dequantized while loading, and the log says why. On a CPU that is
+every one: SGLang's package from PyPI has no quantized kernels for it.
 """
 
 import logging
@@ -20,12 +20,12 @@ from sglang.srt.layers.vocab_parallel_embedding import UnquantizedEmbeddingMetho
 from sglang.srt.runtime_context import get_model, get_parallel
 from torch import nn
 
-from qnext_plugin import quantised_layers
+from qnext_plugin.checkpoint import quantized_layers
+from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
+from qnext_plugin.checkpoint.metadata import read_metadata
+from qnext_plugin.checkpoint.quantization import Leaves, stored_modules
+from qnext_plugin.checkpoint.quantized_layers import obstacle, quantized_parts
 from qnext_plugin.config import QNextConfig, read_config
-from qnext_plugin.headers import TensorInfo, read_headers
-from qnext_plugin.metadata import read_metadata
-from qnext_plugin.quantised_layers import obstacle, quantised_parts
-from qnext_plugin.quantization import Leaves, stored_modules
 from sglang_ext.compat import ON_CPU, uses_expert_location
 
 logger = logging.getLogger(__name__)
@@ -35,17 +35,17 @@ _MODELOPT = "hf_quant_config.json"  # where ModelOpt writes what others write in
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantised checkpoint: the tensors of every module, and what it says of its own quantisation."""
+    """A quantized checkpoint: the tensors of every module, and what it says of its own quantization."""
 
     modules: Mapping[str, Leaves]
     config: Mapping[str, Any]
 
 
-class DequantisedConfig(QuantizationConfig):  # type: ignore[misc]
-    """What stands for every quantisation on a CPU: no layer has a quantised form, any floating-point type serves."""
+class DequantizedConfig(QuantizationConfig):  # type: ignore[misc]
+    """What stands for every quantization on a CPU: no layer has a quantized form, any floating-point type serves."""
 
     def get_name(self) -> str:
-        return "dequantised"
+        return "dequantized"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
@@ -59,7 +59,7 @@ class DequantisedConfig(QuantizationConfig):  # type: ignore[misc]
         return [_MODELOPT]
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "DequantisedConfig":
+    def from_config(cls, config: dict[str, Any]) -> "DequantizedConfig":
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> None:
@@ -74,7 +74,7 @@ _updates: list[Stored | None] = []
 
 @contextmanager
 def loading_from(stored: Stored | None) -> Iterator[None]:
-    """Meanwhile the weights that are loaded are those of another checkpoint, of one that is not quantised if None."""
+    """Meanwhile the weights that are loaded are those of another checkpoint, of one that is not quantized if None."""
     _updates.append(stored)
     try:
         yield
@@ -82,8 +82,8 @@ def loading_from(stored: Stored | None) -> Iterator[None]:
         _updates.pop()
 
 
-def stored_quantised() -> Stored | None:
-    """The checkpoint that is loaded, if it is quantised and its headers can be had, local or on the hub."""
+def stored_quantized() -> Stored | None:
+    """The checkpoint that is loaded, if it is quantized and its headers can be had, local or on the hub."""
     if _updates:
         return _updates[-1]
     model = get_model()
@@ -91,7 +91,7 @@ def stored_quantised() -> Stored | None:
 
 
 def read_stored(model: str, revision: str | None = None) -> Stored | None:
-    """A checkpoint, local or on the hub, if it is quantised and its headers can be had."""
+    """A checkpoint, local or on the hub, if it is quantized and its headers can be had."""
     directory = Path(model)
     headers: Mapping[str, TensorInfo] | None
     if directory.is_dir():
@@ -107,7 +107,7 @@ def read_stored(model: str, revision: str | None = None) -> Stored | None:
 
 
 def quantization_config(directory: Path) -> Mapping[str, Any] | None:
-    """What a local checkpoint says of its own quantisation."""
+    """What a local checkpoint says of its own quantization."""
     for name, key in (("config.json", "quantization_config"), (_MODELOPT, "quantization")):
         raw = read_config(directory / name) if (directory / name).exists() else {}
         if key in raw:
@@ -124,19 +124,19 @@ def build(
     """``make(prefix=, quant_config=)`` as the checkpoint stores the layer, or plain where it cannot be served so."""
     if quant_config is None:
         return make(prefix=prefix, quant_config=None)
-    stored = stored_quantised()
+    stored = stored_quantized()
     if stored is None:
         if ON_CPU:
             raise ValueError(
-                "no quantised safetensors checkpoint found, expected one: on a CPU weights are dequantised while "
-                "loading and never quantised; download it and give its directory, or drop --quantization"
+                "no quantized safetensors checkpoint found, expected one: on a CPU weights are dequantized while "
+                "loading and never quantized; download it and give its directory, or drop --quantization"
             )
         return make(prefix=prefix, quant_config=quant_config)
-    parts = quantised_parts(prefix, config, stored.modules)
+    parts = quantized_parts(prefix, config, stored.modules)
     if not parts:
         return make(prefix=prefix, quant_config=None)
     tp_size = get_parallel().tp_size if ".mlp." in prefix else get_parallel().attn_tp_size
-    return quantised_layers.build(
+    return quantized_layers.build(
         partial(make, prefix=prefix),
         quant_config,
         "SGLang has no kernel for it on this CPU" if ON_CPU else obstacle(parts, config, stored.config, tp_size),
@@ -155,15 +155,15 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def report(model: nn.Module, *, draft: bool) -> None:
-    """Log which modules are dequantised while loading, by reason."""
-    stored = stored_quantised()
-    for line in quantised_layers.reports(stored.modules if stored else {}, model, is_plain, draft=draft):
+    """Log which modules are dequantized while loading, by reason."""
+    stored = stored_quantized()
+    for line in quantized_layers.reports(stored.modules if stored else {}, model, is_plain, draft=draft):
         logger.info(line)
 
 
-def dequantised(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+def dequantized(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Turn the stored tensors of each module whose layer of ``model`` is plain into one weight; pass the others on."""
-    stored = stored_quantised()
+    stored = stored_quantized()
     if stored is None:
         return weights
 
@@ -178,4 +178,4 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -
         return any(first <= copy < first + experts.num_local_experts for copy in copies)
 
     dtype = torch.get_default_dtype()
-    return quantised_layers.dequantised(weights, stored.modules, stored.config, model, is_plain, has_expert, dtype)
+    return quantized_layers.dequantized(weights, stored.modules, stored.config, model, is_plain, has_expert, dtype)

@@ -17,7 +17,7 @@ MODELS = "sglang_ext.models"
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 REGISTRY = "sglang.srt.models.registry"
 PLATFORMS = "sglang.srt.platforms"
-CPU_PLATFORM = "sglang_ext.cpu_platform:CpuPlatform"
+CPU_PLATFORM = "sglang_ext.cpu.platform:CpuPlatform"
 
 
 logger = logging.getLogger(__name__)

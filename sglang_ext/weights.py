@@ -9,14 +9,14 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_model
 from torch import nn
 
-from qnext_plugin.checkpoint import check_coverage
+from qnext_plugin.checkpoint.headers import read_headers
+from qnext_plugin.checkpoint.layouts import ungroup
+from qnext_plugin.checkpoint.listing import collapse
+from qnext_plugin.checkpoint.quantization import check_quantization, layout_method
+from qnext_plugin.checkpoint.quantized_layers import layer_name
+from qnext_plugin.checkpoint.schema import check_coverage
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.headers import read_headers
-from qnext_plugin.layouts import ungroup
-from qnext_plugin.listing import collapse
-from qnext_plugin.quantised_layers import layer_name
-from qnext_plugin.quantization import check_quantisation, layout_method
-from sglang_ext.quantization import dequantised, is_plain, quantization_config, stored_quantised
+from sglang_ext.quantization import dequantized, is_plain, quantization_config, stored_quantized
 
 # Module names of the checkpoint whose rows are a part of another module's.
 STACKED: dict[str, tuple[str, str | int]] = {
@@ -51,7 +51,7 @@ def check_directory(config: QNextConfig, directory: Path, mtp: Literal["required
     """``ValueError`` where the headers of a safetensors checkpoint do not fit the configuration, or each other."""
     headers = read_headers(directory)
     check_coverage(config, headers, mtp=mtp)
-    check_quantisation(headers, quantization_config(directory))
+    check_quantization(headers, quantization_config(directory))
 
 
 def load_weights(
@@ -66,7 +66,7 @@ def load_weights(
     ``complete``: the stream holds all of them, so that a parameter left without a value is a ``ValueError``.
     """
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name, config))
-    return _load(model, config, dequantised(trunk, model), complete, set())
+    return _load(model, config, dequantized(trunk, model), complete, set())
 
 
 def load_draft_weights(
@@ -74,7 +74,7 @@ def load_draft_weights(
 ) -> set[str]:
     """The same for ``mtp.*``; SGLang hands the draft the trunk's embedding and head."""
     draft = ((name, tensor) for name, tensor in weights if name.split(".")[0] == "mtp")
-    renamed = ((f"model.{name.removeprefix('mtp.')}", tensor) for name, tensor in dequantised(draft, model))
+    renamed = ((f"model.{name.removeprefix('mtp.')}", tensor) for name, tensor in dequantized(draft, model))
     return _load(model, config, renamed, complete, SHARED_WITH_TRUNK)
 
 
@@ -86,7 +86,7 @@ def _load(
     optional: set[str],
 ) -> set[str]:
     params, layers = dict(model.named_parameters()), dict(model.named_modules())
-    loaded, stored = set(), stored_quantised()
+    loaded, stored = set(), stored_quantized()
     quant_method = None if stored is None else layout_method(stored.config)
     for name, tensor in weights:
         if layer_name(name.rpartition(".")[0]) not in layers:
@@ -96,7 +96,7 @@ def _load(
                 param = params[param_name]
                 getattr(param, "weight_loader", default_weight_loader)(param, rows, *args)
                 loaded.add(param_name)
-    # A quantised layer has parameters that only some checkpoints store.
+    # A quantized layer has parameters that only some checkpoints store.
     missing = {name for name in params.keys() - loaded - optional if is_plain(layers[name.rpartition(".")[0]])}
     if complete and missing:
         raise ValueError(f"the checkpoint leaves parameters without a value: {', '.join(collapse(sorted(missing)))}")

@@ -16,13 +16,13 @@ from qnext_plugin.bench.ceilings import Ceilings
 from qnext_plugin.bench.limits import Model, limit
 from qnext_plugin.bench.side import Side, Task
 from qnext_plugin.bench.worker import Answered, given_prompts, measure, random_prompts
-from qnext_plugin.checkpoint import expected_tensors
+from qnext_plugin.checkpoint.headers import TensorInfo
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.cli import main
 from qnext_plugin.cli.bench import add_acceptance
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.headers import TensorInfo
-from qnext_plugin.random_checkpoint import write_random_checkpoint
-from qnext_plugin.sizes import Serving
+from qnext_plugin.plan.sizes import Serving
 
 # One layer of each kind, so small that everything can be counted by hand.
 COUNTED = {
@@ -100,7 +100,7 @@ def test_a_tied_head_reads_the_embedding():
     assert own.flops == tied.flops
 
 
-def test_quantised_weights_have_the_bytes_of_their_headers():
+def test_quantized_weights_have_the_bytes_of_their_headers():
     shapes = expected_tensors(QNextConfig.from_dict(COUNTED))
     headers = {n: TensorInfo(s, "I8" if "experts" in n.split(".") else "BF16", Path()) for n, s in shapes.items()}
     assert model().decode(1, 6).bytes - model(headers=headers).decode(1, 6).bytes == EXPERTS

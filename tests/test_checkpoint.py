@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qnext_plugin.checkpoint import RefusedUpdate, UpdateCheck, check_coverage, expected_tensors
+from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
+from qnext_plugin.checkpoint.listing import collapse
+from qnext_plugin.checkpoint.schema import RefusedUpdate, UpdateCheck, check_coverage, expected_tensors
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.headers import TensorInfo, read_headers
-from qnext_plugin.listing import collapse
 
 RAW = {
     "vocab_size": 37,
@@ -154,7 +154,7 @@ def test_mtp_is_optional_as_a_whole_unless_required() -> None:
         ("weight_packed", ("weight_scale", "weight_global_scale", "input_global_scale")),
     ],
 )
-def test_quantised_modules_keep_their_companions(replaced: str, companions: tuple[str, ...]) -> None:
+def test_quantized_modules_keep_their_companions(replaced: str, companions: tuple[str, ...]) -> None:
     tensors = headers_of(expected_tensors(CONFIG))
     for module in (f"{EXPERT}.3.up_proj", "model.layers.2.self_attn.q_proj", f"{LINEAR}.in_proj_qkvz", "mtp.fc"):
         del tensors[f"{module}.weight"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qnext_plugin.checkpoint import check_coverage
+from qnext_plugin.checkpoint.headers import read_headers
+from qnext_plugin.checkpoint.make_demo import DIRECTORY
+from qnext_plugin.checkpoint.schema import check_coverage
 from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.demo_checkpoint import DIRECTORY
-from qnext_plugin.headers import read_headers
 from qnext_plugin.reference import ReferenceModel, formulas
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))

@@ -10,10 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qnext_plugin.checkpoint import check_coverage, expected_tensors
+from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
+from qnext_plugin.checkpoint.layouts import LAYOUTS, inverse_row_order, regroup, row_order, section_sizes, ungroup
+from qnext_plugin.checkpoint.schema import check_coverage, expected_tensors
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
-from qnext_plugin.headers import TensorInfo, read_headers
-from qnext_plugin.layouts import LAYOUTS, inverse_row_order, regroup, row_order, section_sizes, ungroup
 from tests.test_config import PUBLISHED
 
 DEEP = b"[" * 5_000  # deeper than the JSON parser goes

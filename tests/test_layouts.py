@@ -1,12 +1,20 @@
-"""Grouped and flat row orders, for every quantised tensor that carries them."""
+"""Grouped and flat row orders, for every quantized tensor that carries them."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qnext_plugin.checkpoint.layouts import (
+    LAYOUTS,
+    can_ungroup,
+    inverse_row_order,
+    regroup,
+    row_order,
+    section_sizes,
+    ungroup,
+)
 from qnext_plugin.config import GatedDeltaNetDims
-from qnext_plugin.layouts import LAYOUTS, can_ungroup, inverse_row_order, regroup, row_order, section_sizes, ungroup
 
 KINDS = ("qkvz", "ba")
 UNALIGNED = GatedDeltaNetDims(num_k_heads=4, num_v_heads=12, head_k_dim=5, head_v_dim=6)  # no segment fills a word
@@ -69,7 +77,7 @@ def test_a_granule_moves_whole(dims, granularity):
 @pytest.mark.parametrize("kind, granularity", [("qkvz", 4), ("qkvz", 128), ("ba", 2)])
 def test_a_segment_that_is_not_whole_granules_is_refused(kind, granularity):
     for order in (row_order, inverse_row_order):
-        with pytest.raises(ValueError, match=rf"in_proj_{kind}: found \[.*multiples of {granularity}.*dequantise"):
+        with pytest.raises(ValueError, match=rf"in_proj_{kind}: found \[.*multiples of {granularity}.*dequantize"):
             order(UNALIGNED, kind, granularity)
 
 
@@ -179,7 +187,7 @@ def test_packed_words_that_straddle_sections_are_refused(kind, method, suffix):
     for store in PACKED[method, suffix]:
         words = store(torch.zeros(sum(section_sizes(UNALIGNED, kind)), 6, dtype=torch.int64))
         assert not can_ungroup({suffix: tuple(words.shape)}, UNALIGNED, kind, method)
-        with pytest.raises(ValueError, match=f"in_proj_{kind}: found .*expected multiples of .*dequantise it first"):
+        with pytest.raises(ValueError, match=f"in_proj_{kind}: found .*expected multiples of .*dequantize it first"):
             ungroup(words, UNALIGNED, kind, suffix, method)
 
 
@@ -210,19 +218,19 @@ def test_a_per_tensor_weight_scale_is_returned_as_it_is(method, shape):
         ("modelopt", "weight_scale", (28, 1, 2, 1)),
     ],
 )
-def test_fp8_blocks_dequantise_to_the_permuted_weight(method, suffix, scale_shape):
+def test_fp8_blocks_dequantize_to_the_permuted_weight(method, suffix, scale_shape):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3584, 256, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape, generator=generator)
 
-    def dequantise(weight, scale):
+    def dequantize(weight, scale):
         blocks = scale.reshape(28, 2).repeat_interleave(128, 0).repeat_interleave(128, 1)
         return weight.float() * blocks
 
     flat_weight = ungroup(weight, BLOCKS, "qkvz", "weight", method)
     flat_scale = ungroup(scale, BLOCKS, "qkvz", suffix, method)
-    expected = dequantise(weight, scale)[expected_order(BLOCKS, "qkvz")]
-    assert torch.equal(dequantise(flat_weight, flat_scale), expected)
+    expected = dequantize(weight, scale)[expected_order(BLOCKS, "qkvz")]
+    assert torch.equal(dequantize(flat_weight, flat_scale), expected)
     assert torch.equal(regroup(flat_scale, BLOCKS, "qkvz", suffix, method), scale)
 
 
@@ -237,7 +245,7 @@ def test_fp8_blocks_dequantise_to_the_permuted_weight(method, suffix, scale_shap
 )
 def test_fp8_blocks_that_straddle_sections_are_refused(dims, kind, scale_rows):
     assert not can_ungroup({"weight_scale_inv": (scale_rows, 2)}, dims, kind, "fp8")
-    with pytest.raises(ValueError, match=rf"in_proj_{kind}: .*multiples of 128.*dequantise it first"):
+    with pytest.raises(ValueError, match=rf"in_proj_{kind}: .*multiples of 128.*dequantize it first"):
         ungroup(torch.ones(scale_rows, 2), dims, kind, "weight_scale_inv", "fp8")
 
 

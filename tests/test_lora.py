@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from qnext_plugin.checkpoint import expected_tensors
+from qnext_plugin.checkpoint.lora import check_adapter
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.lora import check_adapter
-from qnext_plugin.random_checkpoint import write_random_checkpoint
 
 IN_PROJ, GATE = "model.layers.0.linear_attn.in_proj_qkvz", "model.layers.1.mlp.shared_expert_gate"
 BEYOND = "model.layers.4.self_attn.q_proj"

@@ -14,7 +14,7 @@ ONE = torch.ones(1, dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
+def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     yield
@@ -95,7 +95,7 @@ def test_every_token_of_a_tree_follows_its_ancestors(dtype):
             assert torch.equal(windows[i, token].double(), window)
 
 
-def test_poison_in_padding_neighbours_and_rejected_columns_never_leaks():
+def test_poison_in_padding_neighbors_and_rejected_columns_never_leaks():
     x, weight, states = inputs(12, 3)
     clean, clean_states = prefill(x, weight, states, [3, 5, 4])
     x[3:8], states[1] = float("nan"), float("nan")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qnext_plugin.ops import cpu_products
+from qnext_plugin.ops.cpu import gemm_avx2
 from tests.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="wants AVX2")
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="want
 @pytest.mark.parametrize("shape", [(33, 70), (3, 16, 2), (2, 5, 160, 96)])
 def test_packing_can_be_undone(shape):
     plain = torch.randn(shape).bfloat16()
-    packed = cpu_products.pack(plain)
+    packed = gemm_avx2.pack(plain)
     assert packed.shape == (*shape[:-2], -(-shape[-2] // 16) * 16, shape[-1])
-    assert torch.equal(cpu_products.unpack(packed, shape[-2]), plain)
+    assert torch.equal(gemm_avx2.unpack(packed, shape[-2]), plain)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
@@ -30,9 +30,9 @@ def test_products(n, k, counts, num_threads, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        packed = cpu_products.pack(weights)
-        exact = cpu_products.products(x, packed, used, counts, rows, torch.float32)
-        rounded = cpu_products.products(x, packed, used, counts, rows)
+        packed = gemm_avx2.pack(weights)
+        exact = gemm_avx2.products(x, packed, used, counts, rows, torch.float32)
+        rounded = gemm_avx2.products(x, packed, used, counts, rows)
     finally:
         torch.set_num_threads(before)
     assert not exact[:, n:].any()
@@ -42,7 +42,7 @@ def test_products(n, k, counts, num_threads, dtype):
 
 def test_one_matrix_takes_all_rows_and_a_bias():
     weight, bias, x = torch.randn(33, 70).bfloat16(), torch.randn(33).bfloat16(), torch.randn(50, 70).bfloat16()
-    found = cpu_products.linear(x, cpu_products.pack(weight), bias, 33)
+    found = gemm_avx2.linear(x, gemm_avx2.pack(weight), bias, 33)
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     assert_close(found, expected, OPS[torch.bfloat16])
 
@@ -53,7 +53,7 @@ def test_rounding_is_that_of_torch_also_of_what_is_not_finite():
     x[:, 1] = 0
     one = torch.zeros(16, 2).bfloat16()
     one[3, 0] = 1
-    found = cpu_products.products(x, cpu_products.pack(one))[:, 3]
+    found = gemm_avx2.products(x, gemm_avx2.pack(one))[:, 3]
     expected = x[:, 0].bfloat16()
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))

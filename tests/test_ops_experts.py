@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qnext_plugin.ops import cpu_products
-from qnext_plugin.ops.experts import routed_experts
+from qnext_plugin.ops.cpu import gemm_avx2
+from qnext_plugin.ops.cpu.experts import routed_experts
 from tests.tolerances import OPS, assert_close
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 7, 24, 10, 3
@@ -23,12 +23,12 @@ def plain(w13, w2):
 
 
 def compiled(w13, w2):
-    w13, w2 = cpu_products.pack(w13), cpu_products.pack(w2)
+    w13, w2 = gemm_avx2.pack(w13), gemm_avx2.pack(w2)
     return (
-        lambda x, rows, used, counts: cpu_products.products(x, w13, used, counts, rows, torch.float32)[
+        lambda x, rows, used, counts: gemm_avx2.products(x, w13, used, counts, rows, torch.float32)[
             :, : 2 * INTERMEDIATE
         ],
-        lambda x, used, counts: cpu_products.products(x, w2, used, counts)[:, :HIDDEN],
+        lambda x, used, counts: gemm_avx2.products(x, w2, used, counts)[:, :HIDDEN],
     )
 
 

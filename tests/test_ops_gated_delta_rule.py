@@ -14,7 +14,7 @@ TOLERANCE = OPS[torch.float32]
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
+def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     yield
@@ -160,7 +160,7 @@ def test_repeated_keys_written_in_full_stay_accurate():
     assert_close(final[0], states[-1], TOLERANCE)
 
 
-def test_a_poisoned_sequence_does_not_reach_its_neighbours():
+def test_a_poisoned_sequence_does_not_reach_its_neighbors():
     lengths = [65, 70, 3]
     qkv, gates, states = inputs(sum(lengths), 3)
     clean_out, clean_final = prefill(qkv, gates, states, lengths)
@@ -168,8 +168,8 @@ def test_a_poisoned_sequence_does_not_reach_its_neighbours():
         x[65:135] = float("nan")
     states[1] = float("nan")
     out, final = prefill(qkv, gates, states, lengths)
-    neighbours = [*range(65), *range(135, 138)]
-    assert torch.equal(out[neighbours], clean_out[neighbours])
+    neighbors = [*range(65), *range(135, 138)]
+    assert torch.equal(out[neighbors], clean_out[neighbors])
     assert torch.equal(final[[0, 2]], clean_final[[0, 2]])
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from qnext_plugin.checkpoint.headers import read_headers
+from qnext_plugin.checkpoint.make_random import PRESETS, write_random_checkpoint
 from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.headers import read_headers
-from qnext_plugin.plan import DEVICES, SglangCache, VllmCache
-from qnext_plugin.random_checkpoint import PRESETS, write_random_checkpoint
-from qnext_plugin.sizes import Serving
+from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache
+from qnext_plugin.plan.sizes import Serving
 
 GIB = 2**30
 CONFIG_80B = QNextConfig.from_dict(PRESETS["80b"])

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: written in the published forms, read back, and refused when they are not whole."""
+"""Quantized checkpoints: written in the published forms, read back, and refused when they are not whole."""
 
 import json
 
@@ -6,20 +6,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qnext_plugin.checkpoint import check_coverage
-from qnext_plugin.config import QNextConfig
-from qnext_plugin.headers import read_headers
-from qnext_plugin.quantization import (
-    check_quantisation,
-    dequantise,
-    is_quantised,
+from qnext_plugin.checkpoint.headers import read_headers
+from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.quantization import (
+    check_quantization,
+    dequantize,
+    is_quantized,
     layout_method,
     storage,
     stored_modules,
 )
-from qnext_plugin.quantize import FORMATS, quantize_checkpoint
-from qnext_plugin.random_checkpoint import write_random_checkpoint
-from tests.dequantised import dequantised
+from qnext_plugin.checkpoint.schema import check_coverage
+from qnext_plugin.config import QNextConfig
+from tests.dequantized import dequantized
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -54,8 +54,8 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory, source):
-    root = tmp_path_factory.mktemp("quantised")
+def quantized(tmp_path_factory, source):
+    root = tmp_path_factory.mktemp("quantized")
     for name in FORMATS:
         quantize_checkpoint(source, root / name, format=name)
         quantize_checkpoint(source, root / f"{name}-everything", format=name, ignore=EVERYTHING)
@@ -67,11 +67,11 @@ def raw_config(directory):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_is_complete_and_in_the_published_form(quantised, source, name):
-    headers = read_headers(quantised / name)
-    config = raw_config(quantised / name)
+def test_a_format_is_complete_and_in_the_published_form(quantized, source, name):
+    headers = read_headers(quantized / name)
+    config = raw_config(quantized / name)
     check_coverage(QNextConfig.from_dict(config), headers, mtp="required")
-    check_quantisation(headers, config["quantization_config"])
+    check_quantization(headers, config["quantization_config"])
     modules = stored_modules(headers)
     assert storage(modules[f"{LINEAR}.in_proj_qkvz"]) == STORED[name]
     for plain in (f"{LINEAR}.in_proj_ba", "mtp.fc", "lm_head", "model.layers.1.mlp.gate", "model.norm"):
@@ -90,19 +90,19 @@ def default_dtype():
 
 @pytest.mark.parametrize("everything", ("", "-everything"))
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_module_dequantises_as_compressed_tensors_does_and_close_to_its_source(
-    quantised, source, name, everything, default_dtype
+def test_every_module_dequantizes_as_compressed_tensors_does_and_close_to_its_source(
+    quantized, source, name, everything, default_dtype
 ):
-    directory = quantised / f"{name}{everything}"
+    directory = quantized / f"{name}{everything}"
     stored, plain = load_file(directory / "model.safetensors"), load_file(source / "model.safetensors")
     config = raw_config(directory)["quantization_config"]
-    expected = dequantised(directory)
+    expected = dequantized(directory)
     assert expected.keys() == plain.keys()
     default_dtype(torch.bfloat16)
     count = 0
     for module, leaves in stored_modules(read_headers(directory)).items():
-        if is_quantised(leaves):
-            actual = dequantise({leaf: stored[f"{module}.{leaf}"] for leaf in leaves}, config)
+        if is_quantized(leaves):
+            actual = dequantize({leaf: stored[f"{module}.{leaf}"] for leaf in leaves}, config)
             # Theirs rounds where a scale is a product of two.
             torch.testing.assert_close(actual, expected[f"{module}.weight"], rtol=1e-6, atol=0, msg=module)
             weight = plain[f"{module}.weight"].float()
@@ -158,14 +158,14 @@ def test_an_incomplete_or_mixed_checkpoint_is_refused_by_name(source, tmp_path, 
     quantize_checkpoint(source, tmp_path / "checkpoint", format="fp8-block")
     headers = edited(tmp_path / "checkpoint", change)
     with pytest.raises(ValueError, match="incomplete or mixed") as error:
-        check_quantisation(headers, {"quant_method": "fp8"})
+        check_quantization(headers, {"quant_method": "fp8"})
     for word in words:
         assert word in str(error.value)
 
 
-def test_quantised_tensors_without_a_quantization_config_are_refused(quantised):
+def test_quantized_tensors_without_a_quantization_config_are_refused(quantized):
     with pytest.raises(ValueError, match=r"config\.json has no quantization_config"):
-        check_quantisation(read_headers(quantised / "fp8-block"), None)
+        check_quantization(read_headers(quantized / "fp8-block"), None)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +184,6 @@ def test_what_cannot_be_written_is_refused(source, tmp_path, arguments, message)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_quantised_source_is_refused(quantised, tmp_path):
+def test_a_quantized_source_is_refused(quantized, tmp_path):
     with pytest.raises(ValueError, match="has a quantization_config already"):
-        quantize_checkpoint(quantised / "w8a8", tmp_path / "out", format="gptq")
+        quantize_checkpoint(quantized / "w8a8", tmp_path / "out", format="gptq")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qnext_plugin.checkpoint import check_coverage
+from qnext_plugin.checkpoint.headers import read_headers
+from qnext_plugin.checkpoint.make_random import random_tensor, write_random_checkpoint
+from qnext_plugin.checkpoint.schema import check_coverage
 from qnext_plugin.cli import main
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
-from qnext_plugin.headers import read_headers
-from qnext_plugin.random_checkpoint import random_tensor, write_random_checkpoint
 
 PROMPT = torch.tensor([[7, 250, 31, 31, 8, 99, 256, 3, 140, 77, 64, 211, 5]])
 SMALL = {"num_hidden_layers": 4, "num_experts": 5, "vocab_size": 281}

@@ -61,7 +61,7 @@ CONFIGS = {
 }
 
 
-def randomise(module):
+def randomize(module):
     """Weights of a size to show in the logits, norms and biases included, and decays that remember about ten tokens.
 
     (With transformers' own strong decays a DeltaNet output is nearly ``(q . k) v``, and where ``q . k`` is close to 0
@@ -94,7 +94,7 @@ def build(overrides):
     raw = {**COMMON, **overrides}
     hf_config = Qwen3NextConfig(**copy.deepcopy(raw), attn_implementation="eager", experts_implementation="eager")
     model = Qwen3NextForCausalLM(hf_config).eval()
-    randomise(model)
+    randomize(model)
     model.tie_weights()
     weights = checkpoint_names(model.state_dict())
     if hf_config.tie_word_embeddings:
@@ -188,7 +188,7 @@ def build_mtp(overrides):
             **{name: Qwen3NextRMSNorm(size, eps) for name in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")},
         }
     ).eval()
-    randomise(mtp)
+    randomize(mtp)
     weights |= checkpoint_names({f"mtp.{name}": tensor for name, tensor in mtp.state_dict().items()})
     return model, mtp, ReferenceModel(config, weights, torch.float32)
 

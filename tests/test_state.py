@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qnext_plugin.config import GatedDeltaNetDims
-from qnext_plugin.state import StateSpec
+from qnext_plugin.plan.state import StateSpec
 
 DIMS_80B = GatedDeltaNetDims(num_k_heads=16, num_v_heads=32, head_k_dim=128, head_v_dim=128, conv_kernel_size=4)
 ODD_DIMS = GatedDeltaNetDims(num_k_heads=3, num_v_heads=6, head_k_dim=5, head_v_dim=7, conv_kernel_size=3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.verify import reference as module
 from qnext_plugin.verify.reference import Recorded, Streamed, Whole
 from qnext_plugin.verify.rows import Query

@@ -16,8 +16,8 @@ STREAMED_LOGPROB = 3e-5
 
 # Those of a served model are in qnext_plugin.verify.tolerances, because `qnext verify` applies them as well.
 
-# The same with quantised weights, where `transformers` also rounds the inputs of the layers whose kernels do.
-LOGPROB_QUANTISED_RATIO = 1.3
+# The same with quantized weights, where `transformers` also rounds the inputs of the layers whose kernels do.
+LOGPROB_QUANTIZED_RATIO = 1.3
 
 # Hidden states, embeddings and class probabilities of a served model against float32 transformers, relative.
 SERVED_TENSOR_FLOAT32 = 2e-5

@@ -5,18 +5,18 @@ alone. Each says when it can go.
 """
 
 import copy
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import torch
-import vllm
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+
+from vllm_ext.patching import replace
 
 
 def has_fused_mtp_decode() -> bool:
@@ -44,7 +44,7 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
     """Make this configuration run on a CPU, where vLLM 0.32 and 0.33 have gaps; idempotent."""
     if not current_platform.is_cpu():
         return
-    from vllm_ext import compat_parallel
+    from vllm_ext.cpu import repairs_parallel as compat_parallel
 
     _seeded_prompts_in_pieces()
     _experts_loaded_again()
@@ -52,7 +52,7 @@ def repair_cpu_backend(vllm_config: VllmConfig) -> None:
         _experts_without_adapters()
         _requests_without_adapters()
     if vllm_config.speculative_config is not None:
-        from vllm_ext import cpu_triton
+        from vllm_ext.cpu import triton as cpu_triton
 
         cpu_triton.register()
         _first_steps_with_drafts()
@@ -222,33 +222,14 @@ def _first_steps_with_drafts() -> None:
 
 @cache
 def compiled_products() -> Any:
-    """``qnext_plugin.ops.cpu_operators``, which loads Numba, and so llvmlite.
+    """``qnext_plugin.ops.cpu.operators``, which loads Numba, and so llvmlite.
 
     When it registers kernels, vLLM asks every object for its ``__dict__``. Llvmlite's library takes that
     for a function of its own, and no second engine starts in the process. Can go when either knows better.
     """
     from llvmlite.binding import ffi
 
-    from qnext_plugin.ops import cpu_operators
+    from qnext_plugin.ops.cpu import operators
 
     ffi.lib._fntab.setdefault("__dict__", {})
-    return cpu_operators
-
-
-def replace(owner: type, name: str, replacement: Callable[..., Any], parameters: tuple[str, ...]) -> inspect.Signature:
-    """Put ``replacement(original, self, ...)`` in the place of a method that takes ``parameters``."""
-    original = getattr(owner, name, None)
-    signature = inspect.signature(original) if original else inspect.Signature()
-    missing = [p for p in parameters if p not in signature.parameters]
-    if original is None or missing:
-        raise RuntimeError(
-            f"vLLM {vllm.__version__}: {owner.__name__}.{name} has changed (no {', '.join(missing) or 'such method'}); "
-            "this configuration needs a repair of it on CPU. Use vLLM 0.32, or serve without that parallelism"
-        )
-
-    @wraps(original)
-    def repaired(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
-
-    setattr(owner, name, repaired)
-    return signature
+    return operators

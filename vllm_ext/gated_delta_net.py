@@ -16,8 +16,8 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
+from qnext_plugin.checkpoint.layouts import section_sizes
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
-from qnext_plugin.layouts import section_sizes
 from vllm_ext.kernels import select_kernels
 from vllm_ext.quantization import build
 from vllm_ext.state import state_dtypes, state_shapes
@@ -52,7 +52,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         tp_rank = get_tensor_model_parallel_rank()
         dims = config.gdn
         self.dims = dims.shard(self.tp_size)
-        # The names by which vLLM's kernel warm-up recognises a layer of this kind.
+        # The names by which vLLM's kernel warm-up recognizes a layer of this kind.
         self.num_k_heads, self.num_v_heads = dims.num_k_heads, dims.num_v_heads
         self.head_k_dim, self.head_v_dim = dims.head_k_dim, dims.head_v_dim
         self.conv_kernel_size = dims.conv_kernel_size

@@ -1,7 +1,5 @@
 """vLLM's GPU kernels for the flat layout: convolution, packed decode, fused MTP decode, and its prefill backends."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from vllm import _custom_ops as engine_ops
@@ -21,12 +19,9 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
+from qnext_plugin.kernel_log import record
 from vllm_ext.compat import has_fused_mtp_decode
-from vllm_ext.kernels import record, split_heads
-from vllm_ext.state import conv_view, state_dtypes
-
-if TYPE_CHECKING:
-    from vllm_ext.gated_delta_net import GatedDeltaNet
+from vllm_ext.state import DeltaNetLayer, conv_view, state_dtypes
 
 
 def fused_mtp_decode_obstacle(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> str:
@@ -79,10 +74,10 @@ class GpuKernels:
             "verify": ("triton, triton" if self.obstacle else "triton, cuda fused with the norm", reason),
         }
 
-    def prepare_weights(self, layer: "GatedDeltaNet") -> None:
+    def prepare_weights(self, layer: DeltaNetLayer) -> None:
         pass
 
-    def warm_up(self, layer: "GatedDeltaNet", mixed_qkvz: Tensor, ba: Tensor) -> None:
+    def warm_up(self, layer: DeltaNetLayer, mixed_qkvz: Tensor, ba: Tensor) -> None:
         """Autotune and compile the prefill kernels while memory is still free: later the cache holds it all."""
         if self.warm:
             return
@@ -110,7 +105,7 @@ class GpuKernels:
 
     def run(
         self,
-        layer: "GatedDeltaNet",
+        layer: DeltaNetLayer,
         metadata: GDNAttentionMetadata,
         qkv: Tensor,
         z: Tensor,
@@ -151,7 +146,7 @@ class GpuKernels:
             activation=layer.norm.activation,
         )
 
-    def _conv_update(self, layer: "GatedDeltaNet", metadata: GDNAttentionMetadata, qkv: Tensor) -> Tensor:
+    def _conv_update(self, layer: DeltaNetLayer, metadata: GDNAttentionMetadata, qkv: Tensor) -> Tensor:
         return causal_conv1d_update(
             qkv,
             conv_view(layer.kv_cache[0]),
@@ -163,7 +158,7 @@ class GpuKernels:
 
     def _decode(
         self,
-        layer: "GatedDeltaNet",
+        layer: DeltaNetLayer,
         metadata: GDNAttentionMetadata,
         mixed: Tensor,
         b: Tensor,
@@ -186,7 +181,7 @@ class GpuKernels:
 
     def _prefill(
         self,
-        layer: "GatedDeltaNet",
+        layer: DeltaNetLayer,
         metadata: GDNAttentionMetadata,
         qkv: Tensor,
         b: Tensor,
@@ -227,7 +222,7 @@ class GpuKernels:
 
     def _chunk(
         self,
-        layer: "GatedDeltaNet",
+        layer: DeltaNetLayer,
         mixed: Tensor,
         b: Tensor,
         a: Tensor,
@@ -237,7 +232,7 @@ class GpuKernels:
         chunk_offsets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if self.prefill_backend == "torch":
-            q, k, v = split_heads(layer.dims, mixed)
+            q, k, v = ops.split_heads(mixed, layer.dims)
             g, beta = ops.gating(a, b, A_log=layer.A_log, dt_bias=layer.dt_bias)
             out, final_state = ops.chunk_gated_delta_rule(
                 q, k, v, g=g, beta=beta, initial_state=initial_state.mT.float(), cu_seqlens=cu_seqlens
@@ -271,7 +266,7 @@ class GpuKernels:
         )
         return out.squeeze(0), final_state
 
-    def _conv_verify(self, layer: "GatedDeltaNet", metadata: GDNAttentionMetadata, qkv: Tensor) -> Tensor:
+    def _conv_verify(self, layer: DeltaNetLayer, metadata: GDNAttentionMetadata, qkv: Tensor) -> Tensor:
         n, slots = metadata.num_spec_decodes, metadata.spec_state_indices_tensor
         return causal_conv1d_update(
             qkv,
@@ -286,10 +281,10 @@ class GpuKernels:
         )
 
     def _verify(
-        self, layer: "GatedDeltaNet", metadata: GDNAttentionMetadata, mixed: Tensor, b: Tensor, a: Tensor
+        self, layer: DeltaNetLayer, metadata: GDNAttentionMetadata, mixed: Tensor, b: Tensor, a: Tensor
     ) -> Tensor:
         n = metadata.num_spec_decodes
-        q, k, v = (x.unsqueeze(0) for x in split_heads(layer.dims, mixed))
+        q, k, v = (x.unsqueeze(0) for x in ops.split_heads(mixed, layer.dims))
         out, _ = fused_sigmoid_gating_delta_rule_update(
             A_log=layer.A_log,
             a=a,
@@ -310,7 +305,7 @@ class GpuKernels:
 
     def _fused_verify(
         self,
-        layer: "GatedDeltaNet",
+        layer: DeltaNetLayer,
         metadata: GDNAttentionMetadata,
         mixed: Tensor,
         z: Tensor,

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 
-from qnext_plugin.checkpoint import UpdateCheck, check_stream, expected_tensors
+from qnext_plugin.checkpoint.listing import collapse
+from qnext_plugin.checkpoint.schema import UpdateCheck, check_stream, expected_tensors
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.listing import collapse
 from vllm_ext.compat import ReloadSession
 from vllm_ext.weights import check_checkpoint, is_draft, is_trunk, unit
 

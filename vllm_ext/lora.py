@@ -9,11 +9,11 @@ from torch import nn
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.utils import is_in_target_modules
 
+from qnext_plugin.checkpoint.layouts import KINDS, ungroup
+from qnext_plugin.checkpoint.listing import listing
+from qnext_plugin.checkpoint.lora import check_adapter
+from qnext_plugin.checkpoint.quantized_layers import layer_name
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.layouts import KINDS, ungroup
-from qnext_plugin.listing import listing
-from qnext_plugin.lora import check_adapter
-from qnext_plugin.quantised_layers import layer_name
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager

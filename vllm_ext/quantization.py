@@ -1,6 +1,6 @@
-"""Which layers are quantised: what the checkpoint stores decides, not the lists in its configuration.
+"""Which layers are quantized: what the checkpoint stores decides, not the lists in its configuration.
 
-A layer that cannot be served as stored has its weight dequantised while loading, and the log says why: shards stored
+A layer that cannot be served as stored has its weight dequantized while loading, and the log says why: shards stored
 in different ways, packed words or blocks that straddle sections or ranks, and what vLLM has no kernel for.
 """
 
@@ -19,11 +19,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from qnext_plugin import quantised_layers
+from qnext_plugin.checkpoint import quantized_layers
+from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
+from qnext_plugin.checkpoint.quantization import Leaves, stored_modules
+from qnext_plugin.checkpoint.quantized_layers import obstacle, quantized_parts
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.headers import TensorInfo, read_headers
-from qnext_plugin.quantised_layers import obstacle, quantised_parts
-from qnext_plugin.quantization import Leaves, stored_modules
 
 logger = init_logger("vllm.qnext_plugin")
 
@@ -49,13 +49,13 @@ def _modules(model: str, revision: str | None) -> Mapping[str, Leaves]:
 
 
 def quantization_config(vllm_config: VllmConfig) -> Mapping[str, Any] | None:
-    """What the checkpoint says of its own quantisation."""
+    """What the checkpoint says of its own quantization."""
     config = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
     return config if config is None or isinstance(config, Mapping) else config.to_dict()
 
 
-def stored_quantised(vllm_config: VllmConfig) -> Mapping[str, Leaves] | None:
-    """All modules of a checkpoint that is quantised; None where it is not, or its headers cannot be had."""
+def stored_quantized(vllm_config: VllmConfig) -> Mapping[str, Leaves] | None:
+    """All modules of a checkpoint that is quantized; None where it is not, or its headers cannot be had."""
     if quantization_config(vllm_config) is None or checkpoint_headers(vllm_config) is None:
         return None
     return _modules(vllm_config.model_config.model, vllm_config.model_config.revision)
@@ -63,14 +63,14 @@ def stored_quantised(vllm_config: VllmConfig) -> Mapping[str, Leaves] | None:
 
 def build(make: Callable[..., nn.Module], config: QNextConfig, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     """``make(prefix=, quant_config=)`` as the checkpoint stores the layer, or plain where it cannot be served so."""
-    quant_config, stored = vllm_config.quant_config, stored_quantised(vllm_config)
+    quant_config, stored = vllm_config.quant_config, stored_quantized(vllm_config)
     if quant_config is None or stored is None:
         return make(prefix=prefix, quant_config=quant_config)
-    parts = quantised_parts(prefix, config, stored)
+    parts = quantized_parts(prefix, config, stored)
     if not parts:
         return make(prefix=prefix, quant_config=None)
     tp_size = vllm_config.parallel_config.tensor_parallel_size
-    return quantised_layers.build(
+    return quantized_layers.build(
         partial(make, prefix=prefix),
         quant_config,
         obstacle(parts, config, quantization_config(vllm_config) or {}, tp_size),
@@ -98,16 +98,16 @@ def routed_experts(*args: Any, **kwargs: Any) -> RoutedExperts:
 
 
 def report(model: nn.Module, vllm_config: VllmConfig, *, draft: bool) -> None:
-    """Log which modules are dequantised while loading, by reason."""
-    for line in quantised_layers.reports(stored_quantised(vllm_config) or {}, model, is_plain, draft=draft):
+    """Log which modules are dequantized while loading, by reason."""
+    for line in quantized_layers.reports(stored_quantized(vllm_config) or {}, model, is_plain, draft=draft):
         logger.info(line)
 
 
-def dequantised(
+def dequantized(
     weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module, vllm_config: VllmConfig
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """Turn the stored tensors of each module whose layer of ``model`` is plain into one weight; pass the others on."""
-    stored, quantization = stored_quantised(vllm_config), quantization_config(vllm_config)
+    stored, quantization = stored_quantized(vllm_config), quantization_config(vllm_config)
     if stored is None or quantization is None:
         return weights
     redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
@@ -118,4 +118,4 @@ def dequantised(
         return experts.expert_map is None or any(experts.expert_map[copy] >= 0 for copy in copies)
 
     dtype = vllm_config.model_config.dtype
-    return quantised_layers.dequantised(weights, stored, quantization, model, is_plain, has_expert, dtype)
+    return quantized_layers.dequantized(weights, stored, quantization, model, is_plain, has_expert, dtype)

@@ -1,6 +1,9 @@
-"""The Gated DeltaNet cache as vLLM stores it, and the canonical view our own kernels take."""
+"""The Gated DeltaNet cache as vLLM stores it, and what kernels read of a layer."""
+
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateDtypeCalculator,
@@ -10,6 +13,25 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
 from vllm.platforms import current_platform
 
 from qnext_plugin.config import GatedDeltaNetDims
+
+
+class DeltaNetLayer(Protocol):
+    """What kernels read of a Gated DeltaNet layer: this rank's sizes and weights, and its caches."""
+
+    dims: GatedDeltaNetDims
+    head_k_dim: int
+    head_v_dim: int
+    conv_kernel_size: int
+    conv1d: nn.Module
+    packed_conv_weight: Tensor
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+    norm: Any
+    kv_cache: tuple[Tensor, Tensor]
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]: ...
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]: ...
 
 
 def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:

@@ -10,12 +10,12 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from qnext_plugin.checkpoint import check_coverage
+from qnext_plugin.checkpoint.layouts import KINDS, ungroup
+from qnext_plugin.checkpoint.quantization import check_quantization, layout_method
+from qnext_plugin.checkpoint.quantized_layers import layer_name
+from qnext_plugin.checkpoint.schema import check_coverage
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.layouts import KINDS, ungroup
-from qnext_plugin.quantised_layers import layer_name
-from qnext_plugin.quantization import check_quantisation, layout_method
-from vllm_ext.quantization import checkpoint_headers, dequantised, quantization_config
+from vllm_ext.quantization import checkpoint_headers, dequantized, quantization_config
 
 # Whole segments: each pattern starts at a dot and ends at one.
 STACKED = WeightsMapper(
@@ -50,7 +50,7 @@ def check_checkpoint(
         headers = {name: info for name, info in headers.items() if name.split(".")[0] != "score"}
         config = replace(config, tie_word_embeddings=True)
     check_coverage(config, headers, mtp=mtp)
-    check_quantisation(headers, quantization_config(vllm_config))
+    check_quantization(headers, quantization_config(vllm_config))
     return True
 
 
@@ -62,7 +62,7 @@ def load_weights(
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name) and is_here(name, layers))
     quantization = quantization_config(vllm_config)
     quant_method = None if quantization is None else layout_method(quantization)
-    return _load(model, config, flatten(dequantised(trunk, model, vllm_config), config, quant_method))
+    return _load(model, config, flatten(dequantized(trunk, model, vllm_config), config, quant_method))
 
 
 def load_draft_weights(
@@ -70,7 +70,7 @@ def load_draft_weights(
 ) -> set[str]:
     """Load ``mtp.*``, and the embedding and head that the draft shares with the trunk or holds a copy of."""
     draft = ((name, tensor) for name, tensor in weights if is_draft(name))
-    renamed = ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in dequantised(draft, model, vllm_config))
+    renamed = ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in dequantized(draft, model, vllm_config))
     return _load(model, config, renamed)
 
 

@@ -105,7 +105,7 @@ def checkpoint(name: str) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from qnext_plugin.random_checkpoint import write_random_checkpoint
+    from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 
     folder = Path(os.environ.get("QNEXT_GPU_CHECK", "/tmp/qnext-gpu-check"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,7 @@ def check(start: Start, report: Report, name: str) -> None:
 
 
 def _kernels_ran(worker: Any) -> set[str]:
-    from vllm_ext.kernels import KERNELS_RAN
+    from qnext_plugin.kernel_log import KERNELS_RAN
 
     return KERNELS_RAN
 
@@ -239,7 +239,7 @@ def _reference(state: dict[str, Any], dtype: str) -> Any:
 
 
 def left_out() -> Iterator[tuple[str, str]]:
-    yield "quantised weights", "only unquantised checkpoints are checked"
+    yield "quantized weights", "only unquantized checkpoints are checked"
     yield "several GPUs", "tensor, expert, pipeline and data parallelism want more than one"
 
 

@@ -22,9 +22,9 @@ if not torch.cuda.is_available():
 from bench.gpu_check.layer import Layer, OneLaunch, Turn
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
+from qnext_plugin.kernel_log import KERNELS_RAN
 from qnext_plugin.reference import formulas
 from tests.tolerances import LAYER, OPS, assert_close
-from vllm_ext.kernels import KERNELS_RAN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QWEN3_NEXT = GatedDeltaNetDims(16, 32, 128, 128)

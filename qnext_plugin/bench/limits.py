@@ -7,10 +7,10 @@ from math import prod
 import torch
 
 from qnext_plugin.bench.ceilings import Ceilings
-from qnext_plugin.checkpoint import expected_tensors
+from qnext_plugin.checkpoint.headers import TensorInfo
+from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import FULL, LINEAR
-from qnext_plugin.headers import TensorInfo
-from qnext_plugin.sizes import Serving
+from qnext_plugin.plan.sizes import Serving
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Model:
-    """A model as one device serves it; ``headers`` are those of a quantised checkpoint."""
+    """A model as one device serves it; ``headers`` are those of a quantized checkpoint."""
 
     serving: Serving
     state_dtype: torch.dtype

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from qnext_plugin import process
-from qnext_plugin.flags import mtp_flags
+from qnext_plugin.engines import process
+from qnext_plugin.engines.flags import mtp_flags
 from qnext_plugin.verify.runner import NATIVE_MODULES, EngineFailed, failure
 from qnext_plugin.verify.scenarios import EngineConfig
 
@@ -113,7 +113,7 @@ def offline(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
             asdict(task) | {"config": asdict(config), "expect_module": side.module, "begun": time.time()},
         )
     )
-    command = ["-m", f"{side.engine}_ext.bench", str(spec), str(directory)]
+    command = ["-m", f"{side.engine}_ext.tools.bench", str(spec), str(directory)]
     numbers = count()
     with process.started(command, log, side.environment, side.python) as child:
 

@@ -1,6 +1,7 @@
 """The part of an engine's side that knows no engine: measure workloads whenever told, and write what was found.
 
-An adapter's ``bench`` extends its ``verify.Engine`` and calls ``main``: ``python -m vllm_ext.bench SPEC.json OUT``.
+An adapter's ``bench`` extends its ``verify.Engine`` and calls ``main``:
+``python -m vllm_ext.tools.bench SPEC.json OUT``.
 """
 
 import json

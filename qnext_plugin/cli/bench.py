@@ -183,7 +183,7 @@ def read_prompts(directory: Path, file: Path) -> list[list[int]]:
 
 def measured_ceilings(dtype: str, logs: Path) -> dict[str, float]:
     """In a process of its own, with the threads that the engines get."""
-    from qnext_plugin import process
+    from qnext_plugin.engines import process
 
     out, log = logs / "ceilings.json", logs / "ceilings.log"
     status = process.run(["-m", "qnext_plugin.bench.ceilings", dtype, str(out)], log)
@@ -196,8 +196,8 @@ def _measured(
     args: argparse.Namespace, sides: Sequence[Any], task: Any, directory: Path, pair: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     from qnext_plugin.bench.report import RATE
-    from qnext_plugin.bench.server import behind_http
     from qnext_plugin.bench.side import offline
+    from qnext_plugin.engines.server import behind_http
 
     for side in sides:
         with (behind_http if args.serve else offline)(side, task, directory / side.name) as measure:
@@ -252,10 +252,10 @@ def add_limits(found: dict[str, Any], directory: Path, task: Any) -> None:
 
     from qnext_plugin.bench.ceilings import Ceilings
     from qnext_plugin.bench.limits import Model, limit
+    from qnext_plugin.checkpoint.metadata import read_metadata
     from qnext_plugin.config import QNextConfig
-    from qnext_plugin.metadata import read_metadata
-    from qnext_plugin.plan import default_state_dtype
-    from qnext_plugin.sizes import Serving
+    from qnext_plugin.plan.caches import default_state_dtype
+    from qnext_plugin.plan.sizes import Serving
 
     if found["ranks"] != 1:
         return

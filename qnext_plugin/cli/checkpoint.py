@@ -32,9 +32,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         help="another value for a key of config.json, such as tie_word_embeddings=true; may be repeated",
     )
 
-    quantize = group.add_parser("quantize", help="write a quantised copy, rounded to nearest, to test a server with")
+    quantize = group.add_parser("quantize", help="write a quantized copy, rounded to nearest, to test a server with")
     quantize.set_defaults(run=_quantize)
-    quantize.add_argument("source", metavar="SRC", help="a local unquantised checkpoint")
+    quantize.add_argument("source", metavar="SRC", help="a local unquantized checkpoint")
     quantize.add_argument("target", metavar="DST", help="an empty or new directory")
     quantize.add_argument(
         "--format", required=True, choices=("fp8-block", "fp8-channel", "w8a8", "w4a16", "awq", "gptq", "nvfp4")
@@ -43,19 +43,19 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from qnext_plugin.quantize import quantize_checkpoint  # imports torch
+    from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint  # imports torch
 
     quantize_checkpoint(args.source, args.target, format=args.format, group_size=args.group_size)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from qnext_plugin.demo_checkpoint import write_demo_checkpoint  # imports torch
+    from qnext_plugin.checkpoint.make_demo import write_demo_checkpoint  # imports torch
 
     write_demo_checkpoint(args.directory)
 
 
 def _random(args: argparse.Namespace) -> None:
-    from qnext_plugin.random_checkpoint import write_random_checkpoint  # imports torch
+    from qnext_plugin.checkpoint.make_random import write_random_checkpoint  # imports torch
 
     counts = {"num_hidden_layers": args.layers, "num_experts": args.experts}
     write_random_checkpoint(

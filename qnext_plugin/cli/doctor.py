@@ -37,13 +37,13 @@ def _run(args: argparse.Namespace) -> int:
 
 def examine(engine: str, model: str | None, flags: list[str]) -> dict[str, Any]:
     """What the adapter's probe found, and ``serves``: whether our class would, without an error."""
-    from qnext_plugin import process
+    from qnext_plugin.engines import process
 
     with tempfile.TemporaryDirectory() as scratch:
         out, log = Path(scratch) / "report.json", Path(scratch) / "log"
         target = model or str(_example(Path(scratch)))
         try:
-            status = process.run(["-m", f"{engine}_ext.doctor", str(out), target, *flags], log, timeout=TIMEOUT)
+            status = process.run(["-m", f"{engine}_ext.tools.doctor", str(out), target, *flags], log, timeout=TIMEOUT)
             failure = f"the probe ended with status {status}"
         except AssertionError:
             failure = f"the probe took more than {TIMEOUT} s"
@@ -59,7 +59,7 @@ def examine(engine: str, model: str | None, flags: list[str]) -> dict[str, Any]:
 
 
 def _example(scratch: Path) -> Path:
-    from qnext_plugin.random_checkpoint import PRESETS
+    from qnext_plugin.checkpoint.make_random import PRESETS
 
     (scratch / "80b").mkdir()
     (scratch / "80b" / "config.json").write_text(json.dumps(PRESETS["80b"] | {"dtype": "bfloat16"}))

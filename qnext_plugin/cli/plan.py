@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from qnext_plugin.flags import mtp_flags
+from qnext_plugin.engines.flags import mtp_flags
 
 GIB = 2**30
 BAR = 24
@@ -44,7 +44,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from qnext_plugin.metadata import read_metadata  # imports torch
+    from qnext_plugin.checkpoint.metadata import read_metadata  # imports torch
 
     plan = make_plan(args, read_metadata(args.model, args.revision))
     print(json.dumps(plan, indent=2) if args.json else _text(args, plan))
@@ -56,7 +56,7 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
     import torch
 
     from qnext_plugin.config import QNextConfig
-    from qnext_plugin.sizes import Serving
+    from qnext_plugin.plan.sizes import Serving
 
     for name in ("gpu_memory", "cache_memory", "context_length", "block_size", "max_num_seqs"):
         value = getattr(args, name)
@@ -81,7 +81,7 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
         "layers": {"gated attention": serving.num_full_attention_layers, "Gated DeltaNet": serving.num_gdn_layers},
         "dtype": named,
         "weights_from": "safetensors headers" if metadata.headers else "config.json",
-        "quantised": "quantization_config" in metadata.config,
+        "quantized": "quantization_config" in metadata.config,
         "weights": weights,
         "kv_bytes_per_token": serving.kv_bytes_per_token,
         "context_length": context,
@@ -100,7 +100,7 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
 def _vllm(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], weights: int) -> tuple[Any, Any, int]:
     import torch
 
-    from qnext_plugin.plan import DEVICES, VllmCache, default_state_dtype
+    from qnext_plugin.plan.caches import DEVICES, VllmCache, default_state_dtype
 
     state_dtype = args.state_dtype or _name(default_state_dtype("vllm", args.device, config, serving.dtype))
     device = DEVICES[args.device]
@@ -124,7 +124,7 @@ def _vllm(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], wei
 def _sglang(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], weights: int) -> tuple[Any, Any, int]:
     import torch
 
-    from qnext_plugin.plan import SglangCache, default_state_dtype
+    from qnext_plugin.plan.caches import SglangCache, default_state_dtype
 
     state_dtype = args.state_dtype or _name(default_state_dtype("sglang", args.device, config, serving.dtype))
     prefix_caching = not args.no_prefix_caching
@@ -202,8 +202,8 @@ def _text(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
         *(f"    {kind:<18} {size / GIB:9.2f} GiB" for kind, size in plan["weights"].items()),
         f"  keys and values      {plan['kv_bytes_per_token']:9,} bytes per token",
     ]
-    if plan["quantised"] and plan["weights_from"] == "config.json":
-        lines.append("  this checkpoint is quantised: without its headers the weights above are too large")
+    if plan["quantized"] and plan["weights_from"] == "config.json":
+        lines.append("  this checkpoint is quantized: without its headers the weights above are too large")
     for name, describe in (("vLLM", _vllm_text), ("SGLang", _sglang_text)):
         engine = plan["engines"][name.lower()]
         lines += ["", f"{name}, {engine['cache_memory'] / GIB:.1f} GiB for caches"]

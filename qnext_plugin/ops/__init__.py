@@ -12,6 +12,7 @@ from qnext_plugin.ops.gated_delta_rule import (
     gating,
     l2norm,
     recurrent_gated_delta_rule,
+    split_heads,
     verify_gated_delta_rule,
 )
 from qnext_plugin.ops.norms import rms_norm_gated, zero_centered_rms_norm
@@ -29,6 +30,7 @@ __all__ = [
     "recurrent_gated_delta_rule",
     "rms_norm_gated",
     "route",
+    "split_heads",
     "verify_gated_delta_rule",
     "zero_centered_rms_norm",
 ]

@@ -5,7 +5,7 @@ Networks", arXiv 2412.06464, eq. 10)::
 
     S <- exp(g) S;   S <- S + k (beta (v - S^T k))^T;   out = S^T q
 
-``q`` and ``k`` are L2-normalised here and ``q`` is scaled by ``K**-0.5``. Value head ``j`` reads key head
+``q`` and ``k`` are L2-normalized here and ``q`` is scaled by ``K**-0.5``. Value head ``j`` reads key head
 ``j // (Hv // Hk)``. Sums are in float32 (float64 for float64 inputs), outputs in ``v``'s dtype, states in
 ``initial_state``'s; no argument is written to.
 """
@@ -13,6 +13,21 @@ Networks", arXiv 2412.06464, eq. 10)::
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qnext_plugin.config import GatedDeltaNetDims
+
+
+def split_heads(mixed: Tensor, dims: GatedDeltaNetDims) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the convolution's output ``[num_tokens, conv_dim]``.
+
+    Returns ``q``, ``k`` [num_tokens, num_k_heads, head_k_dim] and ``v`` [num_tokens, num_v_heads, head_v_dim].
+    """
+    q, k, v = mixed.split([dims.key_dim, dims.key_dim, dims.value_dim], dim=-1)
+    return (
+        q.unflatten(-1, (dims.num_k_heads, dims.head_k_dim)),
+        k.unflatten(-1, (dims.num_k_heads, dims.head_k_dim)),
+        v.unflatten(-1, (dims.num_v_heads, dims.head_v_dim)),
+    )
 
 
 def gating(a: Tensor, b: Tensor, *, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:

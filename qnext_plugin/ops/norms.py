@@ -8,17 +8,17 @@ from torch import Tensor
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / rms(x) * silu(gate)``: the DeltaNet output norm. ``x``, ``gate`` [..., D], ``weight`` [D]."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    out = _normalised(x, eps, compute).mul_(weight.to(compute))
+    out = _normalized(x, eps, compute).mul_(weight.to(compute))
     return out.mul_(F.silu(gate.to(compute, copy=True), inplace=True)).to(x.dtype)
 
 
 def zero_centered_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``(1 + weight) * x / rms(x)``: every other norm of the model. ``x`` [..., D], ``weight`` [D]."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    return _normalised(x, eps, compute).mul_(1 + weight.to(compute)).to(x.dtype)
+    return _normalized(x, eps, compute).mul_(1 + weight.to(compute)).to(x.dtype)
 
 
-def _normalised(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """``x / rms(x)`` as a new tensor, written over: fresh memory costs more than the arithmetic."""
     out = x.to(dtype, copy=True)
     mean_square = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1])

@@ -13,7 +13,7 @@ from qnext_plugin.reference import formulas
 class ReferenceModel:
     """The whole model for one sequence, every token computed from scratch, with no cache.
 
-    ``weights`` maps checkpoint names (``model.layers.0.linear_attn.in_proj_qkvz.weight``, ...) to unquantised
+    ``weights`` maps checkpoint names (``model.layers.0.linear_attn.in_proj_qkvz.weight``, ...) to unquantized
     tensors on the CPU; each is converted to ``dtype`` when it is used, so a lazily loading mapping works too.
     """
 
@@ -128,5 +128,5 @@ class ReferenceModel:
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:
-            raise ValueError(f"checkpoint: no tensor {name!r}; expected an unquantised one by its published name")
+            raise ValueError(f"checkpoint: no tensor {name!r}; expected an unquantized one by its published name")
         return self.weights[name].to(self.dtype)

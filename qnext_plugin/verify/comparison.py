@@ -43,7 +43,7 @@ class Result:
 
     ``num_accepted[i]`` of ``num_drafts`` steps accepted the i-th draft. ``draft_steps`` are those of a single request,
     where asked for: each the ``position`` of the last accepted token and the ``logits`` that its drafts are drawn from.
-    ``seeded``: the engine honours a request's seed.
+    ``seeded``: the engine honors a request's seed.
     """
 
     batches: list[list[Completion]]

@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
-from qnext_plugin.headers import read_headers
+from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.verify.rows import Query, Reference, Rows
 
 _VOCAB_CHUNK = 8192
@@ -112,7 +112,7 @@ class Streamed:
     def _tensor(self, name: str, rows: Any = slice(None)) -> Tensor:
         """Rows of a tensor of the checkpoint; the file is only mapped, so that the others are not read."""
         if name not in self.headers:
-            raise ValueError(f"the checkpoint has no {name}, which transformers needs; compare on an unquantised one")
+            raise ValueError(f"the checkpoint has no {name}, which transformers needs; compare on an unquantized one")
         with safe_open(self.headers[name].file, framework="pt") as file:
             return file.get_tensor(name)[rows].to(self.dtype, copy=True)
 

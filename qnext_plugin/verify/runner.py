@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from qnext_plugin.verify.comparison import Result
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario
 
@@ -77,7 +77,7 @@ class Start:
             )
         )
         env = dict(env) | ({"QNEXT_DISABLE": "1"} if self.native else {})
-        command = ["-m", f"{self.engine}_ext.verify", str(spec), str(self.directory)]
+        command = ["-m", f"{self.engine}_ext.tools.verify", str(spec), str(self.directory)]
         with process.started(command, self.log, env) as child:
             self._follow(child, timeout, progress)
         if child.returncode:

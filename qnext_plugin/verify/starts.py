@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qnext_plugin.config import FULL, QNextConfig
-from qnext_plugin.state import StateSpec
+from qnext_plugin.plan.state import StateSpec
 from qnext_plugin.verify.runner import Run, passes
 from qnext_plugin.verify.scenarios import CONFIGS, EngineConfig, Prompt, scenarios
 

@@ -1,6 +1,7 @@
 """The part of an engine's side that knows no engine: run scenarios one after the other and write their results.
 
-An adapter's ``verify`` module subclasses ``Worker`` and calls ``main``: ``python -m vllm_ext.verify SPEC.json OUT``.
+An adapter's ``verify`` module subclasses ``Worker`` and calls ``main``:
+``python -m vllm_ext.tools.verify SPEC.json OUT``.
 """
 
 import json
@@ -21,7 +22,7 @@ MOST_LIKELY = 256
 
 
 class Worker(ABC):
-    """One started engine. ``block_size``: cached prefixes are whole multiples of it; ``seeded``: it honours seeds."""
+    """One started engine. ``block_size``: cached prefixes are whole multiples of it; ``seeded``: it honors seeds."""
 
     config: EngineConfig
     block_size: int

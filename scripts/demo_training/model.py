@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnext_plugin.checkpoint import expected_tensors
+from qnext_plugin.checkpoint.make_random import random_tensor
+from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import LINEAR, QNextConfig
 from qnext_plugin.ops import gating, l2norm
-from qnext_plugin.random_checkpoint import random_tensor
 
 Weights = dict[str, Tensor]
 CHUNK = 64

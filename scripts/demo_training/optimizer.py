@@ -26,7 +26,7 @@ WEIGHT_DECAY, DECAY_UNTIL = 0.5, 500
 
 
 class Optimizer:
-    """Muon (Jordan et al., 2024: momentum, orthogonalised) for the matrices of the layers, Adam for everything else."""
+    """Muon (Jordan et al., 2024: momentum, orthogonalized) for the matrices of the layers, Adam for everything else."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -46,7 +46,7 @@ class Optimizer:
             state = self.state[name]
             if len(state) == 1:
                 state[0].lerp_(weight.grad, 0.05)
-                update = _orthogonalised(torch.lerp(weight.grad, state[0], 0.95))
+                update = _orthogonalized(torch.lerp(weight.grad, state[0], 0.95))
                 size = max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5
                 weight.mul_(1 - weight_decay * scale * MATRIX_LR).sub_(update, alpha=scale * MATRIX_LR * size)
             else:
@@ -63,7 +63,7 @@ def _is_matrix(name: str, tensor: Tensor) -> bool:
     return tensor.dim() >= 2 and module not in ("embed_tokens", "lm_head", "conv1d", "gate", "shared_expert_gate")
 
 
-def _orthogonalised(x: Tensor) -> Tensor:
+def _orthogonalized(x: Tensor) -> Tensor:
     """Newton-Schulz iterations towards the nearest semi-orthogonal matrix, with Muon's coefficients."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x

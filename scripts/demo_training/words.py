@@ -46,7 +46,7 @@ SYSTEMS = (
 
 
 def held_out(*parts: str) -> bool:
-    """Whether a code, a (colour, animal) or a city (beginning, end) is kept for tests: about one in six."""
+    """Whether a code, a (color, animal) or a city (beginning, end) is kept for tests: about one in six."""
     return zlib.crc32("-".join(parts).encode()) % 6 == 0
 
 

@@ -6,8 +6,8 @@ Keys are ``config.json`` keys that differ from the tiny preset.
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.demo_checkpoint import write_demo_checkpoint
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_demo import write_demo_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 
 L, F = "linear_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -21,7 +21,7 @@ _MLP_ONLY = {"mlp_only_layers": [1, 2, 6]}
 _EVERY_SECOND = {"decoder_sparse_step": 2}
 _TIED = {"tie_word_embeddings": True}
 _BIAS = {"attention_bias": True}
-_UNNORMALISED = {"norm_topk_prob": False}
+_UNNORMALIZED = {"norm_topk_prob": False}
 _YARN = {"rope_scaling": YARN}
 
 # Each unusual feature is in a different subset of a, b, c, d: which of them fail names the feature.
@@ -29,8 +29,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "tiny": _SMALL,
     "odd-a": _SMALL | _IRREGULAR | _MLP_ONLY | _EVERY_SECOND | _YARN,
     "odd-b": _SMALL | _IRREGULAR | _TIED | _BIAS | _RATIO_1 | _YARN,
-    "odd-c": _SMALL | _MLP_ONLY | _TIED | _UNNORMALISED | _RATIO_4 | _YARN,
-    "odd-d": _SMALL | _EVERY_SECOND | _BIAS | _UNNORMALISED,
+    "odd-c": _SMALL | _MLP_ONLY | _TIED | _UNNORMALIZED | _RATIO_4 | _YARN,
+    "odd-d": _SMALL | _EVERY_SECOND | _BIAS | _UNNORMALIZED,
     # The dimensions that vLLM's C++ kernels take; the wide attention keeps blocks at 96 tokens.
     "bfloat16": {
         "max_position_embeddings": 1024,

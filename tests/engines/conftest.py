@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.runner import EngineFailed, Run, Start, passes
 from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs, tokens

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from qnext_plugin.demo_checkpoint import DIRECTORY
+from qnext_plugin.checkpoint.make_demo import DIRECTORY
 from qnext_plugin.verify.scenarios import MAX_MODEL_LEN, Scenario
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
@@ -72,7 +72,7 @@ def questions() -> list[Prompt]:
 def recall(length: int, count: int, early: bool = False) -> list[tuple[Prompt, Prompt]]:
     """``count`` notes of about ``length`` tokens, each with a first question and a second one, which follows it.
 
-    There are six pairs, of which no two share a number or a colour: those the model mixes up now and then. ``early``:
+    There are six pairs, of which no two share a number or a color: those the model mixes up now and then. ``early``:
     the second question is for one in the first half, all of which is in the part that a prefix-cache hit restores.
     """
     maker = Maker(random.Random(length), Encoder(tokenizer().backend_tokenizer), test=True)

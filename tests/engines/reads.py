@@ -75,7 +75,7 @@ def check_reads(summary: dict[str, Any], *, split: bool) -> None:
     assert all(share == 0 for name, share in summary["shares"].items() if name.startswith("mtp."))
     itemsize, rows, next_rows, columns = summary["permuted"]
     order = 8 * rows  # of rows
-    if itemsize == 1:  # dequantised: in float32, then in the served type
+    if itemsize == 1:  # dequantized: in float32, then in the served type
         assert summary["peak"] <= (4 + 2) * rows * columns + order
     else:  # a tensor in its new order is let go of when the next one is there
         assert summary["peak"] <= itemsize * (rows + next_rows) * columns + order

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 
 MAX_LEN = 512
 MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from qnext_plugin.verify.comparison import Result
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario
 

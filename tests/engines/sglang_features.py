@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from qnext_plugin.verify.scenarios import EngineConfig
-from sglang_ext.verify import Engine
+from sglang_ext.tools.verify import Engine
 
 LAYERS = (1, 3)
 """Whose inputs an EAGLE3 draft would read: the outputs of those before."""

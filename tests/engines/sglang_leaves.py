@@ -13,8 +13,8 @@ from sglang.srt.mem_cache import allocation
 from sglang.srt.speculative.eagle_utils import organize_draft_results
 from sglang.srt.speculative.spec_utils import _select_top_k_tokens_first, _select_top_k_tokens_later
 
-from sglang_ext import cpu_speculation as ours
-from sglang_ext import kernels
+from sglang_ext.cpu import gated_delta_net as kernels
+from sglang_ext.cpu import speculation as ours
 
 N, VOCAB = 3, 11
 SHAPES = [(1, 1, 2), (1, 3, 4), (2, 1, 2), (2, 1, 3), (2, 3, 4), (2, 3, 9), (3, 4, 12)]  # topk, steps, tokens

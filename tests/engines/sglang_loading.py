@@ -1,7 +1,7 @@
 """Load checkpoints as every rank of larger groups would: ``python -m tests.engines.sglang_loading ROOT``.
 
 As ``vllm_loading``, with SGLang's own way from ``config.json`` to the model: on this CPU, where every layer is
-dequantised, and then as SGLang would on a GPU of compute capability 9, where layers are served as stored. Nothing runs.
+dequantized, and then as SGLang would on a GPU of compute capability 9, where layers are served as stored. Nothing runs.
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qnext_plugin.config import QNextConfig
-from tests.dequantised import dequantised
+from tests.dequantized import dequantized
 from tests.engines.reads import Reads
 from tests.engines.shards import OUTER_RANKS, RANKS, attention_and_experts, checkpoints, expected, weights_of
 
@@ -76,8 +76,8 @@ def load(
                 shards = expected(tensors, config, rank, tp)
             for name, shard in shards.items():
                 where = f"{directory.name}, {type(model).__name__}: {name}, rank {rank} of {tp}"
-                actual, is_quantised = weights_of(model, name.replace(".routed_experts", ""), quantization)
-                if is_quantised:
+                actual, is_quantized = weights_of(model, name.replace(".routed_experts", ""), quantization)
+                if is_quantized:
                     torch.testing.assert_close(actual, shard.float(), rtol=1e-6, atol=0, msg=where)
                     names[f"{type(model).__name__}.{name}"] = None
                 else:
@@ -95,7 +95,7 @@ def rank_of(directory: Path, tp: int, rank: int, **args: Any) -> Iterator[None]:
     from sglang.srt.runtime_context import SpawnRanks, get_parallel, publish
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_ext import cpu_gemm
+    from sglang_ext.cpu import gemm as cpu_gemm
 
     get_parallel().clear_stamp()
     server_args = ServerArgs(model_path=str(directory), dtype=dtype(), tp_size=tp, skip_tokenizer_init=True, **args)
@@ -110,7 +110,7 @@ def rank_of(directory: Path, tp: int, rank: int, **args: Any) -> Iterator[None]:
 
 
 def make_model(directory: Path, draft: bool) -> nn.Module:
-    """As SGLang makes it, which is told what it has to know of the checkpoint's quantisation."""
+    """As SGLang makes it, which is told what it has to know of the checkpoint's quantization."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader.loader import _get_quantization_config, _initialize_model
@@ -125,7 +125,7 @@ def dtype() -> str:
     return str(torch.get_default_dtype()).removeprefix("torch.")
 
 
-def read(directory: Path, quantised: bool) -> dict[str, Any]:
+def read(directory: Path, quantized: bool) -> dict[str, Any]:
     """By way to split, what the second of two ranks reads of each tensor, and allocates, in loading the model."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.eplb.expert_location import (
@@ -134,7 +134,7 @@ def read(directory: Path, quantised: bool) -> dict[str, Any]:
     )
 
     stored = list(load_file(directory / "model.safetensors").items())
-    tensors = dequantised(directory) if quantised else dict(stored)
+    tensors = dequantized(directory) if quantized else dict(stored)
     found = {}
     for way, args in WAYS.items():
         with rank_of(directory, 2, 1, **args):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
-from sglang_ext.verify import Engine
+from sglang_ext.tools.verify import Engine
 
 CONFIG = EngineConfig("tiny", prefix_caching=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext_plugin.verify.scenarios import EngineConfig
-from sglang_ext.verify import Engine
+from sglang_ext.tools.verify import Engine
 
 # SGLang applies penalties to the tokens of earlier steps only, so that with drafts they are not the same.
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
@@ -61,7 +61,7 @@ def main(spec_file: str, out_file: str) -> None:
         out["grammar"] = {"answers": answers, "accepted": accepted(before, drafts)}
     Path(out_file).write_text(json.dumps(out))
     sys.stdout.flush()
-    os._exit(0)  # as in sglang_ext.verify
+    os._exit(0)  # as in sglang_ext.tools.verify
 
 
 if __name__ == "__main__":

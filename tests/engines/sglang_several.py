@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario
-from sglang_ext.verify import Engine
+from sglang_ext.tools.verify import Engine
 
 
 def main(spec_file: str, out: str) -> None:

@@ -1,4 +1,4 @@
-"""What each rank of a tensor-parallel group must hold of a checkpoint, plain or quantised."""
+"""What each rank of a tensor-parallel group must hold of a checkpoint, plain or quantized."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qnext_plugin.checkpoint.layouts import ungroup
+from qnext_plugin.checkpoint.make_quantized import FORMATS, IGNORE, quantize_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.quantization import dequantize
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
-from qnext_plugin.layouts import ungroup
-from qnext_plugin.quantization import dequantise
-from qnext_plugin.quantize import FORMATS, IGNORE, quantize_checkpoint
-from qnext_plugin.random_checkpoint import write_random_checkpoint
-from tests.dequantised import dequantised
+from tests.dequantized import dequantized
 
 # Each FP8 block, packed word and group fits a rank of 8, but the shared expert's blocks, as in the 80B.
 WIDE = {
@@ -31,7 +31,7 @@ WIDE = {
     "moe_intermediate_size": 1024,
     "shared_expert_intermediate_size": 512,
 }
-# Quantised where the published ones are not, and the other way round.
+# Quantized where the published ones are not, and the other way round.
 MIXED = r".*\.(shared_expert_gate|k_proj)|model\.embed_tokens|lm_head|mtp\..*\.experts\..*"
 SPARE = {"linear_num_value_heads": 24, "linear_key_head_dim": 16, "linear_value_head_dim": 8}
 
@@ -100,7 +100,7 @@ def attention_and_experts(
 
 
 def weights_of(model: nn.Module, name: str, quantization: dict[str, Any]) -> tuple[Tensor, bool]:
-    """A loaded parameter, dequantised where the layer holds it quantised, and whether it does."""
+    """A loaded parameter, dequantized where the layer holds it quantized, and whether it does."""
     owner, _, leaf = name.rpartition(".")
     layer = model.get_submodule(owner)
     held = dict(layer.named_parameters(recurse=False))
@@ -115,12 +115,12 @@ def weights_of(model: nn.Module, name: str, quantization: dict[str, Any]) -> tup
         if "weight_shape" in leaves:  # of the whole weight
             rows, words = leaves["weight_packed"].shape
             leaves["weight_shape"] = torch.tensor([rows, 8 * words])
-        return dequantise(_by_row(leaves, getattr(layer, "output_partition_sizes", [])), quantization), True
+        return dequantize(_by_row(leaves, getattr(layer, "output_partition_sizes", [])), quantization), True
     rows = layer.intermediate_size_per_partition
     sections = [rows, rows] if kind == "w13_" else [layer.hidden_size]
     return torch.stack(
         [
-            dequantise(_by_row(_expert(leaves, i), sections), quantization)
+            dequantize(_by_row(_expert(leaves, i), sections), quantization)
             for i in range(len(next(iter(leaves.values()))))
         ]
     ), True
@@ -153,7 +153,7 @@ def _by_row(leaves: dict[str, Tensor], sections: list[int]) -> dict[str, Tensor]
 def checkpoints(root: Path) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]:
     for directory in sorted(file.parent for file in root.glob("*/config.json")):
         quantization = json.loads((directory / "config.json").read_text()).get("quantization_config", {})
-        tensors = dequantised(directory) if quantization else load_file(directory / "model.safetensors")
+        tensors = dequantized(directory) if quantization else load_file(directory / "model.safetensors")
         yield directory, tensors, quantization
 
 

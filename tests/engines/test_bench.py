@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from tests.engines.installed import ENGINE
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextForCausalLM, Qwen3NextForSequenceClassification
 
-from qnext_plugin import process
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.engines import process
 from qnext_plugin.verify.scenarios import tokens
 from tests.engines.installed import ENGINE
 from tests.tolerances import SERVED_TENSOR_FLOAT32, assert_close

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from qnext_plugin.verify.comparison import EXPERT_TIE
 from qnext_plugin.verify.rows import Query, Rows
 from qnext_plugin.verify.scenarios import tokens

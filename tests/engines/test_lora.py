@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qnext_plugin.checkpoint.layouts import KINDS, ungroup
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.layouts import KINDS, ungroup
-from qnext_plugin.random_checkpoint import write_random_checkpoint
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from qnext_plugin.verify.comparison import Completion, Result, compare
 from qnext_plugin.verify.scenarios import tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32

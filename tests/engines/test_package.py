@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from tests.engines.installed import ENGINE
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]

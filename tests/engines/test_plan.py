@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.headers import read_headers
-from qnext_plugin.plan import DEVICES, SglangCache, VllmCache, default_state_dtype
-from qnext_plugin.sizes import Serving
+from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache, default_state_dtype
+from qnext_plugin.plan.sizes import Serving
 from qnext_plugin.verify.scenarios import CONFIGS, MAX_MODEL_LEN, configs
 from tests.engines.installed import ENGINE
 

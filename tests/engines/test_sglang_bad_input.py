@@ -5,8 +5,8 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qnext_plugin import process
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.engines import process
 
 pytestmark = pytest.mark.engine
 

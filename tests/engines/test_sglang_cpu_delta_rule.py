@@ -7,8 +7,8 @@ from numba import carray
 from numba.core.caching import CacheImpl
 
 from qnext_plugin import ops
-from qnext_plugin.ops.cpu_jit import in_parallel
-from sglang_ext import cpu_delta_rule
+from qnext_plugin.ops.cpu import delta_rule
+from qnext_plugin.ops.cpu.jit import in_parallel
 from tests.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.engine
@@ -31,11 +31,11 @@ def test_decode(dtype, n, groups, heads, rows, columns, num_threads):
     states[slots] = torch.randn(n, heads, rows, columns)
     exact = [x.double() for x in (q, k, v)], {"g": g.double(), "beta": beta.double()}
     out, after = ops.recurrent_gated_delta_rule(*exact[0], **exact[1], initial_state=states[slots].double())
-    assert cpu_delta_rule.serves(states)
+    assert delta_rule.serves(states)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert_close(cpu_delta_rule.decode(q, k, v, g=g, beta=beta, states=states, slots=slots), out, OPS[dtype])
+        assert_close(delta_rule.decode(q, k, v, g=g, beta=beta, states=states, slots=slots), out, OPS[dtype])
     finally:
         torch.set_num_threads(before)
     assert_close(states[slots], after, OPS[dtype])
@@ -44,7 +44,7 @@ def test_decode(dtype, n, groups, heads, rows, columns, num_threads):
 
 @pytest.mark.parametrize("states", [torch.zeros(3, 2, 4, 4).bfloat16(), torch.zeros(3, 2, 4, 8)[..., :4]])
 def test_states_that_it_does_not_serve(states):
-    assert not cpu_delta_rule.serves(states)
+    assert not delta_rule.serves(states)
 
 
 def test_it_is_compiled_also_where_the_result_cannot_be_kept(monkeypatch):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from torch import nn
 
-from sglang_ext.cpu_gemm import FOR_AVX2, PACKS, Packed, PackedForAvx2, Plain, plain_weights
+from sglang_ext.cpu.gemm import FOR_AVX2, PACKS, Packed, PackedForAvx2, Plain, plain_weights
 from tests.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.engine

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sglang_ext import cpu_products
-from sglang_ext.cpu_gemm import Packed
+from qnext_plugin.ops.cpu import gemm_avx512bf16
+from sglang_ext.cpu.gemm import Packed
 from tests.tolerances import OPS, assert_close
 
 pytestmark = [
@@ -42,6 +42,6 @@ def test_what_is_laid_out_otherwise_or_proves_nothing_is_left_to_onednn(monkeypa
     assert Packed(weights).addresses is not None
     assert Packed(torch.zeros_like(weights)).addresses is None
     assert Packed(torch.randn(1, 33, 70).bfloat16()).addresses is None  # in smaller blocks
-    products = cpu_products.products
-    monkeypatch.setattr(cpu_products, "products", lambda *args: products(*args).roll(1, dims=1))
+    products = gemm_avx512bf16.products
+    monkeypatch.setattr(gemm_avx512bf16, "products", lambda *args: products(*args).roll(1, dims=1))
     assert Packed(weights).addresses is None

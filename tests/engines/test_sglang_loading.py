@@ -1,9 +1,9 @@
-"""Every rank of tensor-parallel groups of up to eight holds its part of the checkpoint, plain or quantised."""
+"""Every rank of tensor-parallel groups of up to eight holds its part of the checkpoint, plain or quantized."""
 
 import pytest
 
-from qnext_plugin import process
-from qnext_plugin.quantize import FORMATS
+from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.engines import process
 from tests.engines.reads import check_reads
 from tests.engines.sglang_loading import READ, WAYS
 from tests.engines.shards import OUTER_RANKS, RANKS, make, said
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 TARGET, DRAFT = "Qwen3NextForCausalLM.model.", "Qwen3NextForCausalLMMTP.model."
 SHARED = {f"{TARGET}layers.0.mlp.shared_expert.{name}.weight" for name in ("gate_up_proj", "down_proj")}
-DEQUANTISED_AT_8 = {
+DEQUANTIZED_AT_8 = {
     "fp8-block": SHARED,  # blocks of 128, of which a rank would hold 64
     "awq": {name for name in SHARED if "down" in name},  # Marlin's least number of inputs is 128
 }
@@ -60,20 +60,20 @@ def test_each_rank_holds_its_shard_as_stored(loaded, record_property, name):
     assert len(ranks) == len(RANKS)
     for rank, as_stored in ranks.items():
         assert set(as_stored) >= LAYERS, rank
-        dequantised = DEQUANTISED_AT_8.get(name, set()) if rank.endswith(" of 8") else set()
-        assert SHARED - set(as_stored) == dequantised, rank
+        dequantized = DEQUANTIZED_AT_8.get(name, set()) if rank.endswith(" of 8") else set()
+        assert SHARED - set(as_stored) == dequantized, rank
     record_property("matrix", f"{name} | SGLang | TP 1, 2, 4, 8 | parameters match")
 
 
 def test_int8_experts_are_refused_by_sglang(loaded, record_property):
     reason = loaded["w8a8, as on a GPU"]["refused"]
     assert "W8A8Int8 Fused MoE scheme is implemented only for NPU" in reason
-    shown = "dequantised parameters match; refused on a GPU, where SGLang has no kernel for int8 experts"
+    shown = "dequantized parameters match; refused on a GPU, where SGLang has no kernel for int8 experts"
     record_property("matrix", f"w8a8 | SGLang | TP 1, 2, 4, 8 | {shown}")
 
 
 @pytest.mark.parametrize("name", ON_GPU)
-def test_what_is_quantised_is_what_the_headers_say(loaded, name):
+def test_what_is_quantized_is_what_the_headers_say(loaded, name):
     """Not the exclude lists, which match nothing here; `k_proj`, the draft's experts and more are bfloat16."""
     ranks = loaded[f"{name}-mixed, as on a GPU"]
     assert len(ranks) == len(OUTER_RANKS)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from qnext_plugin.checkpoint.layouts import ungroup
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.layouts import ungroup
-from qnext_plugin.random_checkpoint import write_random_checkpoint
 from tests.adapters import PREFIX, WEIGHTS, write_adapter
 
 pytestmark = pytest.mark.engine

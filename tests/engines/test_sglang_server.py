@@ -7,7 +7,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 
 pytestmark = pytest.mark.engine
 

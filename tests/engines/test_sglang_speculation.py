@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from tests.engines.conftest import REGEX
 
 pytestmark = pytest.mark.engine

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 
 pytestmark = pytest.mark.engine
 
@@ -69,7 +69,7 @@ def test_registration_alone_hooks_nothing_and_imports_no_model(ours, off):
 
 
 def test_platform_is_ours_without_an_accelerator_only(ours, off):
-    assert ours["platform"] == "sglang_ext.cpu_platform"
+    assert ours["platform"] == "sglang_ext.cpu.platform"
     assert off["platform"].startswith("sglang.")
 
 
@@ -95,7 +95,7 @@ def test_model_stays_on_another_platform(registry, tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[sglang.srt.platforms]\nother = other:activate\n")
     (tmp_path / "other.py").write_text(
-        "from sglang_ext.cpu_platform import CpuPlatform\n"
+        "from sglang_ext.cpu.platform import CpuPlatform\n"
         "class Other(CpuPlatform): ...\n"
         "def activate(): return 'other:Other'\n"
     )

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from tests.engines.installed import ENGINE
 
 pytestmark = pytest.mark.engine

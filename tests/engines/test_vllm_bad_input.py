@@ -6,9 +6,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qnext_plugin import process
-from qnext_plugin.quantize import quantize_checkpoint
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.engines import process
 
 pytestmark = pytest.mark.engine
 
@@ -35,12 +35,12 @@ def _config(**changes):
     return edit
 
 
-def _quantised(change):
+def _quantized(change):
     def edit(directory):
-        quantize_checkpoint(directory, directory / "quantised", format="fp8-block")
-        for file in (directory / "quantised").iterdir():
+        quantize_checkpoint(directory, directory / "quantized", format="fp8-block")
+        for file in (directory / "quantized").iterdir():
             file.replace(directory / file.name)
-        (directory / "quantised").rmdir()
+        (directory / "quantized").rmdir()
         change(directory)
 
     return edit
@@ -128,23 +128,23 @@ CASES = {
         {},
         ["missing", "mtp.fc.weight"],
     ),
-    "quantised, scale missing": (
-        _quantised(_tensors(lambda t: t.pop(f"{MIXER}.in_proj_qkvz.weight_scale_inv"))),
+    "quantized, scale missing": (
+        _quantized(_tensors(lambda t: t.pop(f"{MIXER}.in_proj_qkvz.weight_scale_inv"))),
         {"dtype": "bfloat16"},
         ["incomplete or mixed", "without a scale 1", f"{MIXER}.in_proj_qkvz", "download it again"],
     ),
-    "quantised, experts unlike": (
-        _quantised(_tensors(_unlike_expert)),
+    "quantized, experts unlike": (
+        _quantized(_tensors(_unlike_expert)),
         {"dtype": "bfloat16"},
         ["experts of one layer stored in different ways", "experts.2.down_proj: weight BF16"],
     ),
-    "quantised, not said so": (
-        _quantised(_without_quantization_config),
+    "quantized, not said so": (
+        _quantized(_without_quantization_config),
         {"dtype": "bfloat16"},
-        ["checkpoint is quantised", "weight F8_E4M3", "config.json has no quantization_config"],
+        ["checkpoint is quantized", "weight F8_E4M3", "config.json has no quantization_config"],
     ),
-    "quantised, draft missing": (
-        _quantised(_tensors(_remove_draft)),
+    "quantized, draft missing": (
+        _quantized(_tensors(_remove_draft)),
         {"dtype": "bfloat16", "speculative_config": MTP},
         ["missing", "mtp.fc.weight", "mtp.layers.0."],
     ),

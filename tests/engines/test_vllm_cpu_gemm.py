@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from tests.tolerances import OPS, assert_close
-from vllm_ext.cpu_gemm import (
+from vllm_ext.cpu.gemm import (
     CompiledExperts,
     DraftHeadMethod,
     PackedExperts,

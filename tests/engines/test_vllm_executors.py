@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 from qnext_plugin.verify.comparison import check_conditions, compare
 from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig

@@ -1,13 +1,13 @@
-"""Every rank of tensor-parallel groups of up to eight holds its part of the checkpoint, plain or quantised.
+"""Every rank of tensor-parallel groups of up to eight holds its part of the checkpoint, plain or quantized.
 
 A reload changes all of it.
 """
 
 import pytest
 
-from qnext_plugin import process
-from qnext_plugin.quantize import FORMATS
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.engines import process
 from tests.adapters import write_adapter
 from tests.engines.checkpoints import CHECKPOINTS
 from tests.engines.reads import check_reads
@@ -53,7 +53,7 @@ def test_each_rank_holds_its_shard_of_a_plain_checkpoint_and_of_an_adapter(loade
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_each_rank_holds_its_shard_of_a_quantised_checkpoint(loaded, record_property, name):
+def test_each_rank_holds_its_shard_of_a_quantized_checkpoint(loaded, record_property, name):
     assert len(loaded[name]) == 1 + 2 + 4 + 8
     for rank, as_stored in loaded[name].items():
         layers = {layer.split(".", 1)[1].removesuffix(".weight") for layer in as_stored if TARGET in layer}
@@ -62,12 +62,12 @@ def test_each_rank_holds_its_shard_of_a_quantised_checkpoint(loaded, record_prop
         # FP8 blocks of 128 rows, of which a rank of 8 would hold 64.
         whole = (name, rank.split()[-1]) != ("fp8-block", "8") and name != "nvfp4"
         assert (f"{SHARED}.gate_up_proj" in layers) == (f"{SHARED}.down_proj" in layers) == whole, rank
-    how = "dequantised parameters match" if name == "nvfp4" else "parameters match"
+    how = "dequantized parameters match" if name == "nvfp4" else "parameters match"
     record_property("matrix", f"{name} | vLLM | TP 1, 2, 4, 8 | {how}")
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_is_quantised_is_what_the_headers_say(loaded, name):
+def test_what_is_quantized_is_what_the_headers_say(loaded, name):
     """Not the exclude lists, which match nothing here; `k_proj`, the draft's experts and more are bfloat16."""
     assert len(loaded[f"{name}-mixed"]) == 1 + 2 + 4 + 8
     for rank, as_stored in loaded[f"{name}-mixed"].items():

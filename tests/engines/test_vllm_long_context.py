@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEmbedding
 
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.verify.comparison import compare
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from qnext_plugin import process
-from vllm_ext.cpu_gemm import packs
+from qnext_plugin.engines import process
+from vllm_ext.cpu.gemm import packs
 
 # As measured when they were last changed. Conversions count: a norm in eager mode makes two, to float32 and back.
 BUDGETS = {

@@ -20,8 +20,8 @@ import pytest
 import torch
 from openai import OpenAI
 
-from qnext_plugin import process
-from qnext_plugin.random_checkpoint import write_random_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.engines import process
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
-from qnext_plugin import process
+from qnext_plugin.engines import process
 
 pytestmark = pytest.mark.engine
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from qnext_plugin.verify.scenarios import EngineConfig
-from vllm_ext.verify import engine_args
+from vllm_ext.tools.verify import engine_args
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 

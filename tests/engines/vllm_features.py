@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qnext_plugin.verify.scenarios import EngineConfig
-from vllm_ext.verify import engine_args
+from vllm_ext.tools.verify import engine_args
 
 LAYERS = (0, 2, 4)
 """Whose inputs an EAGLE3 draft would read."""

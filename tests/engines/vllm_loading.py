@@ -1,6 +1,6 @@
 """Load checkpoints as every rank of larger groups would, in one process: ``python -m tests.engines.vllm_loading ROOT``.
 
-For each checkpoint below ``ROOT``, with what it must hold in its dequantised form, a line of JSON says for every rank
+For each checkpoint below ``ROOT``, with what it must hold in its dequantized form, a line of JSON says for every rank
 which layers are served as stored. Exits with an assertion naming the parameter whose shard is not the expected one.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qnext_plugin.config import QNextConfig
 from tests.adapters import added
-from tests.dequantised import dequantised
+from tests.dequantized import dequantized
 from tests.engines.reads import Reads
 from tests.engines.shards import RANKS, attention_and_experts, checkpoints, expected, weights_of
 
@@ -85,8 +85,8 @@ def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, An
                 shards = {name.replace("mtp.", "model."): shard for name, shard in mtp_shards.items()}
             for name, shard in shards.items():
                 where = f"{directory.name}, {model_class.__name__}: {name}, rank {rank} of {tp}"
-                actual, is_quantised = weights_of(model, name, quantization)
-                if is_quantised:
+                actual, is_quantized = weights_of(model, name, quantization)
+                if is_quantized:
                     torch.testing.assert_close(actual, shard.float(), rtol=1e-6, atol=0, msg=where)
                     names[f"{model_class.__name__}.{name}"] = None
                 else:
@@ -111,7 +111,7 @@ def configuration(directory: Path) -> Any:
     ).create_engine_config()
 
 
-def read(directory: Path, quantised: bool) -> dict[str, Any]:
+def read(directory: Path, quantized: bool) -> dict[str, Any]:
     """By way to split, what the second of two ranks reads of each tensor, and allocates, in loading the model."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -120,7 +120,7 @@ def read(directory: Path, quantised: bool) -> dict[str, Any]:
     from vllm_ext.model import Qwen3NextForCausalLM
 
     stored = list(load_file(directory / "model.safetensors").items())
-    tensors = dequantised(directory) if quantised else dict(stored)
+    tensors = dequantized(directory) if quantized else dict(stored)
     device_group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     group = SimpleNamespace(world_size=2, rank_in_group=1, unique_name="tp", device_group=device_group)
     found = {}

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
-from vllm_ext.verify import Engine
+from vllm_ext.tools.verify import Engine
 
 MOVES = {"aten::copy_", "aten::cat", "aten::index", "aten::index_select", "aten::_index_put_impl_"}
 PROMPT, BATCH = 150, 7

@@ -22,8 +22,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
-from vllm_ext.verify import Engine
-from vllm_ext.verify_inside import serving_modules
+from vllm_ext.tools.inside import serving_modules
+from vllm_ext.tools.verify import Engine
 
 Weights = list[tuple[str, torch.Tensor]]
 CONFIG = EngineConfig("tiny", draft_tokens=3, num_blocks=64)

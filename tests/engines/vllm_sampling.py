@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from qnext_plugin.verify.scenarios import EngineConfig
-from vllm_ext.verify import Engine
-from vllm_ext.verify_inside import set_drafts
+from vllm_ext.tools.inside import set_drafts
+from vllm_ext.tools.verify import Engine
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.0}
 

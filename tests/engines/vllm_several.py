@@ -2,7 +2,7 @@
 
 ``SPEC`` maps names to ``{"model", "config", "args", "scenarios"}``: a checkpoint directory, fields of an
 ``EngineConfig``, further arguments of ``vllm.LLM`` and fields of each ``Scenario``. ``OUT`` maps them to the modules of
-the serving classes, the layers served as stored and those dequantised while loading, and for each scenario the name of
+the serving classes, the layers served as stored and those dequantized while loading, and for each scenario the name of
 the file of its result beside ``OUT`` and the largest resident memory so far in bytes; or to ``error`` where the engine
 did not start.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario
-from vllm_ext.verify import Engine
-from vllm_ext.verify_inside import serving_modules
+from vllm_ext.tools.inside import serving_modules
+from vllm_ext.tools.verify import Engine
 
 
 def layers(worker: Any) -> dict[str, list[str]]:
@@ -27,13 +27,13 @@ def layers(worker: Any) -> dict[str, list[str]]:
 
     from vllm_ext.quantization import is_plain
 
-    runner, found = worker.model_runner, {"as stored": [], "dequantised": []}
+    runner, found = worker.model_runner, {"as stored": [], "dequantized": []}
     draft = getattr(getattr(runner, "drafter", None), "model", None)
     for model, rename in ((runner.model, "model."), (draft, "mtp.")):
         for name, layer in model.named_modules() if model is not None else ():
             name = rename + name.removeprefix("model.")
-            if hasattr(layer, "dequantised"):
-                found["dequantised"].append(name)
+            if hasattr(layer, "dequantized"):
+                found["dequantized"].append(name)
             elif isinstance(layer, LinearBase | RoutedExperts) and not is_plain(layer):
                 found["as stored"].append(name)
     return found

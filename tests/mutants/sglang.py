@@ -101,20 +101,20 @@ def unused_slots_poisoned(worker: Any) -> AbstractContextManager[Any]:
     return layers.poisoned([*cache.conv, cache.temporal])
 
 
-def neighbours_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
+def neighbors_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
     """Each sequence of a batch goes on from the recurrent state of the next one."""
-    from sglang_ext import cpu_delta_rule
+    from qnext_plugin.ops.cpu import delta_rule
 
-    decode = cpu_delta_rule.decode
+    decode = delta_rule.decode
     return patch.object(
-        cpu_delta_rule, "decode", lambda *args, slots, **kwargs: decode(*args, slots=slots.roll(1), **kwargs)
+        delta_rule, "decode", lambda *args, slots, **kwargs: decode(*args, slots=slots.roll(1), **kwargs)
     )
 
 
 MUTANTS = [
     *layers.MUTANTS,
-    Mutant(neighbours_states_swapped_in_decode, "mixed_lengths"),
-    Mutant(neighbours_states_swapped_in_decode, "arrivals"),
+    Mutant(neighbors_states_swapped_in_decode, "mixed_lengths"),
+    Mutant(neighbors_states_swapped_in_decode, "arrivals"),
     Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
     Mutant(state_dropped_at_prefix_restore, "multi_turn"),
     Mutant(state_dropped_at_prefix_restore, "prefix_chunked", "starved"),

@@ -13,7 +13,7 @@ from tests.mutants import Mutant, layers
 
 def slot_not_zeroed(worker: Any) -> AbstractContextManager[Any]:
     """A new sequence reads what its recurrent slot held before."""
-    from vllm_ext.cpu_phases import TorchDelta
+    from vllm_ext.cpu.phases import TorchDelta
 
     prefill = TorchDelta.prefill
 
@@ -51,7 +51,7 @@ def state_dropped_at_prefix_restore(worker: Any) -> AbstractContextManager[Any]:
 
 def _drafts(**changes: Callable[[Any], torch.Tensor]) -> AbstractContextManager[Any]:
     """Replace fields of each speculative batch, given as functions of it."""
-    from vllm_ext.cpu_phases import Drafts
+    from vllm_ext.cpu.phases import Drafts
 
     of = Drafts.of
 
@@ -64,7 +64,7 @@ def _drafts(**changes: Callable[[Any], torch.Tensor]) -> AbstractContextManager[
 
 def verify_commits_one_step_early(worker: Any) -> AbstractContextManager[Any]:
     """The recurrent state goes on from before the last accepted draft; the convolution is right."""
-    from vllm_ext.cpu_phases import TorchDelta
+    from vllm_ext.cpu.phases import TorchDelta
 
     verify = TorchDelta.verify
 
@@ -81,7 +81,7 @@ def state_in_the_wrong_slot(worker: Any) -> AbstractContextManager[Any]:
 
 def conv_window_not_rolled_back(worker: Any) -> AbstractContextManager[Any]:
     """The convolution goes on as if every draft had been accepted; the recurrent state is right."""
-    from vllm_ext.cpu_phases import TorchConv
+    from vllm_ext.cpu.phases import TorchConv
 
     verify = TorchConv.verify
 
@@ -105,7 +105,7 @@ def draft_reads_the_wrong_hidden_state(worker: Any) -> AbstractContextManager[An
 
 def _state_copy(broken: Callable[..., None]) -> AbstractContextManager[Any]:
     """Replace the copy of a request's states between cache blocks by ``broken(original, *args)``."""
-    from vllm_ext.cpu_triton import States
+    from vllm_ext.cpu.triton import States
 
     copy = States.copy
     return patch.object(States, "copy", lambda *args: broken(copy, *args))
@@ -132,7 +132,7 @@ def unused_slots_poisoned(worker: Any) -> AbstractContextManager[Any]:
     return layers.poisoned([state for mixer in layers.mixers(worker) for state in mixer.kv_cache])
 
 
-def neighbours_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
+def neighbors_states_swapped_in_decode(worker: Any) -> AbstractContextManager[Any]:
     """Each sequence of a batch reads the recurrent state of the next one."""
 
     def broken(original: Callable[..., Any], *args: Any, initial_state: torch.Tensor, **kwargs: Any) -> Any:
@@ -143,8 +143,8 @@ def neighbours_states_swapped_in_decode(worker: Any) -> AbstractContextManager[A
 
 MUTANTS = [
     *layers.MUTANTS,
-    Mutant(neighbours_states_swapped_in_decode, "mixed_lengths"),
-    Mutant(neighbours_states_swapped_in_decode, "arrivals"),
+    Mutant(neighbors_states_swapped_in_decode, "mixed_lengths"),
+    Mutant(neighbors_states_swapped_in_decode, "arrivals"),
     Mutant(state_dropped_at_prefix_restore, "prefix_aba"),
     Mutant(state_dropped_at_prefix_restore, "prefix_chunked", "starved"),
     Mutant(slot_not_zeroed, "slot_reuse"),

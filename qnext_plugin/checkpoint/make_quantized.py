@@ -1,0 +1,266 @@
+"""Quantized test checkpoints in the published forms, rounded to nearest, packed by compressed-tensors.
+
+No calibration data is read: the accuracy is that of plain rounding. What is tested with these checkpoints is that a
+server reads each form right, for which the values do not matter.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor, pack_to_int32  # type: ignore[import-untyped]
+from compressed_tensors.quantization import (  # type: ignore[import-untyped]
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+)
+from compressed_tensors.quantization.lifecycle.forward import quantize  # type: ignore[import-untyped]
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # type: ignore[import-untyped]
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam  # type: ignore[import-untyped]
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qnext_plugin.checkpoint.headers import INDEX_FILE, TensorInfo, read_headers
+from qnext_plugin.checkpoint.quantization import AWQ_ORDER, check_quantization
+from qnext_plugin.checkpoint.schema import check_coverage, expected_tensors
+from qnext_plugin.config import QNextConfig
+
+# What the published checkpoints leave alone, as a pattern for whole module names.
+IGNORE = r".*\.(embed_tokens|conv1d|in_proj_ba|gate|shared_expert_gate)|lm_head|mtp\.fc"
+FP8_BLOCK = [128, 128]
+_LARGEST_INPUT = 12.0  # assumed for NVFP4's static input scale: a normalized hidden state rarely exceeds it
+
+Leaves = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """``leaves`` turns a weight ``[rows, in]`` into what is stored; ``config`` gives ``quantization_config``.
+
+    Both take the scheme, and ``config`` the names of the modules left alone.
+    """
+
+    scheme: Callable[[int], QuantizationScheme]
+    leaves: Callable[[Tensor, QuantizationScheme], Leaves]
+    config: Callable[[QuantizationScheme, list[str]], dict[str, Any]]
+
+
+def quantize_checkpoint(
+    source: str | Path, target: str | Path, *, format: str, group_size: int = 32, ignore: str = IGNORE
+) -> None:
+    """Write ``source``, an unquantized local checkpoint, to the new directory ``target`` in ``format``.
+
+    ``format`` is one of ``FORMATS``; ``group_size`` holds for those with groups of inputs, ``ignore`` is a pattern
+    for whole names of modules that stay as they are. One file of the source is in memory at a time. ``ValueError``
+    for an unknown format, a source that is incomplete or quantized already, and inputs that groups do not divide.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
+    source, target = Path(source), Path(target)
+    config, headers = QNextConfig.from_pretrained(source), read_headers(source)
+    check_coverage(config, headers)
+    raw = json.loads((source / "config.json").read_text())
+    if "quantization_config" in raw:
+        raise ValueError(f"{source}: has a quantization_config already; start from the unquantized checkpoint")
+    check_quantization(headers, None)
+    scheme = FORMATS[format].scheme(group_size)
+    linear = {
+        name.removesuffix(".weight")
+        for name, shape in expected_tensors(config).items()
+        if name in headers and name.endswith(".weight") and len(shape) == 2
+    }
+    ignored = sorted(module for module in linear if re.fullmatch(ignore, module))
+    chosen = linear - set(ignored)
+    _check_groups(headers, chosen, scheme)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target}: expected an empty or new directory; choose another or delete it")
+    target.mkdir(parents=True, exist_ok=True)
+
+    weight_map: dict[str, str] = {}
+    for file in sorted({info.file for info in headers.values()}):
+        out: Leaves = {}
+        for name, tensor in load_file(file).items():
+            module = name.removesuffix(".weight")
+            if module in chosen:
+                leaves = FORMATS[format].leaves(tensor, scheme)
+                out |= {f"{module}.{leaf}": value.contiguous() for leaf, value in leaves.items()}
+            else:
+                out[name] = tensor
+        save_file(out, target / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(out, file.name)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors" and file.name != INDEX_FILE and file.is_file():
+            shutil.copy(file, target)
+    if (source / INDEX_FILE).exists():
+        (target / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+    raw["quantization_config"] = FORMATS[format].config(scheme, ignored)
+    (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _check_groups(headers: Mapping[str, TensorInfo], chosen: Iterable[str], scheme: QuantizationScheme) -> None:
+    size = scheme.weights.group_size or 1
+    odd = [
+        f"{m} {list(headers[f'{m}.weight'].shape)}" for m in sorted(chosen) if headers[f"{m}.weight"].shape[1] % size
+    ]
+    if odd:
+        raise ValueError(f"group size {size} does not divide the inputs of {odd[0]} and {len(odd) - 1} more modules")
+
+
+def _parameters(weight: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scales in ``dtype``, zero points and, for NVFP4, the global scale, from each block's smallest and largest."""
+    rows, columns = weight.shape
+    if args.strategy == "block":
+        high, wide = args.block_structure
+        padded = torch.nn.functional.pad(weight, (0, -columns % wide, 0, -rows % high))
+        blocks = padded.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).movedim(1, 2).flatten(2)
+    else:
+        blocks = weight.unflatten(1, (-1, args.group_size or columns))
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    whole = generate_gparam(low.amin(), high.amax()) if args.strategy == "tensor_group" else None
+    scale, zero_point = calculate_qparams(low, high, args, global_scale=whole)
+    return scale.to(dtype), zero_point, whole
+
+
+def _compressed(compression: str) -> Callable[[Tensor, QuantizationScheme], Leaves]:
+    def leaves(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
+        dtype = weight.dtype
+        scale, zero_point, whole = _parameters(weight.float(), scheme.weights, dtype)
+        if whole is not None:
+            scale = scale.float()
+        state = {"weight": weight.float(), "weight_scale": scale, "weight_zero_point": zero_point}
+        state |= {} if whole is None else {"weight_global_scale": whole}
+        return dict(BaseCompressor.get_value_from_registry(compression).compress(state, scheme))
+
+    return leaves
+
+
+def _compressed_config(compression: str) -> Callable[[QuantizationScheme, list[str]], dict[str, Any]]:
+    def config(scheme: QuantizationScheme, ignored: list[str]) -> dict[str, Any]:
+        made = QuantizationConfig(
+            config_groups={"group_0": scheme}, format=compression, ignore=ignored, quantization_status="compressed"
+        )
+        return json.loads(made.model_dump_json())
+
+    return config
+
+
+def _fp8_block(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
+    scale, zero_point, _ = _parameters(weight.float(), scheme.weights, torch.bfloat16)
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % FP8_BLOCK[1], 0, -rows % FP8_BLOCK[0]))
+    values = quantize(padded, scale.float(), zero_point, scheme.weights, dtype=torch.float8_e4m3fn)
+    return {"weight": values[:rows, :columns], "weight_scale_inv": scale}
+
+
+def _fp8_block_config(scheme: QuantizationScheme, ignored: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": FP8_BLOCK,
+        "modules_to_not_convert": ignored,
+    }
+
+
+def _integers(weight: Tensor, scheme: QuantizationScheme) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 values ``[in, rows]``, float16 scales ``[in / group, rows]`` and int8 zero points of the same shape."""
+    scale, zero_point, _ = _parameters(weight.float(), scheme.weights, torch.float16)
+    values = quantize(weight.float(), scale.float(), zero_point, scheme.weights, dtype=torch.int8)
+    return values.T, scale.T, zero_point.to(torch.int8).T
+
+
+def _gptq(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
+    values, scales, zeros = _integers(weight, scheme)
+    groups = torch.arange(len(values), dtype=torch.int32) // scheme.weights.group_size
+    return {
+        "qweight": pack_to_int32(values.contiguous(), 4, packed_dim=0),
+        "scales": scales,
+        "qzeros": pack_to_int32((zeros - 1).contiguous(), 4),  # the format stores each zero point less one
+        "g_idx": groups,
+    }
+
+
+def _gptq_config(scheme: QuantizationScheme, ignored: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": scheme.weights.group_size,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "dynamic": {f"-:{re.escape(module)}$": {} for module in ignored},
+    }
+
+
+def _awq(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
+    values, scales, zeros = _integers(weight, scheme)
+    order = torch.tensor(AWQ_ORDER).argsort()
+
+    def packed(columns: Tensor) -> Tensor:
+        return pack_to_int32(columns.unflatten(1, (-1, 8))[..., order].flatten(1), 4)
+
+    return {"qweight": packed(values), "scales": scales, "qzeros": packed(zeros)}
+
+
+def _awq_config(scheme: QuantizationScheme, ignored: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": scheme.weights.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ignored,
+    }
+
+
+def _nvfp4(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
+    stored = _compressed("nvfp4-pack-quantized")(weight, scheme)
+    return {
+        "weight": stored["weight_packed"],
+        "weight_scale": stored["weight_scale"],
+        "weight_scale_2": stored["weight_global_scale"].reciprocal().squeeze(),
+        "input_scale": torch.tensor(_LARGEST_INPUT / (6.0 * 448.0)),
+    }
+
+
+def _nvfp4_config(scheme: QuantizationScheme, ignored: list[str]) -> dict[str, Any]:
+    args = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "producer": {"name": "modelopt"},
+        "config_groups": {"group_0": {"weights": args, "input_activations": args, "targets": ["Linear"]}},
+        "ignore": ignored,
+    }
+
+
+def _weights(**args: Any) -> Callable[[int], QuantizationScheme]:
+    return lambda group_size: QuantizationScheme(
+        targets=["Linear"], weights={k: group_size if v == "group_size" else v for k, v in args.items()}
+    )
+
+
+def _preset(name: str) -> Callable[[int], QuantizationScheme]:
+    return lambda _: preset_name_to_scheme(name, ["Linear"])
+
+
+_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": "group_size"}
+FORMATS: Mapping[str, Format] = {
+    "fp8-block": Format(
+        _weights(num_bits=8, type="float", strategy="block", block_structure=FP8_BLOCK), _fp8_block, _fp8_block_config
+    ),
+    "fp8-channel": Format(
+        _preset("FP8_DYNAMIC"), _compressed("float-quantized"), _compressed_config("float-quantized")
+    ),
+    "w8a8": Format(_preset("W8A8"), _compressed("int-quantized"), _compressed_config("int-quantized")),
+    "w4a16": Format(_weights(**_INT4), _compressed("pack-quantized"), _compressed_config("pack-quantized")),
+    "awq": Format(_weights(**_INT4, symmetric=False), _awq, _awq_config),
+    "gptq": Format(_weights(**_INT4), _gptq, _gptq_config),
+    "nvfp4": Format(_preset("NVFP4"), _nvfp4, _nvfp4_config),
+}

@@ -1,0 +1,235 @@
+"""The weight names and shapes of a Qwen3-Next checkpoint, and checks of safetensors headers and new weights."""
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qnext_plugin.checkpoint.headers import DTYPE_NAMES, Shape, TensorInfo, describe
+from qnext_plugin.checkpoint.listing import listing
+from qnext_plugin.config import FULL, QNextConfig
+
+# The last name segment of the tensors that quantizers store instead of a module's `weight`, or beside it.
+PACKED_WEIGHTS = ("qweight", "weight_packed")
+QUANT_COMPANIONS = (
+    *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
+    *("weight_shape", "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point"),
+    *("scales", "qzeros", "g_idx", "q_scale", "k_scale", "v_scale"),
+)
+CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
+FLOAT_DTYPES = tuple(DTYPE_NAMES.values())
+BYTE_DTYPES = ("F8_E4M3", "I8")  # quantized, one number to an element
+
+
+@dataclass(frozen=True)
+class _Layer:
+    prefix: str
+    full_attention: bool
+    sparse: bool
+
+
+def expected_tensors(
+    config: QNextConfig, *, mtp: bool = True, split_in_proj: bool = False, fused_experts: bool = False
+) -> dict[str, Shape]:
+    """Name and shape of every tensor of an unquantized checkpoint; no ``lm_head`` when it is tied.
+
+    ``split_in_proj``: ``in_proj_{qkv,z,b,a}`` with flat rows instead of ``in_proj_{qkvz,ba}`` grouped by key head.
+    ``fused_experts``: ``experts.gate_up_proj`` ``[experts, 2 * intermediate, hidden]`` and ``experts.down_proj``
+    ``[experts, hidden, intermediate]``, as ``transformers`` 5 writes with ``save_original_format=False``.
+    """
+    tensors = _outer_tensors(config, mtp, lm_head=not config.tie_word_embeddings)
+    for layer in _layers(config, mtp):
+        tensors |= _layer_tensors(config, layer, split_in_proj, fused_experts)
+    return tensors
+
+
+def check_coverage(
+    config: QNextConfig, headers: Mapping[str, TensorInfo], *, mtp: Literal["required", "optional"] = "optional"
+) -> None:
+    """Raise one ``ValueError`` that lists every missing, unexpected or wrongly shaped tensor.
+
+    Each layer may hold its input projections merged or split and its experts one by one or fused. ``mtp.*`` may be
+    absent as a whole unless required, and so may a tied ``lm_head``. A module may be quantized: its packed weight and
+    scales are accepted, and only weights that are not packed are checked for their shape.
+    """
+    names = {name for name in headers if not _is_ignored(name)}
+    expected = _expected_for(config, names, mtp == "required" or any(n.split(".")[0] == "mtp" for n in names))
+    linear, attention = _quantizable(expected)
+
+    missing = [f"{n} {list(shape)}" for n, shape in expected.items() if not _is_present(n, shape, names)]
+    unexpected = [n for n in sorted(names - expected.keys()) if not _is_quantized(n, linear, attention)]
+    if problems := _problems(missing, unexpected, _misshapen(expected, headers)):
+        advice = "compare config.json with the checkpoint, then download or convert the weights again"
+        raise ValueError(f"checkpoint does not match config.json:\n{problems}\n{advice}")
+
+
+class RefusedUpdate(ValueError):
+    """New weights that do not fit, found before they were copied."""
+
+
+class UpdateCheck:
+    """Call it with new weights for a running model, which need not be all of them, before any is copied.
+
+    It raises one ``RefusedUpdate`` that lists every tensor no checkpoint of this configuration holds in that shape.
+    """
+
+    def __init__(self, config: QNextConfig) -> None:
+        self.expected: dict[str, Shape] = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+        for other in (False, True):  # each layer may be stored in either form
+            self.expected |= expected_tensors(config, split_in_proj=other, fused_experts=other)
+        self._linear, self._attention = _quantizable(self.expected)
+
+    def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        headers = {name: describe(tensor) for name, tensor in weights if not _is_ignored(name)}
+        unknown = headers.keys() - self.expected.keys()
+        unexpected = sorted(n for n in unknown if not _is_quantized(n, self._linear, self._attention))
+        if problems := _problems([], unexpected, _misshapen(self.expected, headers)):
+            raise RefusedUpdate(f"new weights do not match config.json:\n{problems}\nsend them again in its shapes")
+
+
+def check_stream(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    config: QNextConfig,
+    mtp: Literal["required", "optional"] = "optional",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass a whole checkpoint on; ``ValueError`` at a repeated tensor, and at the end for missing or unknown ones."""
+    seen: dict[str, TensorInfo] = {}
+    for name, tensor in weights:
+        if name in seen:
+            raise ValueError(f"tensor {name} comes twice in this checkpoint; write the checkpoint again")
+        seen[name] = describe(tensor)
+        yield name, tensor
+    check_coverage(config, seen, mtp=mtp)
+
+
+def _outer_tensors(config: QNextConfig, mtp: bool, lm_head: bool) -> dict[str, Shape]:
+    hidden, vocab = config.hidden_size, config.vocab_size
+    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if lm_head:
+        tensors["lm_head.weight"] = (vocab, hidden)
+    if mtp:
+        tensors["mtp.fc.weight"] = (hidden, 2 * hidden)
+        for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+            tensors[f"mtp.{norm}.weight"] = (hidden,)
+    return tensors
+
+
+def _layers(config: QNextConfig, mtp: bool) -> Iterator[_Layer]:
+    for i, kind in enumerate(config.layer_types):
+        yield _Layer(f"model.layers.{i}.", kind == FULL, config.is_sparse(i))
+    for i in range(config.num_nextn_predict_layers if mtp else 0):
+        yield _Layer(f"mtp.layers.{i}.", True, config.num_experts > 0)
+
+
+def _layer_tensors(config: QNextConfig, layer: _Layer, split_in_proj: bool, fused_experts: bool) -> dict[str, Shape]:
+    hidden = config.hidden_size
+    mixer = _self_attn(config) if layer.full_attention else _linear_attn(config, split_in_proj)
+    mlp = _sparse_moe(config, fused_experts) if layer.sparse else _mlp("mlp.", hidden, config.intermediate_size)
+    norms: dict[str, Shape] = {f"{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
+    return {layer.prefix + name: shape for name, shape in (norms | mixer | mlp).items()}
+
+
+def _linear_attn(config: QNextConfig, split_in_proj: bool) -> dict[str, Shape]:
+    dims, hidden = config.gdn, config.hidden_size
+    v_heads = dims.num_v_heads
+    if split_in_proj:
+        rows = {"qkv": dims.conv_dim, "z": dims.value_dim, "b": v_heads, "a": v_heads}
+    else:
+        rows = {"qkvz": dims.conv_dim + dims.value_dim, "ba": 2 * v_heads}
+    tensors: dict[str, Shape] = {f"in_proj_{name}.weight": (n, hidden) for name, n in rows.items()}
+    tensors |= {
+        "conv1d.weight": (dims.conv_dim, 1, dims.conv_kernel_size),
+        "A_log": (v_heads,),
+        "dt_bias": (v_heads,),
+        "norm.weight": (dims.head_v_dim,),
+        "out_proj.weight": (hidden, dims.value_dim),
+    }
+    return {f"linear_attn.{name}": shape for name, shape in tensors.items()}
+
+
+def _self_attn(config: QNextConfig) -> dict[str, Shape]:
+    hidden, head = config.hidden_size, config.head_dim
+    q_dim, kv_dim = config.num_attention_heads * head, config.num_key_value_heads * head
+    projections = {  # q_proj also holds the output gate
+        "q_proj": (2 * q_dim, hidden),
+        "k_proj": (kv_dim, hidden),
+        "v_proj": (kv_dim, hidden),
+        "o_proj": (hidden, q_dim),
+    }
+    tensors: dict[str, Shape] = {f"{name}.weight": shape for name, shape in projections.items()}
+    if config.attention_bias:
+        tensors |= {f"{name}.bias": shape[:1] for name, shape in projections.items()}
+    tensors |= {"q_norm.weight": (head,), "k_norm.weight": (head,)}
+    return {f"self_attn.{name}": shape for name, shape in tensors.items()}
+
+
+def _mlp(prefix: str, hidden: int, intermediate: int) -> dict[str, Shape]:
+    return {
+        f"{prefix}gate_proj.weight": (intermediate, hidden),
+        f"{prefix}up_proj.weight": (intermediate, hidden),
+        f"{prefix}down_proj.weight": (hidden, intermediate),
+    }
+
+
+def _sparse_moe(config: QNextConfig, fused_experts: bool) -> dict[str, Shape]:
+    hidden, experts, intermediate = config.hidden_size, config.num_experts, config.moe_intermediate_size
+    tensors: dict[str, Shape] = {"mlp.gate.weight": (experts, hidden), "mlp.shared_expert_gate.weight": (1, hidden)}
+    tensors |= _mlp("mlp.shared_expert.", hidden, config.shared_expert_intermediate_size)
+    if fused_experts:
+        tensors["mlp.experts.gate_up_proj"] = (experts, 2 * intermediate, hidden)
+        tensors["mlp.experts.down_proj"] = (experts, hidden, intermediate)
+    else:
+        for i in range(experts):
+            tensors |= _mlp(f"mlp.experts.{i}.", hidden, intermediate)
+    return tensors
+
+
+def _expected_for(config: QNextConfig, names: set[str], mtp: bool) -> dict[str, Shape]:
+    """The expected tensors, each layer in the form that ``names`` shows it to be stored in."""
+    modules = {name.rpartition(".")[0] for name in names}
+    tensors = _outer_tensors(config, mtp, lm_head=not config.tie_word_embeddings or "lm_head.weight" in names)
+    for layer in _layers(config, mtp):
+        in_proj = f"{layer.prefix}linear_attn.in_proj_"
+        merged = {in_proj + "qkvz", in_proj + "ba"} & modules
+        split = {in_proj + part for part in ("qkv", "z", "b", "a")} & modules
+        fused = {f"{layer.prefix}mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")} & names
+        tensors |= _layer_tensors(config, layer, bool(split and not merged), bool(fused))
+    return tensors
+
+
+def _quantizable(expected: Mapping[str, Shape]) -> tuple[set[str], set[str]]:
+    """Linear modules and attention modules. Only matrices are quantized: not norms, the convolution or A_log."""
+    linear = {n.removesuffix(".weight") for n, shape in expected.items() if n.endswith(".weight") and len(shape) == 2}
+    return linear, {m.removesuffix(".q_proj") for m in linear if m.endswith(".self_attn.q_proj")}
+
+
+def _is_quantized(name: str, linear: Container[str], attention: Container[str]) -> bool:
+    module, _, leaf = name.rpartition(".")
+    in_linear = module in linear and leaf in (*PACKED_WEIGHTS, *QUANT_COMPANIONS)
+    return in_linear or (module in attention and leaf in CACHE_SCALES)
+
+
+def _misshapen(expected: Mapping[str, Shape], headers: Mapping[str, TensorInfo]) -> list[str]:
+    return [
+        f"{n} {list(found.shape)}, expected {list(expected[n])}"
+        for n, found in headers.items()
+        if n in expected and found.dtype in (*FLOAT_DTYPES, *BYTE_DTYPES) and found.shape != expected[n]
+    ]
+
+
+def _problems(missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+    found = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
+    return "\n".join(listing(label, lines) for label, lines in found.items() if lines)
+
+
+def _is_present(name: str, shape: Shape, names: set[str]) -> bool:
+    if name in names:
+        return True
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and len(shape) == 2 and any(f"{module}.{packed}" in names for packed in PACKED_WEIGHTS)
+
+
+def _is_ignored(name: str) -> bool:
+    """Rotary frequencies, which old checkpoints store although they follow from the configuration."""
+    return name.split(".")[-2:] == ["rotary_emb", "inv_freq"]

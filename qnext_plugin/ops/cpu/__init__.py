@@ -1,0 +1,1 @@
+"""Kernels compiled for CPUs; they know no engine."""

@@ -1,0 +1,157 @@
+"""How each engine divides the memory that is left for its caches, and how many sequences that is enough for.
+
+The formulas are those of vLLM 0.32 and SGLang 0.5.23, the names theirs. All sizes are in bytes on one rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+
+from qnext_plugin.plan.sizes import Serving
+
+
+@dataclass(frozen=True)
+class Device:
+    """What an engine's attention kernels on a kind of device make of a block.
+
+    ``alignment``: tokens in the smallest block that they take; ``block_size``: vLLM's default before it aligns.
+    """
+
+    alignment: int
+    block_size: int
+
+
+DEVICES = {"cuda": Device(16, 16), "cpu": Device(32, 128)}
+
+
+def default_state_dtype(engine: str, device: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """Of recurrent states, unless a flag says otherwise; ``config`` as ``config.json`` has it, ``dtype`` as served.
+
+    Of a CPU: this machine's.
+    """
+    if engine == "vllm":
+        return torch.float32 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else dtype
+    return torch.float32 if (named := config.get("mamba_ssm_dtype")) is None else getattr(torch, named)
+
+
+@dataclass(frozen=True)
+class VllmCache:
+    """vLLM keeps states and keys with values in pages of one size, and lengthens attention's block to that end.
+
+    Layers are in groups of equal size; a block is a page in each layer of one group. A sequence takes one state block
+    of each group of Gated DeltaNet layers, one more with prefix caching (mode ``align``) and one for each draft, and as
+    many attention blocks as its tokens fill.
+    """
+
+    serving: Serving
+    state_dtype: torch.dtype
+    device: Device = DEVICES["cuda"]
+    prefix_caching: bool = True
+    user_block_size: int | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """One state of one layer, with columns for the drafts in its convolution window."""
+        drafts = self.serving.num_draft_tokens
+        return self.serving.state(self.serving.dtype, self.state_dtype, drafts).page_bytes
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in an attention block, and so in the smallest prefix that can be found again."""
+        asked = self.user_block_size or self.device.block_size
+        if not self.serving.num_gdn_layers:
+            return asked
+        alignment = max(self.device.alignment, asked)
+        block = alignment * ceil(self.state_bytes / (alignment * self.serving.kv_bytes_per_layer))
+        return max(asked, ceil(block / self.device.alignment) * self.device.alignment)
+
+    @property
+    def layers_per_group(self) -> int:
+        counts = sorted(filter(None, (self.serving.num_full_attention_layers, self.serving.num_gdn_layers)))
+        # Rather than many small groups vLLM pads a few layers where the two kinds are nearly as many.
+        return counts[-1] if counts[-1] < 1.5 * counts[0] else counts[0]
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layers_per_group * self.block_size * self.serving.kv_bytes_per_layer
+
+    @property
+    def state_blocks(self) -> int:
+        """Of one sequence."""
+        groups = ceil(self.serving.num_gdn_layers / self.layers_per_group)
+        return groups * (1 + self.prefix_caching + self.serving.num_draft_tokens)
+
+    def blocks(self, num_tokens: int) -> int:
+        """Of one sequence of that length."""
+        groups = ceil(self.serving.num_full_attention_layers / self.layers_per_group)
+        return self.state_blocks + groups * ceil(num_tokens / self.block_size)
+
+    def num_blocks(self, memory: int) -> int:
+        """Also the most that ``--max-num-seqs`` may be: vLLM refuses more when it captures CUDA graphs."""
+        return max(0, memory) // self.block_bytes
+
+    def concurrency(self, memory: int, num_tokens: int) -> float:
+        return self.num_blocks(memory) / self.blocks(num_tokens)
+
+    def longest(self, memory: int) -> int:
+        """Tokens of the longest sequence that fits alone."""
+        groups = ceil(self.serving.num_full_attention_layers / self.layers_per_group)
+        return max(0, (self.num_blocks(memory) - self.state_blocks) // groups) * self.block_size
+
+
+@dataclass(frozen=True)
+class SglangCache:
+    """SGLang has a pool of state slots and a pool of tokens, in the ratio ``mamba_full_memory_ratio``.
+
+    A running sequence takes 3 slots, with prefix caching 2 more where it overlaps scheduling (``extra_buffer``), and
+    while drafting a state for each draft and the token before them.
+    """
+
+    serving: Serving
+    state_dtype: torch.dtype
+    prefix_caching: bool = True
+    ratio: float = 0.9
+    max_running_requests: int | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """One slot: all layers' states of one sequence."""
+        return self.serving.state(self.serving.dtype, self.state_dtype).page_bytes * self.serving.num_gdn_layers
+
+    @property
+    def slots_per_request(self) -> int:
+        return 5 if self.prefix_caching else 1
+
+    @property
+    def verified_tokens(self) -> int:
+        drafts = self.serving.num_draft_tokens
+        return drafts + 1 if drafts else 0
+
+    def num_slots(self, memory: int) -> int:
+        budget = memory * self.ratio / (1 + self.ratio)
+        if self.serving.num_draft_tokens:
+            verified = self.verified_tokens
+            left = budget - self.state_bytes * (1 + verified)
+            return max(0, int(left // (self.state_bytes * (1 + verified / self.slots_per_request))))
+        return max(0, int((budget - self.state_bytes) // self.state_bytes))
+
+    def running_requests(self, memory: int) -> int:
+        """The most that run at once, however short."""
+        # Without --max-running-requests SGLang allows 48 while drafting, and else so many that states are the limit.
+        asked = self.max_running_requests or (48 if self.serving.num_draft_tokens else 4096)
+        return min(asked, self.num_slots(memory) // self.slots_per_request, self.num_tokens(memory) // 2)
+
+    def num_tokens(self, memory: int) -> int:
+        """Of all sequences together."""
+        asked = self.max_running_requests or 48
+        slots = self.num_slots(memory)
+        verifying = (min(asked, slots // self.slots_per_request) + 1) * self.verified_tokens
+        return max(0, int(memory - (slots + 1 + verifying) * self.state_bytes)) // self.serving.kv_bytes_per_token
+
+    def concurrency(self, memory: int, num_tokens: int) -> float:
+        """Sequences of that length; below 1 it does not fit."""
+        fitting = self.num_tokens(memory) / num_tokens
+        return min(float(self.running_requests(memory)), fitting)

@@ -1,0 +1,1 @@
+"""The port of SGLang to CPUs."""

@@ -1,0 +1,119 @@
+"""SGLang on any CPU: an out-of-tree platform, which needs nothing but SGLang's packages from PyPI."""
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+ATTENTION_BACKEND = "qnext_cpu"
+
+# SGLang would fill most of the machine's memory with caches, and spend minutes of the start on writing zeros there.
+MAX_RUNNING_REQUESTS = 32
+STATES_PER_REQUEST = 6  # one that runs takes up to five, those it can be resumed from included
+MAX_TOTAL_TOKENS = 262144
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+    """Out of tree because SGLang's own CPU platform imports kernels that are not on PyPI."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def get_device(self, device_id: int = 0) -> str:
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Caches for a few users, unless the command line says how much memory to use; cores for every rank.
+
+        LoRA without Triton. And our attention: for a CPU SGLang has chosen by now, without asking
+        ``get_default_attention_backend``.
+        """
+        if server_args.attention_backend in ("intel_amx", "torch_native"):  # not on PyPI; cannot verify drafts
+            server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.lora_backend == "csgmv":  # SGLang's default, which is of Triton
+            server_args.lora_backend = "torch_native"
+        share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
+        if server_args.pp_size == 1:  # else the first stage may have to look for what the others send
+            server_args.sleep_on_idle = True  # or it asks for work all the time, which takes a core
+        if server_args.mem_fraction_static is not None:
+            return
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.max_mamba_cache_size is None:
+            server_args.max_mamba_cache_size = STATES_PER_REQUEST * server_args.max_running_requests
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = MAX_TOTAL_TOKENS
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "EAGLE"  # what NEXTN is called by then
+
+    def get_speculative_cache_locs_fn(self) -> Any:
+        from sglang_ext.cpu.speculation import assign_extend_cache_locs
+
+        return assign_extend_cache_locs
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        from sglang_ext.cpu.attention import CpuKVPool
+
+        return CpuKVPool if kind == "mha" else None
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def get_quantization_config(self, quantization: str) -> Any:
+        from sglang_ext.quantization import DequantizedConfig
+
+        return DequantizedConfig
+
+    def init_backend(self) -> None:
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        @register_attention_backend(ATTENTION_BACKEND)
+        def create(runner: Any) -> Any:
+            from sglang_ext.cpu.attention import CpuAttentionBackend
+
+            keep_freed_memory()
+            return CpuAttentionBackend(runner)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse what is freed. It would return large blocks to the kernel, and getting a page back from there
+    takes longer than most of what a layer does with it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
+            mallopt(name, value)
+
+
+def share_cores(ranks: int) -> None:
+    """Bind each rank to cores of its own where SGLang asks the user to: with more ranks than NUMA nodes."""
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+    if ranks > max(1, nodes):
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        shares = [",".join(cores[rank::ranks]) or cores[rank % len(cores)] for rank in range(ranks)]
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(shares))

@@ -1,0 +1,1 @@
+"""What verify, bench and doctor do inside SGLang's process."""

@@ -1,0 +1,125 @@
+"""What SGLang would serve here: ``python -m sglang_ext.tools.doctor OUT.json MODEL [FLAGS]``.
+
+``qnext doctor`` runs it. Every question is put to SGLang itself, after it has loaded its plugins as it does to serve.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from qnext_plugin.engines.probe import write_report
+
+ARCHITECTURES = {"target": "Qwen3NextForCausalLM", "draft": "Qwen3NextForCausalLMMTP"}
+
+
+def examine(model: str, flags: list[str]) -> dict[str, Any]:
+    """``kernels`` by what they serve, ``errors`` that would stop it, ``risks`` with a way out."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import prepare_server_args
+
+    server_args = prepare_server_args(["--model-path", model, *flags])
+    server_args.resolve_once()
+    args = resolving_view(server_args)
+    model_config = ModelConfig.from_server_args(server_args)
+    hf_config = model_config.hf_config
+    errors = []
+    try:
+        check(hf_config, args)
+    except ValueError as e:
+        errors.append(str(e))
+    return {
+        "kernels": kernels(args, model_config.dtype),
+        "errors": errors,
+        "risks": risks(hf_config, args),
+    }
+
+
+def serving_classes() -> dict[str, str]:
+    from sglang.srt.models.registry import ModelRegistry
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    found = {}
+    for role, architecture in ARCHITECTURES.items():
+        cls, _ = ModelRegistry.resolve_model_cls([architecture])
+        found[role] = f"{cls.__module__}.{cls.__name__}"
+    return found
+
+
+def check(hf_config: Any, args: Any) -> None:
+    """What the model asks of a configuration before it reads a weight."""
+    from qnext_plugin.checkpoint.headers import read_headers
+    from qnext_plugin.checkpoint.schema import check_coverage
+    from sglang_ext.compat import check_platform
+    from sglang_ext.config import qnext_config
+
+    check_platform()
+    config = qnext_config(hf_config, args.tp_size)
+    directory = Path(args.model_path)
+    if any(directory.glob("*.safetensors")):
+        check_coverage(config, read_headers(directory), mtp="required" if args.speculative_algorithm else "optional")
+
+
+def kernels(args: Any, dtype: Any) -> dict[str, tuple[str, str]]:
+    """What serves each phase of a Gated DeltaNet layer, experts and attention, and why."""
+    from sglang_ext.compat import ON_CPU
+
+    if ON_CPU:
+        found = kernels_on_cpu(dtype)
+    else:
+        default = args.linear_attn_backend
+        decode = args.linear_attn_decode_backend or default
+        found = {"prefill": (args.linear_attn_prefill_backend or default, ""), "decode": (decode, "")}
+        found["verify"] = (args.linear_attn_verify_backend or decode, "")
+        found["experts"] = (str(args.moe_runner_backend), "")
+    if not args.speculative_algorithm:
+        found.pop("verify", None)
+    return found | {"attention": (args.attention_backend, "")}
+
+
+def kernels_on_cpu(dtype: Any) -> dict[str, tuple[str, str]]:
+    """What serves on CPU, by phase of a layer (convolution, delta rule), and why not something faster."""
+    import torch
+
+    from qnext_plugin.ops.cpu import delta_rule, gemm_avx512bf16
+    from sglang_ext.cpu.gemm import FOR_AVX2, PACKS
+
+    found = {
+        phase: ("torch, torch", "SGLang's package from PyPI has no CPU kernels")
+        for phase in ("prefill", "decode", "verify")
+    }
+    if delta_rule.available():
+        found["decode"] = ("torch, numba", "")
+    packed = PACKS and dtype == torch.bfloat16
+    reason = (
+        "" if packed else f"weights are packed in bfloat16 only, on a CPU with instructions for it; this is {dtype}"
+    )
+    compiled = "numba" if FOR_AVX2 or gemm_avx512bf16.available() else "onednn"
+    return found | {"experts": (compiled if packed else "torch", reason)}
+
+
+def risks(hf_config: Any, args: Any) -> list[tuple[str, str]]:
+    """(what may surprise, which flag avoids it) of this configuration."""
+    import torch
+
+    found = []
+    if getattr(hf_config, "dtype", None) == torch.float32 and args.dtype == "auto":
+        found.append(("SGLang serves a float32 checkpoint in float16", "--dtype float32"))
+    if args.mamba_ssm_dtype in ("bfloat16", "float16"):
+        found.append(
+            (f"recurrent states are rounded to {args.mamba_ssm_dtype} after each step", "--mamba-ssm-dtype float32")
+        )
+    if not args.disable_radix_cache and args.mamba_radix_cache_strategy == "no_buffer":
+        found.append(
+            (
+                "the prefix cache keeps states at the ends of requests only, without overlapped scheduling",
+                "--mamba-radix-cache-strategy extra_buffer",
+            )
+        )
+    return found
+
+
+if __name__ == "__main__":
+    HOOKS = ("sglang.srt.plugins",)
+    write_report("sglang_ext", "sglang", HOOKS, ("SGLANG_PLUGINS",), serving_classes, examine, sys.argv[1:])

@@ -1,0 +1,166 @@
+"""What runs inside SGLang's scheduler processes, where the models live.
+
+``run_scheduler`` starts one in SGLang's place, with a further remote procedure: ``qnext_control`` reads from a file
+which mutant to apply, whether to count what the draft does and what to put in its mouth, and writes what serves and
+what was counted. Random weights are almost never accepted, so without that control nothing past a rejected first draft
+would be tested.
+"""
+
+import itertools
+import json
+import os
+import pkgutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from qnext_plugin.kernel_log import KERNELS_RAN
+
+CONTROL = "QNEXT_VERIFY_CONTROL"
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> Any:
+    from sglang.srt.managers import scheduler
+
+    changed, wanted = ExitStack(), {"mutant": "", "drafts": {}, "record": False, "count": False}
+    counts: dict[str, Any] = {"retractions": 0, "accepted": [], "draft_steps": []}
+    retract_decode = scheduler.ScheduleBatch.retract_decode
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts["retractions"] += 1
+        return retract_decode(self, *args, **kwargs)
+
+    class Controlled(scheduler.Scheduler):
+        def qnext_control(self: Any) -> None:
+            file = Path(os.environ[CONTROL])
+            change = json.loads(file.read_text())
+            runner = self.tp_worker.model_runner
+            number, models, draft = change.pop("control"), [runner.model], None
+            wanted.update(change)
+            changed.close()
+            if wanted["mutant"]:
+                changed.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
+            if self.draft_worker is not None:
+                draft = self.draft_worker.draft_worker.draft_runner
+                models.append(draft.model)
+                if change.get("record"):
+                    counts["draft_steps"] = []
+                if wanted["count"]:
+                    changed.enter_context(
+                        control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"])
+                    )
+            written = file.parent / f"{os.getpid()}.part"
+            written.write_text(
+                json.dumps({"control": number, "memory": memory(runner, draft), **counts, **serving(models)})
+            )
+            written.rename(file.parent / f"said.{os.getpid()}.json")
+
+    scheduler.Scheduler = Controlled
+    scheduler.ScheduleBatch.retract_decode = counted
+    return scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def serving(models: Sequence[Any]) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
+    return {
+        "compiled": counters["frames"]["total"],
+        "modules": [type(model).__module__ for model in models],
+        "kernels": sorted(KERNELS_RAN),
+    }
+
+
+def memory(runner: Any, draft: Any = None) -> dict[str, Any]:
+    """Sizes of this rank's caches and weights, in bytes, as they are, of target and draft; what they share once."""
+    states = runner.req_to_token_pool.mamba_pool.mamba_cache
+    pools, models = [runner.token_to_kv_pool.full_kv_pool], [runner.model]
+    if draft is not None:
+        pools.append(getattr(draft.token_to_kv_pool, "full_kv_pool", draft.token_to_kv_pool))
+        models.append(draft.model)
+    parameters = {id(p): p for model in models for p in model.parameters()}.values()
+    return {
+        "states": sum(t.numel() * t.itemsize for t in (*states.conv, states.temporal)),
+        "slots": states.temporal.shape[1],
+        "keys_and_values": sum(t.numel() * t.itemsize for pool in pools for t in (*pool.k_buffer, *pool.v_buffer)),
+        "tokens": pools[0].k_buffer[0].shape[0],
+        "weights": sum(getattr(p, "plain_shape", p.shape).numel() * p.itemsize for p in parameters),
+    }
+
+
+@contextmanager
+def control_draft(
+    worker: Any,
+    counts: dict[str, list[Any]],
+    *,
+    sequences: Sequence[Sequence[int]] = (),
+    pattern: str = "own",
+    record: bool = False,
+) -> Iterator[None]:
+    """Propose continuations of ``sequences`` (whole: prompt and output), told apart by prompt, and count.
+
+    ``pattern`` says how many of a step's drafts are right, one after another on one way down the tree: ``right`` all,
+    ``cycle`` each number from none to all in turn, another one for each request of a batch. ``own``: the model's.
+    ``counts`` receives how many drafts each sequence accepted in each step, and, where there is a single request to
+    ``record``, each step's position and the logits that its drafts are drawn from.
+    """
+    draft, verify, rounds = worker.draft_worker.draft, worker.verify, itertools.count()
+    runner, steps = worker.draft_worker.draft_runner, counts["draft_steps"]
+    forward = runner.forward
+
+    def drafted(batch: Any, **kwargs: Any) -> Any:
+        result = draft(batch, **kwargs)
+        if pattern != "own":
+            _replace(result[0] if isinstance(result, tuple) else result, batch, sequences, pattern, next(rounds))
+        return result
+
+    def verified(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        result = verify(batch, *args, **kwargs)
+        counts["accepted"] += [n - 1 for n in result.accept_lens.tolist()]
+        return result
+
+    def recorded(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        result = forward(forward_batch, *args, **kwargs)
+        logits, mode = result.logits_output.next_token_logits, forward_batch.forward_mode
+        if mode.is_decode():
+            steps[-1]["logits"].append(logits[0].tolist())
+        elif mode.is_draft_extend_v2():
+            last = int(forward_batch.spec_info.num_accept_tokens[0]) - 1
+            position = int(forward_batch.extend_prefix_lens[0]) + last
+            steps.append({"position": position, "logits": [logits[last].tolist()]})
+        else:
+            steps.append({"position": int(forward_batch.seq_lens[0]) - 1, "logits": [logits[0].tolist()]})
+        return result
+
+    with ExitStack() as parts:
+        parts.enter_context(patch.object(worker.draft_worker, "draft", drafted))
+        parts.enter_context(patch.object(worker, "verify", verified))
+        if record:
+            parts.enter_context(patch.object(runner, "forward", recorded))
+        yield
+
+
+def _replace(drafts: Any, batch: Any, sequences: Sequence[Sequence[int]], pattern: str, step: int) -> None:
+    """Each node of a request's tree becomes right or wrong; of the deepest leaves, another one's way in each step."""
+    tokens = drafts.draft_token.view(len(batch.reqs), -1)
+    links = zip(drafts.retrieve_next_token.tolist(), drafts.retrieve_next_sibling.tolist(), strict=True)
+    positions = batch.seq_lens.tolist()
+    for row, (request, position, (child, sibling)) in enumerate(zip(batch.reqs, positions, links, strict=True)):
+        prompt = list(request.origin_input_ids)
+        sequence = max((s for s in sequences if list(s[: len(prompt)]) == prompt), key=len, default=None)
+        if sequence is None:
+            continue
+        ways: dict[int, list[int]] = {0: []}
+        for node in range(tokens.shape[1]):
+            relative = child[node]
+            while relative >= 0:
+                ways[relative] = [*ways[node], relative]
+                relative = sibling[relative]
+        deepest = [way for way in ways.values() if len(way) == max(map(len, ways.values()))]
+        way = deepest[(step + row) % len(deepest)]
+        right = len(way) if pattern == "right" else (step + row) % (len(way) + 1)
+        for node, path in ways.items():
+            if node and position + len(path) < len(sequence):
+                token = sequence[position + len(path)]
+                tokens[row, node] = token if node in way[:right] else (token + 1) % 256

@@ -1,0 +1,196 @@
+"""Run scenarios in one SGLang engine: ``python -m sglang_ext.tools.verify SPEC.json OUT``; see ``verify.worker``."""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qnext_plugin.verify.comparison import Completion, Result
+from qnext_plugin.verify.scenarios import SAMPLING, EngineConfig, Prompt, Scenario
+from qnext_plugin.verify.worker import Worker, main, num_logprobs, top
+from sglang_ext.tools.inside import CONTROL, run_scheduler
+
+BLOCK_SIZE = 64  # tokens between the states that SGLang can keep of a prefill
+
+
+def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
+    """Keyword arguments of ``sglang.Engine``."""
+    args: dict[str, Any] = {
+        "model_path": model,
+        "dtype": config.dtype,
+        "context_length": config.max_model_len,
+        "disable_radix_cache": not config.prefix_caching,
+        "chunked_prefill_size": config.token_budget or 2048,
+        "max_running_requests": 8,
+        "max_mamba_cache_size": 64,
+        "max_total_tokens": config.num_tokens or 16384,
+        "tp_size": config.tensor_parallel,
+        "pp_size": config.pipeline_parallel,
+        "disable_overlap_schedule": config.snapshots == "no_buffer" or config.pipeline_parallel > 1,
+        "disable_cuda_graph": not config.compiled,
+        "skip_tokenizer_init": True,
+        "log_level": "info",
+    }
+    if config.prefix_caching:
+        args["mamba_radix_cache_strategy"] = config.snapshots
+    if config.draft_tokens:
+        drafts = config.tree or config.draft_tokens + 1
+        # SGLang keeps room for a step's drafts behind the last position that a request may ask for.
+        args["context_length"] += drafts
+        args |= {
+            "speculative_algorithm": "NEXTN",
+            "speculative_num_steps": config.draft_tokens,
+            "speculative_eagle_topk": 2 if config.tree else 1,
+            "speculative_num_draft_tokens": drafts,
+        }
+    return args | given(config.flags)
+
+
+def given(flags: Sequence[str]) -> dict[str, Any]:
+    """What SGLang's own command line flags set, as keyword arguments; without their defaults."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return vars(parser.parse_args(list(flags)))
+
+
+def distributions(rows: list[list[tuple[float, int, Any]]], k: int) -> list[tuple[list[int], list[float]]]:
+    """The ``k`` most likely ids of rows of (log-probability, token id, text)."""
+    return [top({token: logprob for logprob, token, _ in row}, k) for row in rows]
+
+
+class Engine(Worker):
+    block_size = BLOCK_SIZE
+    seeded = False  # only in SGLang's deterministic mode, which has kernels of its own
+
+    def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
+        """``more``: further keyword arguments of ``sglang.Engine``."""
+        from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+
+        class Controlled(SGLangEngine):  # type: ignore[misc]
+            run_scheduler_process_func = staticmethod(run_scheduler)
+
+        self.config = config
+        self.control_file = Path(tempfile.mkdtemp()) / "control"
+        os.environ[CONTROL] = str(self.control_file)
+        os.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"  # before temperature
+        self.controls = 0
+        if config.num_tokens:
+            # SGLang admits to a small cache only what it can finish there, so it is told to take requests back.
+            os.environ["SGLANG_TEST_RETRACT"] = "1"
+            os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "20"
+        if config.draft_tokens:
+            os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+            os.environ["SGLANG_ENABLE_PP_SPEC"] = str(int(config.pipeline_parallel > 1))
+        if config.stages:
+            os.environ["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, config.stages))
+        if config.overlap:
+            from sglang.srt.arg_groups import speculative_hook
+
+            speculative_hook._disable_overlap_schedule_for_cpu = lambda server_args: None
+        args = engine_args(model, config) | more
+        self.engine = Controlled(**args)
+        self.ranks = args["tp_size"] * args["pp_size"]
+        self.num_logprobs = num_logprobs(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
+
+    def control(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Tell every scheduler process what to change from now on; returns what they say, see ``verify_inside``."""
+        self.controls += 1
+        self.control_file.write_text(json.dumps({"control": self.controls, **wanted}))
+        self.engine.collective_rpc("qnext_control")
+        deadline = time.monotonic() + 60
+        while len(said := self._said()) < self.ranks:
+            assert time.monotonic() < deadline, f"{len(said)} of {self.ranks} processes answered"
+            time.sleep(0.05)
+        return said
+
+    def _said(self) -> list[dict[str, Any]]:
+        files = self.control_file.parent.glob("said.*.json")
+        return [one for one in (json.loads(file.read_text()) for file in files) if one["control"] == self.controls]
+
+    def serving(self) -> dict[str, Any]:
+        said = self.control()
+        names = {name: sorted({x for one in said for x in one[name]}) for name in ("modules", "kernels")}
+        return names | {"memory": said[0]["memory"], "compiled": max(one["compiled"] for one in said)}
+
+    def reset(self) -> None:
+        assert self.engine.flush_cache().success
+
+    @contextmanager
+    def broken(self, mutant: str) -> Iterator[None]:
+        self.reset()
+        self.control(mutant=mutant)
+        yield
+        self.control(mutant="")
+        self.reset()
+
+    def counts(self) -> dict[str, Any]:
+        said = self.control(count=True)
+        accepted = max((one["accepted"] for one in said), key=len)
+        return {
+            "num_preemptions": max(one["retractions"] for one in said),
+            "num_drafts": len(accepted),
+            "num_accepted": [sum(n > i for n in accepted) for i in range(self.config.draft_tokens)],
+        }
+
+    def drafts_as(self, pattern: str, sequences: list[list[int]]) -> None:
+        self.control(drafts={"pattern": pattern, "sequences": sequences})
+
+    def answers(self, scenario: Scenario) -> Result:
+        if not scenario.draft_logits:
+            return super().answers(scenario)
+        self.control(record=True)
+        result = super().answers(scenario)
+        steps = max((one["draft_steps"] for one in self.control(record=False)), key=len)
+        # The draft goes on behind a request's last token, where there is nothing to compare it with.
+        length = len(result.batches[0][0].query.ids)
+        return replace(result, draft_steps=[step for step in steps if step["position"] + 1 < length])
+
+    def generate(self, batch: Sequence[Prompt], scenario: Scenario) -> list[Completion]:
+        sampling = SAMPLING if scenario.sampled else {"temperature": 0}
+        max_tokens = [scenario.max_tokens[i % len(scenario.max_tokens)] for i in range(len(batch))]
+        outputs = self.engine.generate(
+            input_ids=[list(prompt) for prompt in batch],
+            sampling_params=[sampling | {"max_new_tokens": n, "ignore_eos": True} for n in max_tokens],
+            return_logprob=True,
+            top_logprobs_num=self.num_logprobs,
+            logprob_start_len=0 if scenario.prompt_logprobs else -1,
+        )
+        return [self._completion(p, o, scenario.prompt_logprobs) for p, o in zip(batch, outputs, strict=True)]
+
+    def _completion(self, prompt: Prompt, output: dict[str, Any], prompt_logprobs: bool) -> Completion:
+        meta = output["meta_info"]
+        rows = distributions(meta["output_top_logprobs"], self.num_logprobs)
+        if prompt_logprobs:
+            rows = distributions(meta["input_top_logprobs"][1:], self.num_logprobs) + rows
+        ids, logprobs = (torch.tensor(column) for column in zip(*rows, strict=True))
+        return Completion(tuple(prompt), tuple(output["output_ids"]), ids, logprobs, meta["cached_tokens"])
+
+    def abort(self, batch: Sequence[Prompt]) -> None:
+        names = [f"aborted-{i}" for i in range(len(batch))]
+        stream = self.engine.generate(
+            input_ids=[list(prompt) for prompt in batch],
+            sampling_params={"max_new_tokens": 100, "ignore_eos": True},
+            stream=True,
+            rid=names,
+        )
+        next(stream)
+        for name in names:
+            self.engine.tokenizer_manager.abort_request(name)
+        finish = {chunk["index"]: chunk["meta_info"]["finish_reason"] for chunk in stream}
+        assert all(reason["type"] == "abort" for reason in finish.values()), finish
+
+
+if __name__ == "__main__":
+    main(Engine)

@@ -1,0 +1,79 @@
+"""Quantized checkpoints turned into plain ones by compressed-tensors: what a server of ours is held against."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors import BaseCompressor, unpack_fp4_from_uint8, unpack_from_int32
+from compressed_tensors.entrypoints.convert.converters import (
+    AutoAWQConverter,
+    FP8BlockDequantizer,
+    ModelOptNvfp4Converter,
+)
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+EVERY = ["re:.*"]
+
+
+def dequantized(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a one-file checkpoint, the quantized ones as float32 weights."""
+    tensors = load_file(directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    method = config["quant_method"]
+    names = [name for name in tensors if name.rpartition(".")[2] in QUANTIZED]
+    modules = sorted({name.rpartition(".")[0] for name in names})
+    for module in modules:
+        leaves = {n.removeprefix(f"{module}."): tensors.pop(n) for n in list(tensors) if n.rpartition(".")[0] == module}
+        tensors[f"{module}.weight"] = _weight(method, leaves, config).float()
+    return tensors
+
+
+QUANTIZED = ("weight_scale_inv", "weight_scale", "scales")
+
+
+def _weight(method: str, leaves: dict[str, Tensor], config: dict) -> Tensor:
+    named = {f"m.{leaf}": tensor for leaf, tensor in leaves.items()}
+    if method == "fp8":
+        return FP8BlockDequantizer(targets=EVERY, dtype=torch.float32).process(named)["m.weight"]
+    if method == "gptq":
+        return _gptq(leaves)
+    if method == "awq":
+        scheme, form = preset_name_to_scheme("W4A16_ASYM", ["Linear"]), "pack-quantized"
+        named = AutoAWQConverter(group_size=config["group_size"], targets=EVERY).process(named)
+    elif method == "modelopt":
+        named = ModelOptNvfp4Converter(targets=EVERY).process(named)
+        rows, half = named["m.weight_packed"].shape  # their whole decompression rounds to bfloat16
+        values = unpack_fp4_from_uint8(named["m.weight_packed"], rows, 2 * half, dtype=torch.float32)
+        return dequantize(values, named["m.weight_scale"].float(), global_scale=named["m.weight_global_scale"])
+    else:
+        scheme, form = QuantizationScheme(**config["config_groups"]["group_0"]), config["format"]
+    state = {name.removeprefix("m."): tensor for name, tensor in named.items()}
+    if state["weight_scale"].dtype != torch.float8_e4m3fn:
+        state["weight_scale"] = state["weight_scale"].float()  # it is in what this is that they compute
+    return BaseCompressor.get_value_from_registry(form).decompress(state, scheme)["weight"]
+
+
+def _gptq(leaves: dict[str, Tensor]) -> Tensor:
+    """compressed-tensors has no converter; this is AutoGPTQ's formula, ``scales * (weight - (zeros + 1))``."""
+    groups, rows = leaves["scales"].shape
+    inputs = 8 * len(leaves["qweight"])
+    weight = unpack_from_int32(leaves["qweight"], 4, (inputs, rows), packed_dim=0).float()
+    zeros = unpack_from_int32(leaves["qzeros"], 4, (groups, rows)).float() + 1
+    group = leaves["g_idx"].long()
+    return (leaves["scales"].float()[group] * (weight - zeros[group])).T.contiguous()
+
+
+def write_dequantized(source: Path, target: Path) -> Path:
+    """A float32 checkpoint with the values of a quantized one."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {name: tensor.float().contiguous() for name, tensor in dequantized(source).items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    del config["quantization_config"]
+    (target / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    return target

@@ -1,0 +1,127 @@
+"""Quantized checkpoints served by SGLang, with NEXTN, against `transformers` with the same dequantized weights.
+
+On a CPU every layer is dequantized while loading, so float32 is held to the bound of an unquantized checkpoint. One
+engine starts with the first of its formats and has the others loaded over it, which is how weights are updated.
+"""
+
+import json
+from dataclasses import asdict, replace
+from functools import cache
+
+import pytest
+import torch
+
+from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.engines import process
+from qnext_plugin.verify.comparison import Result, check_conditions, compare, rounding
+from qnext_plugin.verify.reference import Whole
+from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
+from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
+from tests.engines.quantized import SCENARIO, dequantized, write
+from tests.engines.test_logprobs import compare_draft
+from tests.tolerances import LOGPROB_QUANTIZED_RATIO
+
+pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
+
+TOLERANCE = SERVED_LOGPROB_FLOAT32["sglang"]
+# What the draft computes is compared itself: a wrong one is corrected by the model, and not seen otherwise.
+DRAFT = Scenario(((tokens(61, seed=7),),), configs=(), drafts="cycle", draft_logits=True)
+CONFIG = EngineConfig("", draft_tokens=2)
+BFLOAT16 = replace(CONFIG, dtype="bfloat16")
+# Four experts, each twice, in no order, as a load balancer leaves them.
+PHYSICAL = [2, 0, 3, 2, 1, 3, 0, 1]
+LOCATION = json.dumps({"physical_to_logical_map": [PHYSICAL, PHYSICAL[::-1]] * 2})
+BALANCED = ("--ep-size", "2", "--ep-num-redundant-experts", "4", "--init-expert-location", LOCATION)
+# What SGLang has to be told first on a CPU comes first.
+FORMS = ("gptq", *(name for name in FORMATS if name != "gptq"))
+STARTS = {
+    "one process": (FORMS, CONFIG),
+    "TP 2": (FORMS, replace(BFLOAT16, tensor_parallel=2)),
+    "PP 2": (FORMS, replace(BFLOAT16, pipeline_parallel=2)),
+    "EP 2": (FORMS, replace(BFLOAT16, tensor_parallel=2, flags=("--ep-size", "2"))),
+    "EP 2, balanced": (("fp8-channel",), replace(BFLOAT16, tensor_parallel=2, flags=BALANCED)),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantized")
+    write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(checkpoints):
+    """What a start's engine answered, for each of its formats a result of each scenario, and its log."""
+
+    @cache
+    def start(name: str) -> tuple[dict[str, list[Result]], str]:
+        (forms, config), root = STARTS[name], checkpoints / name.replace(" ", "-")
+        root.mkdir()
+        scenarios = (SCENARIO, DRAFT) if config.dtype == "float32" else (SCENARIO,)
+        spec = {
+            "models": [str(checkpoints / form) for form in forms],
+            "config": asdict(config),
+            "scenarios": [asdict(scenario) for scenario in scenarios],
+        }
+        (root / "spec.json").write_text(json.dumps(spec))
+        command = ["-m", "tests.engines.sglang_several", str(root / "spec.json"), str(root)]
+        status = process.run(command, root / "log", timeout=600)
+        assert status == 0, process.tail(root / "log")
+        assert json.loads((root / "modules.json").read_text()) == ["sglang_ext.model", "sglang_ext.mtp"]
+        results = {
+            form: [Result.load(root / f"{n}.{i}.safetensors") for i in range(len(scenarios))]
+            for n, form in enumerate(forms)
+        }
+        return results, (root / "log").read_text()
+
+    return start
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
+    results, _ = served("one process")
+    answered, drafted = results[form]
+    check_conditions(SCENARIO, CONFIG, answered)
+    directory = dequantized(checkpoints, form)
+    difference, draft = compare(answered, Whole(directory), TOLERANCE), compare_draft(drafted, directory)
+    print(f"{form}: {difference.max:.3g} at {difference.worst}; draft {draft.max:.3g} at {draft.worst}")
+    assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"
+    assert not difference.wrong_tokens
+    assert draft.max <= TOLERANCE, f"{draft.max:.3g} at {draft.worst}"
+    record_property("matrix", f"{form} | SGLang | one process, MTP | end to end on CPU, dequantized while loading")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, (forms, _) in STARTS.items() if name != "one process" for form in forms]
+)
+def test_a_quantized_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name, form):
+    results, _ = served(name)
+    (answered,) = results[form]
+    check_conditions(SCENARIO, STARTS[name][1], answered)
+    directory = dequantized(checkpoints, form)
+    exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
+    ours, theirs = compare(answered, exact), rounding(answered, exact, rounded)
+    print(f"{name} {form}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}")
+    assert ours.max <= LOGPROB_QUANTIZED_RATIO * theirs.max, f"{ours.max:.3g} at {ours.worst}"
+    column, _, balanced = name.partition(",")
+    how = "with MTP, also each expert twice" if balanced else "with MTP"
+    record_property("matrix", f"{form} | SGLang | {column} | end to end on CPU, {how}")
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_what_is_dequantized_is_named_in_one_line(served, name):
+    _, log = served(name)
+    lines = {
+        line.partition("dequantized while loading: ")[2]
+        for line in log.splitlines()
+        if "dequantized while loading: " in line
+    }
+    for part in (
+        "linear_attn.in_proj_qkvz",
+        "mtp.layers.0.mlp.experts.{0..3}.up_proj",
+        "mtp.layers.0.self_attn.q_proj",
+    ):
+        named = [line for line in lines if part in line]  # pipeline stages name their own
+        assert named and all(line.endswith("(SGLang has no kernel for it on this CPU)") for line in named), named
+    assert not any("mtp.fc" in line or "in_proj_ba" in line for line in lines)

@@ -1,0 +1,111 @@
+"""Quantized checkpoints served by vLLM, with MTP, against `transformers` with the same dequantized weights.
+
+The bound is in terms of what `transformers` itself loses in bfloat16 and with the inputs of the same layers rounded to
+the activations' format: a wrong weight, scale or zero point is off by far more.
+"""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.verify.comparison import check_conditions, compare, rounding
+from qnext_plugin.verify.reference import Whole
+from qnext_plugin.verify.scenarios import EngineConfig
+from tests.engines.quantized import SCENARIO, dequantized, write
+from tests.engines.several import case, serve
+from tests.tolerances import LOGPROB_QUANTIZED_RATIO
+
+pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
+
+CONFIG = EngineConfig("", dtype="bfloat16", draft_tokens=2, num_blocks=64)
+PARALLEL = {
+    "TP 2": replace(CONFIG, tensor_parallel=2),
+    "EP 2": replace(CONFIG, tensor_parallel=2, expert_parallel=True),
+    "PP 2": replace(CONFIG, pipeline_parallel=2),
+}
+# Layers that vLLM's CPU kernels serve as stored, on a CPU without AMX; the experts of none are among them.
+PROJECTIONS = {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+AS_STORED = {
+    "fp8-block": set(),
+    "fp8-channel": PROJECTIONS,
+    "w8a8": PROJECTIONS,
+    "w4a16": PROJECTIONS,
+    "awq": PROJECTIONS,
+    "gptq": PROJECTIONS,
+    "nvfp4": set(),
+}
+# Largest value of the format that inputs are rounded to, one scale for each token; None where they are not.
+INPUTS = {"fp8-channel": torch.float8_e4m3fn, "w8a8": torch.int8}
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantized")
+    write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(checkpoints):
+    cases = {
+        f"{form}, {name}": case(checkpoints / form, config, (SCENARIO,))
+        for name, config in {"one process": CONFIG, **PARALLEL}.items()
+        for form in FORMATS
+    }
+    return serve(checkpoints, cases, timeout=2400)
+
+
+def rounded_to(dtype):
+    """A hook that rounds a layer's input as a kernel with inputs in ``dtype`` does, one scale for each token."""
+    info = torch.iinfo(dtype) if dtype == torch.int8 else torch.finfo(dtype)
+
+    def hook(module, args):
+        x = args[0].float()
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / info.max
+        values = (x / scale).round() if dtype == torch.int8 else (x / scale).to(dtype).float()
+        return ((values * scale).to(args[0].dtype),)
+
+    return hook
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
+    check(served, checkpoints, form, "one process")
+    how = "as stored: all but the experts" if AS_STORED[form] else "dequantized while loading"
+    record_property("matrix", f"{form} | vLLM | one process, MTP | end to end on CPU, {how}")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", PARALLEL)
+def test_a_quantized_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name, form):
+    check(served, checkpoints, form, name)
+    record_property("matrix", f"{form} | vLLM | {name} | end to end on CPU, with MTP")
+
+
+def check(served, checkpoints, form, name):
+    name = f"{form}, {name}"
+    assert "error" not in served[name], served[name]["error"]
+    assert served[name]["modules"] == ["vllm_ext.model", "vllm_ext.mtp"]
+    as_stored, plain = (served[name]["layers"][how] for how in ("as stored", "dequantized"))
+    if not torch.cpu._is_amx_tile_supported():
+        assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED[form], plain
+    result = served[name]["results"][0]
+    check_conditions(SCENARIO, CONFIG, result)
+
+    directory = dequantized(checkpoints, form)
+    exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
+    ours = compare(result, exact)
+    with ExitStack() as hooks:
+        for layer in as_stored if form in INPUTS else ():
+            outer, _, last = layer.rpartition(".")
+            if layer.startswith("model."):
+                for part in PARTS.get(last, (last,)):
+                    module = rounded.model.get_submodule(f"{outer}.{part}")
+                    hooks.callback(module.register_forward_pre_hook(rounded_to(INPUTS[form])).remove)
+        theirs = rounding(result, exact, rounded)
+    print(f"{name}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}; as stored {len(as_stored)}")
+    assert ours.max <= LOGPROB_QUANTIZED_RATIO * theirs.max, f"{ours.max:.3g} at {ours.worst}"

@@ -1,0 +1,181 @@
+"""Matrix products on CPUs without AMX: bfloat16 weights packed once, for kernels of vLLM's or for compiled ones.
+
+With AVX512-BF16 they are vLLM's, which keeps them for CPUs with AMX. Elsewhere its linear layers are oneDNN's, slower
+for few tokens, and its experts a kernel that computes in float32, slower for any number. With AVX2 and nothing for
+bfloat16, where oneDNN has no fast product either, they are those of ``qnext_plugin.ops.cpu.gemm_avx2``. One packing
+serves prefill and decode, in the place of the plain weight. Only a draft's head is a second one, in int8.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm import _custom_ops as engine_ops
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import current_platform
+
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.kernel_log import record
+from vllm_ext.compat import compiled_products
+from vllm_ext.cpu.experts import local_experts
+
+BLOCK = 32
+"""Both sizes of a packed matrix are multiples of it."""
+
+
+def packs() -> bool:
+    """Whether bfloat16 weights are packed here. AMX and zentorch bring kernels of their own."""
+    return not current_platform.is_zen_cpu() and (packs_for_vllm() or packs_for_avx2())
+
+
+def packs_for_vllm() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def packs_for_avx2() -> bool:
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported() and compiled_products().available()
+
+
+def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
+    """Have every layer of ``model`` that can be packed pack its weights after loading."""
+    for module in model.modules() if packs() else ():
+        method = getattr(module, "quant_method", None)
+        if type(module) is VocabParallelEmbedding:
+            continue
+        if type(module) is ParallelLMHead and not packs_head(config, vllm_config):
+            continue
+        if type(method) is UnquantizedFusedMoEMethod:
+            if method.experts_cls is CPUUnquantizedExperts and method.moe.in_dtype == torch.bfloat16:
+                method.experts_cls = PackedExperts if packs_for_vllm() else CompiledExperts
+        elif type(method) in PACKED and fits(module.weight):
+            module.quant_method = PACKED[type(method)]()
+
+
+def packs_head(config: QNextConfig, vllm_config: VllmConfig) -> bool:
+    """The weight of a tied head is an embedding, and to compute in another type vLLM reads the weight itself."""
+    return packs() and not config.tie_word_embeddings and vllm_config.model_config.head_dtype == torch.bfloat16
+
+
+def choose_draft_head(head: ParallelLMHead, config: QNextConfig, vllm_config: VllmConfig) -> bool:
+    """Whether a draft has a head in int8 from now on, and not the target's."""
+    chosen = packs_for_vllm() and packs_head(config, vllm_config)
+    if chosen := chosen and type(head.quant_method) is UnquantizedEmbeddingMethod and fits(head.weight):
+        head.quant_method = DraftHeadMethod()
+    return chosen
+
+
+def fits(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.dim() == 2 and not any(size % BLOCK for size in weight.shape)
+
+
+def pack(layer: nn.Module, name: str) -> None:
+    """Put the packed form of [..., out, in] in its place; the shape stays."""
+    packed = torch.ops._C.convert_weight_packed if packs_for_vllm() else compiled_products().pack
+    replace_parameter(layer, name, packed(getattr(layer, name)))
+
+
+def pack_linear(layer: nn.Module) -> None:
+    pack(layer, "weight")
+    # What vLLM calls. The weight is the layer's and not kept here, so that a compiled graph follows weights that are
+    # loaded again.
+    layer.cpu_linear = packed_linear if packs_for_vllm() else compiled_products().linear_operator
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.float()
+    return engine_ops.weight_packed_linear_cpu(x, weight, weight.shape[0], bias)
+
+
+class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pack_linear(layer)
+
+
+class PackedHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pack_linear(layer)
+
+
+class DraftHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """Int8, a scale for each row: half the bytes, of which a draft's head reads more than the draft's layer does.
+
+    What is lost are drafts that are nearly as likely as another. The target verifies them with its own head.
+    """
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        parts = [per_row_int8(rows) for rows in layer.weight.split(8192)]  # in parts for the memory of their float32
+        weight, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        replace_parameter(layer, "weight", torch.ops._C.convert_weight_packed(weight))
+        layer.register_parameter("weight_scale", nn.Parameter(scale, requires_grad=False))
+        record("draft head: int8")
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops._C.int8_scaled_mm_with_quant(x, layer.weight, layer.weight_scale, bias, x.dtype, True)
+
+
+def per_row_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[rows, in]`` as int8 and a scale for each row."""
+    weight = weight.float()
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # rows that pad the vocabulary are zero
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+PACKED = {UnquantizedLinearMethod: PackedLinearMethod, UnquantizedEmbeddingMethod: PackedHeadMethod}
+
+
+class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
+    """SwiGLU experts without biases; vLLM's own class pads sizes and says which it supports."""
+
+    name = "packed"
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self._pad_moe_intermediate(layer)
+        pack(layer, "w13_weight")
+        pack(layer, "w2_weight")
+        record(f"experts: {self.name}")  # not in ``apply``, which is traced: a traced graph would undo other records
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        self.multiply(output, hidden_states, w1, w2, topk_weights, topk_ids, expert_map)
+
+    def multiply(
+        self, out: Tensor, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None
+    ) -> None:
+        weights, ids = local_experts(expert_map, weights, ids)
+        no_scales_zeros_or_blocks = (None,) * 5
+        method = engine_ops.CPUQuantMethod.UNQUANT
+        engine_ops.fused_experts_cpu(out, x, w13, w2, weights, ids, method, *no_scales_zeros_or_blocks)
+
+
+class CompiledExperts(PackedExperts):
+    name = "compiled"
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        self.operator = compiled_products().experts_operator
+
+    def multiply(
+        self, out: Tensor, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None
+    ) -> None:
+        out.copy_(self.operator(x, w13, w2, weights, ids if expert_map is None else expert_map[ids.long()]))

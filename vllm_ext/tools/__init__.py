@@ -1,0 +1,1 @@
+"""What verify, bench and doctor do inside vLLM's process."""

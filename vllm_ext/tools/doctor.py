@@ -1,0 +1,166 @@
+"""What vLLM would serve here: ``python -m vllm_ext.tools.doctor OUT.json MODEL [VLLM FLAGS]``.
+
+``qnext doctor`` runs it. Every question is put to vLLM itself, after it has loaded its plugins as it does to serve.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+from qnext_plugin.engines.probe import write_report
+
+ARCHITECTURES = {"target": "Qwen3NextForCausalLM", "draft": "Qwen3NextMTP"}
+
+
+def examine(model: str, flags: list[str]) -> dict[str, Any]:
+    """``kernels`` by what they serve, ``errors`` that would stop it, ``risks`` with a way out."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsed = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", model, *flags])
+    vllm_config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
+    errors = []
+    try:
+        check(vllm_config)
+    except ValueError as e:
+        errors.append(str(e))
+    return {"kernels": kernels(vllm_config), "errors": errors, "risks": risks(vllm_config)}
+
+
+def serving_classes() -> dict[str, str]:
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    found = {}
+    for role, architecture in ARCHITECTURES.items():
+        cls = ModelRegistry.models[architecture].load_model_cls()
+        found[role] = f"{cls.__module__}.{cls.__name__}"
+    return found
+
+
+def check(vllm_config: Any) -> None:
+    """What the model asks of a configuration before it reads a weight."""
+    from vllm_ext.compat import repair_cpu_backend
+    from vllm_ext.config import qnext_config
+    from vllm_ext.model import check_speculation
+    from vllm_ext.weights import check_checkpoint
+
+    check_speculation(vllm_config)
+    repair_cpu_backend(vllm_config)
+    mtp = "required" if vllm_config.speculative_config is not None else "optional"
+    check_checkpoint(qnext_config(vllm_config), vllm_config, mtp=mtp)
+
+
+def kernels(vllm_config: Any) -> dict[str, tuple[str, str]]:
+    """What serves each phase of a Gated DeltaNet layer (convolution, delta rule), products and attention, and why."""
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    from vllm_ext.config import qnext_config
+    from vllm_ext.kernels import select_kernels
+
+    config, model_config = qnext_config(vllm_config), vllm_config.model_config
+    with set_current_vllm_config(vllm_config):
+        dims = config.gdn.shard(vllm_config.parallel_config.tensor_parallel_size)
+        found = dict(select_kernels(dims, vllm_config).describe())
+        if vllm_config.speculative_config is None:
+            del found["verify"]
+        found |= {name: (kernel, "") for name, kernel in products(config, vllm_config).items()}
+        backend = get_attn_backend(config.head_dim, model_config.dtype, vllm_config.cache_config.cache_dtype)
+        found["attention"] = (backend.get_name(), "")
+    return found
+
+
+def products(config: Any, vllm_config: Any) -> dict[str, str]:
+    """Experts, and a draft's head of its own, as they are chosen for one rank alone."""
+    import torch
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.utils.network_utils import get_open_port
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from vllm_ext.kernels import choose_draft_head, choose_gemms
+    from vllm_ext.quantization import build
+    from vllm_ext.sparse_moe import SparseMoeBlock
+
+    found, quantized = {}, vllm_config.quant_config
+    init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
+    initialize_model_parallel()
+    with torch.device("meta"), set_default_torch_dtype(vllm_config.model_config.dtype):
+        if config.num_experts and quantized is not None:
+            found["experts"] = f"vLLM's for {quantized.get_name()}"
+        elif config.num_experts:
+            block = SparseMoeBlock(config, vllm_config, prefix="mlp")
+            choose_gemms(block, config, vllm_config)
+            method = block.experts.routed_experts.quant_method
+            found["experts"] = str(vars(method.experts_cls).get("name", method.unquantized_backend.value))
+        if vllm_config.speculative_config is not None:
+            head = build(partial(ParallelLMHead, config.vocab_size, config.hidden_size), config, vllm_config, "lm_head")
+            if choose_draft_head(head, config, vllm_config):
+                found["draft head"] = "int8"
+    return found
+
+
+def risks(vllm_config: Any) -> list[tuple[str, str]]:
+    """(what may surprise, which flag avoids it) of this configuration."""
+    import os
+
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.selector import get_attn_backend
+
+    from qnext_plugin.plan.caches import DEVICES, VllmCache
+    from qnext_plugin.plan.sizes import Serving
+    from vllm_ext.config import qnext_config
+    from vllm_ext.state import state_dtypes
+
+    cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
+    config, (_, state_dtype), found = qnext_config(vllm_config), state_dtypes(vllm_config), []
+    serving = Serving(
+        config,
+        vllm_config.parallel_config.tensor_parallel_size,
+        vllm_config.num_speculative_tokens,
+        model_config.dtype,
+        torch.float8_e4m3fn if cache_config.cache_dtype.startswith("fp8") else None,
+    )
+    asked = cache_config.block_size if cache_config.user_specified_block_size else None
+    device, caching = DEVICES["cpu" if current_platform.is_cpu() else "cuda"], cache_config.enable_prefix_caching
+    block_size = VllmCache(serving, state_dtype, device, caching, asked).block_size
+    if caching:
+        smaller = (
+            "--mamba-ssm-cache-dtype bfloat16" if state_dtype == torch.float32 else "a larger tensor-parallel size"
+        )
+        found.append(
+            (f"prompts shorter than {block_size} tokens, an attention block, never hit the prefix cache", smaller)
+        )
+    if asked not in (None, block_size, device.block_size):  # the last is what `KeepsBlockSize` asks for
+        found.append((f"--block-size {asked} becomes {block_size}, so that a block holds a state", "drop --block-size"))
+    if asked is not None:
+        with set_current_vllm_config(vllm_config):
+            backends = []
+            for cache_config.user_specified_block_size in (False, True):
+                chosen = get_attn_backend(config.head_dim, model_config.dtype, cache_config.cache_dtype)
+                backends.append(chosen.get_name())
+        if len(set(backends)) > 1:
+            found.append((f"--block-size {asked} changes attention from {backends[0]} to {backends[1]}", "drop it"))
+    if state_dtype != torch.float32:
+        found.append(
+            (f"recurrent states are rounded to {state_dtype} after each step", "--mamba-ssm-cache-dtype float32")
+        )
+    if vllm_config.speculative_config is not None and caching and not current_platform.is_cpu():
+        found.append(
+            (
+                "vLLM has open reports of wrong states with MTP and prefix caching on GPUs; compare answers without",
+                "--no-enable-prefix-caching",
+            )
+        )
+    if current_platform.is_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        found.append(("vLLM leaves one core idle", "VLLM_CPU_OMP_THREADS_BIND=nobind in the environment"))
+    return found
+
+
+if __name__ == "__main__":
+    HOOKS = ("vllm.general_plugins",)
+    write_report("vllm_ext", "vllm", HOOKS, ("VLLM_PLUGINS",), serving_classes, examine, sys.argv[1:])

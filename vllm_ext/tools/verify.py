@@ -1,0 +1,167 @@
+"""Run scenarios in one vLLM engine: ``python -m vllm_ext.tools.verify SPEC.json OUT``; see ``verify.worker``."""
+
+import argparse
+import os
+import pkgutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qnext_plugin.verify.comparison import Completion, Result
+from qnext_plugin.verify.scenarios import SAMPLING, EngineConfig, Prompt, Scenario
+from qnext_plugin.verify.worker import Worker, main, num_logprobs, top
+from vllm_ext.tools.inside import kernels_ran, record_draft, serving_modules, set_drafts
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions we run in workers
+
+
+def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
+    """Keyword arguments of ``vllm.LLM``."""
+    args = {
+        "model": model,
+        "dtype": config.dtype,
+        "enforce_eager": not config.compiled,
+        "enable_prefix_caching": config.prefix_caching,
+        "max_num_batched_tokens": config.token_budget or 2048,
+        "num_gpu_blocks_override": config.num_blocks,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": 8,
+        "max_logprobs": -1,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "tensor_parallel_size": config.tensor_parallel,
+        "pipeline_parallel_size": config.pipeline_parallel,
+        "enable_expert_parallel": config.expert_parallel,
+        "distributed_executor_backend": config.executor,
+    }
+    if config.draft_tokens:
+        args["speculative_config"] = {
+            "method": "qwen3_next_mtp",
+            "num_speculative_tokens": config.draft_tokens,
+        }
+    if config.draft_tokens and config.pipeline_parallel > 1:
+        args["scheduler_cls"] = "vllm_ext.scheduler.PipelineDraftScheduler"
+    if config.prefix_caching:
+        args["block_size"] = 32  # rounded up by vLLM until an attention page holds a recurrent state
+    return args | given(config.flags)
+
+
+def given(flags: Sequence[str]) -> dict[str, Any]:
+    """What vLLM's own command line flags set, as keyword arguments; without their defaults."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return vars(parser.parse_args(list(flags)))
+
+
+def distributions(flat: Any, k: int, start: int = 0) -> list[tuple[list[int], list[float]]]:
+    """The ``k`` most likely ids of each position of a ``FlatLogprobs`` from ``start`` on."""
+    spans = list(zip(flat.start_indices, flat.end_indices, strict=True))[start:]
+    return [top(dict(zip(flat.token_ids[a:b], flat.logprobs[a:b], strict=True)), k) for a, b in spans]
+
+
+class Engine(Worker):
+    def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
+        """``more``: further keyword arguments of ``vllm.LLM``."""
+        from vllm import LLM
+
+        self.config = config
+        if config.stages:
+            os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, config.stages))
+        self.llm = LLM(**engine_args(model, config) | more)
+        self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
+        self.num_logprobs = num_logprobs(self.llm.llm_engine.model_config.get_vocab_size())
+
+    @property
+    def worker(self) -> Any:
+        """The worker itself: only where it is this process."""
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+    def serving(self) -> dict[str, Any]:
+        modules = set().union(*self.llm.collective_rpc(serving_modules))
+        kernels = set().union(*self.llm.collective_rpc(kernels_ran))
+        return {"modules": sorted(modules), "kernels": sorted(kernels), "memory": self.memory()}
+
+    def memory(self) -> dict[str, Any]:
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return {
+            "block_size": cache.block_size,
+            "num_blocks": cache.num_gpu_blocks,
+            "concurrency": cache.kv_cache_max_concurrency,
+        }
+
+    def reset(self) -> None:
+        assert self.llm.reset_prefix_cache()
+
+    @contextmanager
+    def broken(self, mutant: str) -> Iterator[None]:
+        self.reset()
+        with pkgutil.resolve_name(mutant)(self.worker):
+            yield
+        self.reset()
+
+    def counts(self) -> dict[str, Any]:
+        metrics = {m.name: m for m in self.llm.get_metrics()}
+        counts = {"num_preemptions": metrics["vllm:num_preemptions"].value, "num_drafts": 0, "num_accepted": []}
+        if "vllm:spec_decode_num_drafts" in metrics:
+            counts["num_drafts"] = metrics["vllm:spec_decode_num_drafts"].value
+            counts["num_accepted"] = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+        return counts
+
+    def drafts_as(self, pattern: str, sequences: list[list[int]]) -> None:
+        self.llm.collective_rpc(set_drafts, args=(sequences, pattern))
+
+    def answers(self, scenario: Scenario) -> Result:
+        stop = record_draft(self.worker) if scenario.draft_logits else None
+        result = super().answers(scenario)
+        return replace(result, draft_steps=stop()) if stop else result
+
+    def generate(self, batch: Sequence[Prompt], scenario: Scenario) -> list[Completion]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                max_tokens=scenario.max_tokens[i % len(scenario.max_tokens)],
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=self.num_logprobs,
+                prompt_logprobs=self.num_logprobs if scenario.prompt_logprobs else None,
+                flat_logprobs=True,
+                **(SAMPLING | {"seed": sum(prompt)} if scenario.sampled else {"temperature": 0}),
+            )
+            for i, prompt in enumerate(batch)
+        ]
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in batch]
+        return [self._completion(output) for output in self.llm.generate(prompts, params, use_tqdm=False)]
+
+    def _completion(self, output: Any) -> Completion:
+        said = output.outputs[0]
+        rows = distributions(said.logprobs, self.num_logprobs)
+        if output.prompt_logprobs:
+            rows = distributions(output.prompt_logprobs, self.num_logprobs, start=1) + rows
+        ids, logprobs = (torch.tensor(column) for column in zip(*rows, strict=True))
+        prompt, token_ids = tuple(output.prompt_token_ids), tuple(said.token_ids)
+        return Completion(prompt, token_ids, ids, logprobs, output.num_cached_tokens)
+
+    def abort(self, batch: Sequence[Prompt]) -> None:
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        ids = [f"aborted-{i}" for i in range(len(batch))]
+        for request, prompt in zip(ids, batch, strict=True):
+            params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, detokenize=False)
+            engine.add_request(request, {"prompt_token_ids": list(prompt)}, params)
+        for _ in range(3):
+            engine.step()
+        engine.abort_request(ids)
+
+
+if __name__ == "__main__":
+    main(Engine)
