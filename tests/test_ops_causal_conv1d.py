@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from qnext_plugin import ops
 from qnext_plugin.reference import formulas
-from tests.tolerances import OPS, assert_close
-from tests.trees import PARENTS, ancestors
+from tests.support.tolerances import OPS, assert_close
+from tests.support.trees import PARENTS, ancestors
 
 C, W = 10, 4
 TOLERANCE = OPS[torch.float32]

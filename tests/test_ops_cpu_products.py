@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qnext_plugin.ops.cpu import gemm_avx2
-from tests.tolerances import OPS, assert_close
+from tests.support.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="wants AVX2")
 

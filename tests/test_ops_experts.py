@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from qnext_plugin.ops.cpu import gemm_avx2
 from qnext_plugin.ops.cpu.experts import routed_experts
-from tests.tolerances import OPS, assert_close
+from tests.support.tolerances import OPS, assert_close
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 7, 24, 10, 3
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from qnext_plugin import ops
 from qnext_plugin.reference import formulas
-from tests.tolerances import OPS, assert_close
-from tests.trees import PARENTS, ancestors
+from tests.support.tolerances import OPS, assert_close
+from tests.support.trees import PARENTS, ancestors
 
 HK, HV, K, V = 2, 6, 24, 40
 LENGTHS = (1, 2, 3, 12, 13, 63, 64, 65, 130)

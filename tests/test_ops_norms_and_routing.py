@@ -5,7 +5,7 @@ import torch
 
 from qnext_plugin import ops
 from qnext_plugin.reference import formulas
-from tests.tolerances import OPS, assert_close
+from tests.support.tolerances import OPS, assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-3  # large enough for its place in the formula to show

@@ -19,7 +19,7 @@ from qnext_plugin.checkpoint.quantization import (
 )
 from qnext_plugin.checkpoint.schema import check_coverage
 from qnext_plugin.config import QNextConfig
-from tests.dequantized import dequantized
+from tests.support.dequantized import dequantized
 
 SIZES = {
     "num_hidden_layers": 2,

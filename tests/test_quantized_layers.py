@@ -22,7 +22,7 @@ from qnext_plugin.checkpoint.quantized_layers import (
     without_exclusions,
 )
 from qnext_plugin.config import QNextConfig
-from tests import dequantized as oracle
+from tests.support import dequantized as oracle
 
 SIZES = {
     "num_hidden_layers": 2,

@@ -12,7 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.reference import ReferenceModel, formulas
-from tests.tolerances import LOGPROB_FLOAT32, OPS, assert_close
+from tests.support.tolerances import LOGPROB_FLOAT32, OPS, assert_close
 
 LENGTH = 70  # more than one chunk of transformers' delta rule
 

@@ -15,7 +15,7 @@ from qnext_plugin.verify.runner import Start, passes
 from qnext_plugin.verify.scenarios import CONFIGS, EngineConfig, Scenario, scenarios, tokens
 from qnext_plugin.verify.starts import FULL_SET, plan
 from qnext_plugin.verify.verification import judge
-from tests.engines.checkpoints import write_checkpoint
+from tests.support.checkpoints import write_checkpoint
 
 PROMPT, LENGTH = tokens(9, seed=1), 5
 

@@ -12,8 +12,8 @@ from qnext_plugin.verify import reference as module
 from qnext_plugin.verify.reference import Recorded, Streamed, Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
-from tests.engines.checkpoints import CHECKPOINTS, write_checkpoint
-from tests.tolerances import STREAMED_LOGPROB
+from tests.support.checkpoints import CHECKPOINTS, write_checkpoint
+from tests.support.tolerances import STREAMED_LOGPROB
 
 QUERIES = [Query((*tokens(1, 1), 7), 1), Query(tokens(90, 2), 89), Query(tokens(35, 3), 5)]
 

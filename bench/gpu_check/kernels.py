@@ -24,7 +24,7 @@ from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
 from qnext_plugin.kernel_log import KERNELS_RAN
 from qnext_plugin.reference import formulas
-from tests.tolerances import LAYER, OPS, assert_close
+from tests.support.tolerances import LAYER, OPS, assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QWEN3_NEXT = GatedDeltaNetDims(16, 32, 128, 128)

@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from qnext_plugin.config import GatedDeltaNetDims
 from qnext_plugin.kernel_log import record
 from qnext_plugin.reference import formulas
-from tests.tolerances import assert_close
+from tests.support.tolerances import assert_close
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.gpu_kernels import GpuKernels
 from vllm_ext.state import conv_view, state_dtypes, state_shapes

@@ -14,9 +14,9 @@ from qnext_plugin.engines import process
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.runner import EngineFailed, Run, Start, passes
 from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs, tokens
-from tests.engines.checkpoints import write_checkpoint
-from tests.engines.installed import ENGINE, MUTANTS
-from tests.engines.serving import Server, crowded
+from tests.support.checkpoints import write_checkpoint
+from tests.support.installed import ENGINE, MUTANTS
+from tests.support.serving import Server, crowded
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -108,7 +108,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
                 }
             )
         )
-        command = ["-m", f"tests.engines.{ENGINE}_sampling", str(spec), str(out)]
+        command = ["-m", f"tests.workers.{ENGINE}_sampling", str(spec), str(out)]
         assert process.run(command, log, timeout=600) == 0, process.tail(log)
         drawn[drafts] = json.loads(out.read_text())
     return drawn

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qnext_plugin.engines import process
-from tests.engines.installed import ENGINE
+from tests.support.installed import ENGINE
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 

@@ -23,10 +23,10 @@ from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query, Reference
 from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.scenarios import EngineConfig
-from tests.engines import demo
-from tests.engines.demo import Messages, Prompt
-from tests.engines.installed import ENGINE, MUTANTS
-from tests.tolerances import LOGPROB_FLOAT32
+from tests.support import demo
+from tests.support.demo import Messages, Prompt
+from tests.support.installed import ENGINE, MUTANTS
+from tests.support.tolerances import LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 

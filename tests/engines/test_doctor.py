@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.installed import ENGINE
+from tests.support.installed import ENGINE
 
 pytestmark = pytest.mark.engine
 

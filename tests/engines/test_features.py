@@ -11,8 +11,8 @@ from transformers import Qwen3NextForCausalLM, Qwen3NextForSequenceClassificatio
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.engines import process
 from qnext_plugin.verify.scenarios import tokens
-from tests.engines.installed import ENGINE
-from tests.tolerances import SERVED_TENSOR_FLOAT32, assert_close
+from tests.support.installed import ENGINE
+from tests.support.tolerances import SERVED_TENSOR_FLOAT32, assert_close
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
@@ -61,7 +61,7 @@ def write_classifier(directory, base):
 def answered(root):
     found = {}
     for step in {"vllm": [[]], "sglang": [["generation"], ["embeddings"]]}[ENGINE]:
-        command = ["-m", f"tests.engines.{ENGINE}_features", str(root), str(root / "out.pt"), *step]
+        command = ["-m", f"tests.workers.{ENGINE}_features", str(root), str(root / "out.pt"), *step]
         log = root / f"{''.join(step)}.log"
         assert process.run(command, log, timeout=900) == 0, process.tail(log)
         assert f"Qwen3NextForCausalLM is served by {ENGINE}_ext.model" in log.read_text()

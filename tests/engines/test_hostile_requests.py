@@ -9,9 +9,9 @@ import pytest
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
 from tests.engines.conftest import whole
-from tests.engines.installed import ENGINE
-from tests.engines.serving import MAX_LEN
 from tests.engines.test_load import TOLERANCE, Request, error
+from tests.support.installed import ENGINE
+from tests.support.serving import MAX_LEN
 
 pytestmark = pytest.mark.engine
 

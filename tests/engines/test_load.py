@@ -19,8 +19,8 @@ from qnext_plugin.verify.rows import Query, Rows
 from qnext_plugin.verify.scenarios import tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.conftest import whole
-from tests.engines.installed import ENGINE
-from tests.engines.serving import MAX_LEN, Answer, Server
+from tests.support.installed import ENGINE
+from tests.support.serving import MAX_LEN, Answer, Server
 
 pytestmark = pytest.mark.engine
 

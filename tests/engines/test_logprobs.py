@@ -12,7 +12,7 @@ from qnext_plugin.verify.comparison import Difference, Result, check_conditions,
 from qnext_plugin.verify.scenarios import CONFIGS, SCENARIOS, configs
 from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
 from tests.engines.conftest import runs, whole
-from tests.engines.installed import ENGINE, MUTANTS
+from tests.support.installed import ENGINE, MUTANTS
 
 pytestmark = pytest.mark.engine
 

@@ -20,9 +20,9 @@ from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
-from tests.adapters import PREFIX, WEIGHTS, save, write_adapter, write_merged
-from tests.engines.installed import ENGINE
-from tests.engines.serving import MTP, serving
+from tests.support.adapters import PREFIX, WEIGHTS, save, write_adapter, write_merged
+from tests.support.installed import ENGINE
+from tests.support.serving import MTP, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 

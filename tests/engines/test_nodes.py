@@ -19,8 +19,8 @@ from qnext_plugin.verify.comparison import Completion, Result, compare
 from qnext_plugin.verify.scenarios import tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.conftest import whole
-from tests.engines.installed import ENGINE
-from tests.engines.serving import MTP, Server
+from tests.support.installed import ENGINE
+from tests.support.serving import MTP, Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 

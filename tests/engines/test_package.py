@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from tests.engines.installed import ENGINE
+from tests.support.installed import ENGINE
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 

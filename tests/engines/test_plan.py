@@ -8,7 +8,7 @@ from qnext_plugin.config import QNextConfig
 from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache, default_state_dtype
 from qnext_plugin.plan.sizes import Serving
 from qnext_plugin.verify.scenarios import CONFIGS, MAX_MODEL_LEN, configs
-from tests.engines.installed import ENGINE
+from tests.support.installed import ENGINE
 
 pytestmark = pytest.mark.engine
 

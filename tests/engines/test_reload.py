@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.engines import process
 from qnext_plugin.verify.comparison import Result, compare
-from tests.engines.checkpoints import CHECKPOINTS
 from tests.engines.conftest import whole
-from tests.engines.installed import ENGINE
 from tests.engines.test_logprobs import TOLERANCE, compare_draft
+from tests.support.checkpoints import CHECKPOINTS
+from tests.support.installed import ENGINE
 
 pytestmark = pytest.mark.engine
 
@@ -61,7 +61,7 @@ def directories(tmp_path_factory, checkpoint):
 def outcome(tmp_path_factory, directories):
     root = tmp_path_factory.mktemp("outcome")
     (root / "spec.json").write_text(json.dumps({name: str(path) for name, path in directories.items()}))
-    command = ["-m", f"tests.engines.{ENGINE}_reload", str(root / "spec.json"), str(root / "out.json")]
+    command = ["-m", f"tests.workers.{ENGINE}_reload", str(root / "spec.json"), str(root / "out.json")]
     status = process.run(command, root / "log")
     assert (root / "out.json").exists(), process.tail(root / "log")
     return json.loads((root / "out.json").read_text()) | {

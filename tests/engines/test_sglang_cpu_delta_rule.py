@@ -9,7 +9,7 @@ from numba.core.caching import CacheImpl
 from qnext_plugin import ops
 from qnext_plugin.ops.cpu import delta_rule
 from qnext_plugin.ops.cpu.jit import in_parallel
-from tests.tolerances import OPS, assert_close
+from tests.support.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.engine
 

@@ -7,7 +7,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from torch import nn
 
 from sglang_ext.cpu.gemm import FOR_AVX2, PACKS, Packed, PackedForAvx2, Plain, plain_weights
-from tests.tolerances import OPS, assert_close
+from tests.support.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.engine
 

@@ -5,7 +5,7 @@ import torch
 
 from qnext_plugin.ops.cpu import gemm_avx512bf16
 from sglang_ext.cpu.gemm import Packed
-from tests.tolerances import OPS, assert_close
+from tests.support.tolerances import OPS, assert_close
 
 pytestmark = [
     pytest.mark.engine,

@@ -4,9 +4,9 @@ import pytest
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.engines import process
-from tests.engines.reads import check_reads
-from tests.engines.sglang_loading import READ, WAYS
-from tests.engines.shards import OUTER_RANKS, RANKS, make, said
+from tests.support.reads import check_reads
+from tests.support.shards import OUTER_RANKS, RANKS, make, said
+from tests.workers.sglang_loading import READ, WAYS
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
@@ -34,7 +34,7 @@ def loaded(tmp_path_factory):
     root = tmp_path_factory.mktemp("loading")
     make(root)
     log = root / "log"
-    status = process.run(["-m", "tests.engines.sglang_loading", str(root)], log, timeout=1800)
+    status = process.run(["-m", "tests.workers.sglang_loading", str(root)], log, timeout=1800)
     assert status == 0, process.tail(log)
     return said(log)
 

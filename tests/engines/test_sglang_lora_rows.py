@@ -6,7 +6,7 @@ import torch
 from qnext_plugin.checkpoint.layouts import ungroup
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import QNextConfig
-from tests.adapters import PREFIX, WEIGHTS, write_adapter
+from tests.support.adapters import PREFIX, WEIGHTS, write_adapter
 
 pytestmark = pytest.mark.engine
 

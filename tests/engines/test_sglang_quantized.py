@@ -17,9 +17,9 @@ from qnext_plugin.verify.comparison import Result, check_conditions, compare, ro
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
-from tests.engines.quantized import SCENARIO, dequantized, write
 from tests.engines.test_logprobs import compare_draft
-from tests.tolerances import LOGPROB_QUANTIZED_RATIO
+from tests.support.quantized import SCENARIO, dequantized, write
+from tests.support.tolerances import LOGPROB_QUANTIZED_RATIO
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
@@ -65,7 +65,7 @@ def served(checkpoints):
             "scenarios": [asdict(scenario) for scenario in scenarios],
         }
         (root / "spec.json").write_text(json.dumps(spec))
-        command = ["-m", "tests.engines.sglang_several", str(root / "spec.json"), str(root)]
+        command = ["-m", "tests.workers.sglang_several", str(root / "spec.json"), str(root)]
         status = process.run(command, root / "log", timeout=600)
         assert status == 0, process.tail(root / "log")
         assert json.loads((root / "modules.json").read_text()) == ["sglang_ext.model", "sglang_ext.mtp"]

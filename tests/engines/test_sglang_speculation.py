@@ -12,7 +12,7 @@ pytestmark = pytest.mark.engine
 
 def test_cpu_kernels_equal_the_interpreted_ones(tmp_path):
     log = tmp_path / "log"
-    assert process.run(["-m", "tests.engines.sglang_leaves"], log, {"TRITON_INTERPRET": "1"}) == 0, process.tail(log)
+    assert process.run(["-m", "tests.workers.sglang_leaves"], log, {"TRITON_INTERPRET": "1"}) == 0, process.tail(log)
 
 
 def test_grammar_holds_over_accepted_drafts(samples):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from qnext_plugin.engines import process
-from tests.engines.installed import ENGINE
+from tests.support.installed import ENGINE
 
 pytestmark = pytest.mark.engine
 

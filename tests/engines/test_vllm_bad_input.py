@@ -173,7 +173,7 @@ def errors(tmp_path_factory, good):
         edit(directory)
         spec[name] = {"model": str(directory), "args": args}
     (root / "spec.json").write_text(json.dumps(spec))
-    command = ["-m", "tests.engines.vllm_bad_input", str(root / "spec.json"), str(root / "out.json")]
+    command = ["-m", "tests.workers.vllm_bad_input", str(root / "spec.json"), str(root / "out.json")]
     assert process.run(command, root / "log") == 0, process.tail(root / "log")
     return json.loads((root / "out.json").read_text())
 

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from tests.tolerances import OPS, assert_close
+from tests.support.tolerances import OPS, assert_close
 from vllm_ext.cpu.gemm import (
     CompiledExperts,
     DraftHeadMethod,

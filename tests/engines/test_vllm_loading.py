@@ -8,11 +8,11 @@ import pytest
 from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.engines import process
-from tests.adapters import write_adapter
-from tests.engines.checkpoints import CHECKPOINTS
-from tests.engines.reads import check_reads
-from tests.engines.shards import make, said
-from tests.engines.vllm_loading import READ, WAYS
+from tests.support.adapters import write_adapter
+from tests.support.checkpoints import CHECKPOINTS
+from tests.support.reads import check_reads
+from tests.support.shards import make, said
+from tests.workers.vllm_loading import READ, WAYS
 
 pytestmark = pytest.mark.engine
 
@@ -34,7 +34,7 @@ def loaded(tmp_path_factory):
     every_linear = r"model\..*\.(linear_attn|self_attn|mlp|shared_expert)\.\w+"
     write_adapter(root / "adapter", root / "plain", every_linear, rank=5, alpha=7)
     log = root / "log"
-    status = process.run(["-m", "tests.engines.vllm_loading", str(root)], log, timeout=900)
+    status = process.run(["-m", "tests.workers.vllm_loading", str(root)], log, timeout=900)
     assert status == 0, process.tail(log)
     return said(log)
 
@@ -85,5 +85,5 @@ def test_what_is_derived_from_weights_follows_them(tmp_path, checkpoint):
         dtype = "bfloat16" if name == "bfloat16" else "float32"
         write_random_checkpoint(tmp_path / name, dtype=dtype, seed=7, overrides=CHECKPOINTS[name])
         pairs += [str(checkpoint(name)), str(tmp_path / name)]
-    assert process.run(["-m", "tests.engines.vllm_modules", *pairs], log) == 0, process.tail(log)
+    assert process.run(["-m", "tests.workers.vllm_modules", *pairs], log) == 0, process.tail(log)
     assert log.read_text().count("loaded again as expected") == len(names)

@@ -12,7 +12,7 @@ from qnext_plugin.verify.comparison import compare
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
-from tests.engines.several import case, serve
+from tests.support.several import case, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 

@@ -26,7 +26,7 @@ SMALL = ["gate", "in_proj_ba", "shared_expert_gate"]
 def found(tmp_path_factory, checkpoint):
     tmp_path = tmp_path_factory.mktemp("operators")
     out, log = tmp_path / "out.json", tmp_path / "log"
-    status = process.run(["-m", "tests.engines.vllm_operators", str(checkpoint("bfloat16")), str(out)], log)
+    status = process.run(["-m", "tests.workers.vllm_operators", str(checkpoint("bfloat16")), str(out)], log)
     assert status == 0, process.tail(log)
     found = json.loads(out.read_text())
     assert found["serving"]["modules"] == ["vllm_ext.model"]

@@ -14,9 +14,9 @@ from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.verify.comparison import check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import EngineConfig
-from tests.engines.quantized import SCENARIO, dequantized, write
-from tests.engines.several import case, serve
-from tests.tolerances import LOGPROB_QUANTIZED_RATIO
+from tests.support.quantized import SCENARIO, dequantized, write
+from tests.support.several import case, serve
+from tests.support.tolerances import LOGPROB_QUANTIZED_RATIO
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 

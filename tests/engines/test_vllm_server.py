@@ -25,7 +25,7 @@ from qnext_plugin.engines import process
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
-from tests.tolerances import LOGPROB_FLOAT32
+from tests.support.tolerances import LOGPROB_FLOAT32
 
 pytestmark = pytest.mark.engine
 

@@ -1,4 +1,4 @@
-"""Load checkpoints as every rank of larger groups would: ``python -m tests.engines.sglang_loading ROOT``.
+"""Load checkpoints as every rank of larger groups would: ``python -m tests.workers.sglang_loading ROOT``.
 
 As ``vllm_loading``, with SGLang's own way from ``config.json`` to the model: on this CPU, where every layer is
 dequantized, and then as SGLang would on a GPU of compute capability 9, where layers are served as stored. Nothing runs.
@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qnext_plugin.config import QNextConfig
-from tests.dequantized import dequantized
-from tests.engines.reads import Reads
-from tests.engines.shards import OUTER_RANKS, RANKS, attention_and_experts, checkpoints, expected, weights_of
+from tests.support.dequantized import dequantized
+from tests.support.reads import Reads
+from tests.support.shards import OUTER_RANKS, RANKS, attention_and_experts, checkpoints, expected, weights_of
 
 # Eight experts, four of them twice, in no order.
 PHYSICAL = [5, 0, 7, 2, 4, 6, 1, 3, 5, 6, 2, 0]

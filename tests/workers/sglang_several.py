@@ -1,4 +1,4 @@
-"""Serve a checkpoint, then others in the same engine: ``python -m tests.engines.sglang_several SPEC.json OUT``.
+"""Serve a checkpoint, then others in the same engine: ``python -m tests.workers.sglang_several SPEC.json OUT``.
 
 ``SPEC`` holds ``models`` (directories: the first one is started with, the others are loaded over it one by one),
 ``config`` (fields of an ``EngineConfig``) and ``scenarios`` (fields of each ``Scenario``). ``OUT/modules.json``

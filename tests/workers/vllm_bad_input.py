@@ -1,4 +1,4 @@
-"""Start engines that must not start: ``python -m tests.engines.vllm_bad_input SPEC.json OUT.json``.
+"""Start engines that must not start: ``python -m tests.workers.vllm_bad_input SPEC.json OUT.json``.
 
 ``SPEC`` maps names to ``{"model": directory, "args": {...}}``; ``OUT`` maps them to the error's text, or to null where
 the engine started.

@@ -1,4 +1,4 @@
-"""Operators of a layer's forward pass that only move data: ``python -m tests.engines.vllm_operators MODEL OUT.json``.
+"""Operators of a layer's forward pass that only move data: ``python -m tests.workers.vllm_operators MODEL OUT.json``.
 
 ``OUT`` has the largest number of them in a layer, by the layer's mixer, for a prompt and for a decode step, what
 multiplies by the weights of which modules, and the type of the router's logits. Conversions between data types count:

@@ -1,6 +1,6 @@
 """Whether a model that was loaded again is, module by module, one that was loaded afresh.
 
-``python -m tests.engines.vllm_modules OLD NEW [OLD NEW ...]``, pairs of checkpoints; exits with an assertion that names
+``python -m tests.workers.vllm_modules OLD NEW [OLD NEW ...]``, pairs of checkpoints; exits with an assertion that names
 what differs. Besides parameters that is what vLLM and the model derive from them: packed copies.
 """
 

@@ -1,4 +1,4 @@
-"""What trainers and poolers ask of SGLang: ``python -m tests.engines.sglang_features DIRECTORY OUT.pt STEP``.
+"""What trainers and poolers ask of SGLang: ``python -m tests.workers.sglang_features DIRECTORY OUT.pt STEP``.
 
 ``DIRECTORY`` has the checkpoint ``base`` and ``prompts.json``. ``STEP`` is ``generation`` or ``embeddings``. ``OUT``
 maps the names of what was asked to lists of one tensor, or what holds some, for each prompt.
@@ -46,7 +46,7 @@ def generation(root: Path, prompts: list[list[int]]) -> dict[str, Any]:
     embeds = [embedding[prompt].tolist() for prompt in prompts]
     from_embeds = ask(served, GenerateReqInput(input_embeds=embeds, sampling_params=GREEDY))
 
-    with served.broken("tests.engines.sglang_features:capturing"):
+    with served.broken("tests.workers.sglang_features:capturing"):
         captured = ask(served, GenerateReqInput(**asked, return_hidden_states=True))
 
     ids = [torch.tensor(extract_routed_experts_from_meta_info(answer)) for answer in said]

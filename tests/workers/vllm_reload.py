@@ -1,4 +1,4 @@
-"""New weights for a running engine, by every way in: ``python -m tests.engines.vllm_reload SPEC.json OUT.json``.
+"""New weights for a running engine, by every way in: ``python -m tests.workers.vllm_reload SPEC.json OUT.json``.
 
 ``SPEC`` maps names of checkpoints to directories. ``OUT`` has the errors of the steps that have to fail; beside it are
 the answers after each step, ``STEP.SCENARIO.safetensors``.

@@ -14,7 +14,7 @@ from qnext_plugin.checkpoint.make_quantized import FORMATS, IGNORE, quantize_che
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.checkpoint.quantization import dequantize
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
-from tests.dequantized import dequantized
+from tests.support.dequantized import dequantized
 
 # Each FP8 block, packed word and group fits a rank of 8, but the shared expert's blocks, as in the 80B.
 WIDE = {

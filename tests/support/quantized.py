@@ -5,7 +5,7 @@ from pathlib import Path
 from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.verify.scenarios import Scenario, tokens
-from tests.dequantized import write_dequantized
+from tests.support.dequantized import write_dequantized
 
 # Every expert is used: between two that tie, rounding decides in any implementation.
 SIZES = {

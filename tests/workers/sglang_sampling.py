@@ -1,4 +1,4 @@
-"""Draw samples from one SGLang engine: ``python -m tests.engines.sglang_sampling SPEC.json OUT.json``.
+"""Draw samples from one SGLang engine: ``python -m tests.workers.sglang_sampling SPEC.json OUT.json``.
 
 ``SPEC`` and ``OUT`` as in ``vllm_sampling``. With drafts, ``SPEC`` has a ``regex`` too, and ``OUT`` a ``grammar``: the
 ``answers`` to it, greedy, two with the model's own drafts and two with right ones, and the share of steps that

@@ -1,4 +1,4 @@
-"""Serve checkpoints one after the other in one process: ``python -m tests.engines.vllm_several SPEC.json OUT.json``.
+"""Serve checkpoints one after the other in one process: ``python -m tests.workers.vllm_several SPEC.json OUT.json``.
 
 ``SPEC`` maps names to ``{"model", "config", "args", "scenarios"}``: a checkpoint directory, fields of an
 ``EngineConfig``, further arguments of ``vllm.LLM`` and fields of each ``Scenario``. ``OUT`` maps them to the modules of

@@ -27,7 +27,7 @@ def serve(
     """What the engines answered, by case."""
     spec, out, log = (directory / name for name in ("spec.json", "out.json", "log"))
     spec.write_text(json.dumps(cases))
-    status = process.run(["-m", "tests.engines.vllm_several", str(spec), str(out)], log, env=env, timeout=timeout)
+    status = process.run(["-m", "tests.workers.vllm_several", str(spec), str(out)], log, env=env, timeout=timeout)
     assert status == 0, process.tail(log)
     answered = json.loads(out.read_text())
     for of in answered.values():

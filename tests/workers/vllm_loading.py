@@ -1,4 +1,4 @@
-"""Load checkpoints as every rank of larger groups would, in one process: ``python -m tests.engines.vllm_loading ROOT``.
+"""Load checkpoints as every rank of larger groups would, in one process: ``python -m tests.workers.vllm_loading ROOT``.
 
 For each checkpoint below ``ROOT``, with what it must hold in its dequantized form, a line of JSON says for every rank
 which layers are served as stored. Exits with an assertion naming the parameter whose shard is not the expected one.
@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qnext_plugin.config import QNextConfig
-from tests.adapters import added
-from tests.dequantized import dequantized
-from tests.engines.reads import Reads
-from tests.engines.shards import RANKS, attention_and_experts, checkpoints, expected, weights_of
+from tests.support.adapters import added
+from tests.support.dequantized import dequantized
+from tests.support.reads import Reads
+from tests.support.shards import RANKS, attention_and_experts, checkpoints, expected, weights_of
 
 READ = ("plain", "fp8-channel")
 # Expert parallelism, its load balancer, and how many experts that has twice.

@@ -1,4 +1,4 @@
-"""New weights for a running SGLang, by every way in: ``python -m tests.engines.sglang_reload SPEC.json OUT.json``.
+"""New weights for a running SGLang, by every way in: ``python -m tests.workers.sglang_reload SPEC.json OUT.json``.
 
 ``SPEC`` and ``OUT`` as in ``vllm_reload``.
 """

@@ -1,4 +1,4 @@
-"""What trainers and poolers ask of vLLM: ``python -m tests.engines.vllm_features DIRECTORY OUT.pt``.
+"""What trainers and poolers ask of vLLM: ``python -m tests.workers.vllm_features DIRECTORY OUT.pt``.
 
 ``DIRECTORY`` has the checkpoints ``base``, ``tied`` and ``classifier`` and ``prompts.json``. ``OUT`` maps the names of
 what was asked to tensors, mostly a list of one for each prompt, or to the text of an error.

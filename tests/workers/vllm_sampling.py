@@ -1,4 +1,4 @@
-"""Draw samples from one vLLM engine: ``python -m tests.engines.vllm_sampling SPEC.json OUT.json``.
+"""Draw samples from one vLLM engine: ``python -m tests.workers.vllm_sampling SPEC.json OUT.json``.
 
 ``SPEC`` holds ``model``, ``draft_tokens``, ``prompt``, ``samples``, ``tokens`` and ``mutants`` (``module:function``);
 ``OUT`` maps ``""`` and each mutant to ``[samples, tokens]`` token ids, and ``accepted`` to the share of accepted first
