@@ -54,7 +54,12 @@ def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
 
     ``ValueError`` for inconsistent values, or a tensor-parallel size that they do not allow.
     """
-    view = QNextConfig.from_dict(unpadded(config.to_dict()))
+    values = unpadded(config.to_dict())
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_type") == "default" and "type" in rope:
+        # SGLang merges an override in the older spelling into our complete dictionary, which has the newer one.
+        values["rope_parameters"] = rope | {"rope_type": rope["type"]}
+    view = QNextConfig.from_dict(values)
     view.check_tensor_parallel(tp_size)
     return view
 
