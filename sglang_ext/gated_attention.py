@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from sglang.kernels.ops.elementwise.elementwise import fused_sigmoid_mul
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -60,6 +61,8 @@ class GatedAttention(nn.Module):
             base=config.rope_parameters["rope_theta"],
             rope_scaling=dict(config.rope_parameters),
         )
+        # The fused prologue rounds queries and keys to bfloat16, of a float32 model too.
+        self.fused = is_cuda() and torch.get_default_dtype() != torch.float32
         self.attn = RadixAttention(
             self.num_heads,
             config.head_dim,
@@ -77,14 +80,18 @@ class GatedAttention(nn.Module):
         kv_size = self.num_kv_heads * self.head_dim
         q_gate, k, v = qkv.split([2 * self.num_heads * self.head_dim, kv_size, kv_size], dim=-1)
         q, k, gate = self._prologue(positions, q_gate, k)
-        out = self.attn(q, k, v, forward_batch).unflatten(-1, (self.num_heads, self.head_dim))
-        return self.o_proj((out * torch.sigmoid(gate)).flatten(-2))[0]
+        out = self.attn(q, k, v, forward_batch)
+        if self.fused:
+            out = fused_sigmoid_mul(out, gate, inplace=True)
+        else:
+            out = (out.unflatten(-1, (self.num_heads, self.head_dim)) * torch.sigmoid(gate)).flatten(-2)
+        return self.o_proj(out)[0]
 
     def _prologue(
         self, positions: torch.Tensor, q_gate: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Norms, RoPE and the gate apart: ``q`` and ``k`` flat, ``gate`` [num_tokens, num_heads, head_dim]."""
-        if is_cuda():
+        if self.fused:
             from sglang.kernels.ops.attention.fused_qk_rmsnorm_rope_gate import fused_qk_gemma_rmsnorm_rope_gate
 
             return fused_qk_gemma_rmsnorm_rope_gate(

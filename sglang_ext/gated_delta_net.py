@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
@@ -61,6 +62,7 @@ class GatedDeltaNet(nn.Module):
             param.weight_loader = sharded_weight_loader(0, parallel_group="attn_tp")  # type: ignore[attr-defined]
         self.norm = RMSNormGated(dims.head_v_dim, eps=config.rms_norm_eps)
         self.out_proj = linear("out_proj", RowParallelLinear, dims.value_dim, hidden_size, reduce_results=False)
+        self.unpacks_in_decode = is_cuda() and envs.SGLANG_ENABLE_GDN_DECODE_FUSED_PROJ_CONV.get()
         self.attn = RadixLinearAttention(
             layer_id=layer_idx,
             num_q_heads=self.dims.num_k_heads,
@@ -78,7 +80,7 @@ class GatedDeltaNet(nn.Module):
     def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         qkvz, _ = self.in_proj_qkvz(hidden_states)
         ba, _ = self.in_proj_ba(hidden_states)
-        if is_cuda() and forward_batch.forward_mode.is_decode():
+        if self.unpacks_in_decode and forward_batch.forward_mode.is_decode():
             # One kernel unpacks both projections and convolves.
             out, z = self.attn(forward_batch, (qkvz, ba), ba, ba)
         else:

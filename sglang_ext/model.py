@@ -257,8 +257,9 @@ class Qwen3NextForCausalLM(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model.embed_tokens.weight, self.lm_head.weight
+    def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Without a weight of the head where it is packed: SGLang then shares the module itself."""
+        return self.model.embed_tokens.weight, getattr(self.lm_head, "weight", None)
 
     def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
         """``layer_ids`` are layers whose output an EAGLE3 draft reads, which is what the next one is given."""

@@ -74,6 +74,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
+        self.quant_config = quant_config  # SGLang reads the type of the key-value cache from it
         # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
         self._complete = get_model().load_format != "dummy"
         self.model = MultiTokenPredictor(self.qnext_config, quant_config, add_prefix("mtp", prefix))

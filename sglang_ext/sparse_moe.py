@@ -12,7 +12,11 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinea
 from sglang.srt.layers.moe import get_moe_a2a_backend
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.topk import TopK
-from sglang.srt.layers.moe.utils import RoutingMethodType, filter_moe_weight_param_global_expert
+from sglang.srt.layers.moe.utils import (
+    RoutingMethodType,
+    filter_moe_weight_param_global_expert,
+    is_moe_input_scattered_across_dp_ranks,
+)
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import add_prefix, is_cuda
@@ -66,6 +70,11 @@ class SparseMoeBlock(nn.Module):
         self, config: QNextConfig, layer_idx: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
+        if get_moe_a2a_backend().is_megamoe():
+            raise ValueError(
+                "--moe-a2a-backend megamoe found, expected another one: these experts have no megamoe kernel; drop it, "
+                "or set QNEXT_DISABLE=1 to serve SGLang's own model"
+            )
         tp_size = get_parallel().tp_size
         if tp_size > config.num_experts:
             raise ValueError(
@@ -92,13 +101,13 @@ class SparseMoeBlock(nn.Module):
         )
         self.experts = build(experts, config, quant_config, add_prefix("experts", prefix))
         bind_topk(self.topk, self.experts)
-        # With an all-to-all backend a rank's output is complete, not a partial sum.
+        # Where each rank routes tokens of its own, its output is complete, not a partial sum.
         self.shared_expert = MLP(
             config,
             config.shared_expert_intermediate_size,
             quant_config,
             prefix=add_prefix("shared_expert", prefix),
-            replicated=not get_moe_a2a_backend().is_none(),
+            replicated=is_moe_input_scattered_across_dp_ranks(),
         )
         self.shared_expert_gate = ReplicatedLinear(
             config.hidden_size, 1, bias=False, quant_config=None, prefix=add_prefix("shared_expert_gate", prefix)

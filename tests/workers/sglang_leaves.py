@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from sglang.kernels.ops.elementwise.elementwise import fused_sigmoid_mul
 from sglang.kernels.ops.speculative import cache_locs, eagle, spec_tree
 from sglang.srt.mem_cache import allocation
 from sglang.srt.speculative.eagle_utils import organize_draft_results
@@ -160,9 +161,21 @@ def check_sampling() -> None:
         assert abs(found[a, b] - p * samples) < 5 * (p * samples) ** 0.5, (a, b, found[a, b], p * samples)
 
 
+def check_output_gate() -> None:
+    """The kernel that gates attention's output takes a gate whose heads lie apart, and writes in place."""
+    heads, size = 3, 20
+    out, query_and_gate = torch.randn(5, heads * size), torch.randn(5, heads, 2, size)
+    gate = query_and_gate[:, :, 1]
+    want = out * gate.sigmoid().flatten(1)
+    found = fused_sigmoid_mul(out, gate, inplace=True)
+    assert found.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(found, want)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     check_trees()
     check_slots()
     check_commit()
     check_sampling()
+    check_output_gate()
