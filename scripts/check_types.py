@@ -28,8 +28,8 @@ Kind = tuple[str, str]
 
 
 def main(arguments: list[str]) -> int:
-    update = "--update" in arguments
-    chosen = [argument for argument in arguments if argument != "--update"]
+    update = arguments == ["--update"]
+    chosen = [] if update else arguments
     allowed = Counter() if update else read_baseline()
     most, failed = Counter[Kind](), False
     for engine, versions in (asked_for(chosen) if chosen else tested_and_newest()).items():
