@@ -35,7 +35,7 @@ def verdict() -> "Verdict":
     from qnext_plugin.engines.versions import refuse_platform
 
     if not (current_platform.is_cuda() or current_platform.device_type == "cpu"):
-        return refuse_platform("sglang", current_platform.device_name)
+        return refuse_platform("sglang", type(current_platform).__name__)
     return version_verdict(MODULES)
 
 

@@ -25,7 +25,7 @@ def verdict() -> "Verdict":
     from qnext_plugin.engines.versions import judge, refuse_platform
 
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
-        return refuse_platform("vllm", current_platform.device_name)
+        return refuse_platform("vllm", type(current_platform).__name__)
     return judge("vllm", vllm.__version__, TESTED, MODULES)
 
 

@@ -30,7 +30,7 @@ def refuse_platform(engine: str, platform: str) -> Verdict:
     """The verdict on an accelerator that the adapters have no code for, such as one of ROCm, XPU or NPU."""
     return Verdict(
         False,
-        f"qnext-plugin {__version__} serves on CUDA and on CPUs, and the platform is {platform!r}. "
+        f"qnext-plugin {__version__} serves on CUDA and on CPUs, and the platform is {platform}. "
         f"{engine}'s own model serves",
     )
 

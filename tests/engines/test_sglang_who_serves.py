@@ -103,12 +103,12 @@ def test_model_stays_on_another_platform(registry, tmp_path):
 
 
 def test_native_class_on_an_accelerator_that_ours_does_not_know(registry, tmp_path):
-    env = with_platform(tmp_path, "sglang.srt.platforms", f"{OTHER}device_name = device_type = 'other'\n")
+    env = with_platform(tmp_path, "sglang.srt.platforms", f"{OTHER}device_type = 'other'\n")
     served = registry("unknown", SGLANG_PLATFORM="other", **env)
     assert served["platform"] == "other"
     assert served["models"][ARCHITECTURE] == "sglang.srt.models.qwen3_next"
     assert not served["configs"]["qwen3_next"].startswith("sglang_ext.")
-    assert registry.log("unknown").count("the platform is 'other'. sglang's own model serves") == 1
+    assert registry.log("unknown").count("the platform is Other. sglang's own model serves") == 1
 
 
 def test_native_class_when_told_so_by_a_process_that_inherited_our_package(registry):

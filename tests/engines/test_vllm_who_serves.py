@@ -79,9 +79,9 @@ def test_native_class_on_an_accelerator_that_ours_does_not_know(registry, tmp_pa
     platform = (
         "from vllm.platforms.cpu import CpuPlatform\n"
         "from vllm.platforms.interface import PlatformEnum\n"
-        "class Other(CpuPlatform): _enum = PlatformEnum.OOT; device_name = 'other'\n"
+        "class Other(CpuPlatform): _enum = PlatformEnum.OOT\n"
     )
     env = with_platform(tmp_path, "vllm.platform_plugins", platform)
     models = registry("other", **env)["models"]
     assert models[ARCHITECTURE][0].startswith("vllm.") and models["Qwen3NextMTP"][0].startswith("vllm.")
-    assert registry.log("other").count("the platform is 'other'. vllm's own model serves") == 1
+    assert registry.log("other").count("the platform is Other. vllm's own model serves") == 1
