@@ -14,7 +14,7 @@ from sglang_ext.state import cache_params
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 
-class Qwen3NextConfig(EngineConfig):  # type: ignore[misc]
+class Qwen3NextConfig(EngineConfig):
     """What SGLang reads of the model; tokenizers and processors are looked up by this class's name.
 
     The parent drops ``layer_types`` and, in one of the dialects, everything about RoPE. ``ValueError`` where

@@ -10,7 +10,7 @@ from sglang_ext.compat import ON_CPU
 __all__ = ["RMSNormGated", "ZeroCenteredRMSNorm"]
 
 
-class RMSNormGated(RMSNorm):  # type: ignore[misc]
+class RMSNormGated(RMSNorm):
     """``norm(x) * silu(z)`` over the last dimension; ``x``, ``z`` [num_tokens, num_v_heads, head_v_dim]."""
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class Stored:
     config: Mapping[str, Any]
 
 
-class DequantizedConfig(QuantizationConfig):  # type: ignore[misc]
+class DequantizedConfig(QuantizationConfig):
     """What stands for every quantization on a CPU: no layer has a quantized form, any floating-point type serves."""
 
     def get_name(self) -> str:

@@ -8,17 +8,18 @@ from multiprocessing import parent_process
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qnext_plugin.coupling.policy import Verdict
+    from qnext_plugin.engines.versions import Verdict
 
 TESTED = ">=0.5.22,<0.5.24"
 """The versions of SGLang that this package is tested with."""
 
+MODULES = ("sglang_ext.model", "sglang_ext.mtp")
 MODELS = "sglang_ext.models"
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 REGISTRY = "sglang.srt.models.registry"
 PLATFORMS = "sglang.srt.platforms"
-CPU_PLATFORM = "sglang_ext.cpu.platform:CpuPlatform"
-
+PLATFORM_MODULE = "sglang_ext.cpu.platform"
+CPU_PLATFORM = f"{PLATFORM_MODULE}:CpuPlatform"
 
 logger = logging.getLogger(__name__)
 
@@ -28,25 +29,37 @@ def disabled() -> bool:
 
 
 def verdict() -> "Verdict":
-    """Outside the tested range we serve only where SGLang has everything that we use."""
-    from sglang.version import __version__ as engine_version  # SGLang asks for a platform while it is being imported
+    """Whether our classes serve with this version of SGLang on this platform."""
+    from sglang.srt.platforms import current_platform
 
-    from qnext_plugin.coupling.policy import judge
+    from qnext_plugin.engines.versions import refuse_platform
 
-    return judge("sglang_ext", "sglang", engine_version, TESTED)
+    if not (current_platform.is_cuda() or current_platform.device_type == "cpu"):
+        return refuse_platform("sglang", type(current_platform).__name__)
+    return version_verdict(MODULES)
+
+
+def version_verdict(modules: tuple[str, ...]) -> "Verdict":
+    """Whether ``modules`` of ours serve with this version of SGLang, which may still be in the middle of its import."""
+    from sglang.version import __version__ as engine_version
+
+    from qnext_plugin.engines.versions import judge
+
+    return judge("sglang", engine_version, TESTED, modules)
 
 
 def register() -> None:
-    """Put our configuration and model in the place of SGLang's own for this architecture; idempotent.
+    """Put our configuration and model in the place of SGLang's own for this architecture, if they serve; idempotent.
 
     SGLang logs an error of a plugin and goes on with its own model. ``SystemExit`` ends the process instead.
     """
     if disabled():
         logger.info("qnext-plugin: off (QNEXT_DISABLE is set); SGLang's own model serves")
         return
-    if verdict().message and parent_process() is None:
-        logger.log(logging.WARNING if verdict().serves else logging.ERROR, verdict().message)
-    if not verdict().serves:
+    found = verdict()
+    if found.message and parent_process() is None:
+        logger.log(logging.WARNING if found.serves else logging.ERROR, found.message)
+    if not found.serves:
         return
     if platform() and not entry_points(group=PLATFORMS):
         raise SystemExit(
@@ -91,6 +104,6 @@ def platform() -> str | None:
     import torch
 
     own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1"
-    if disabled() or own_engine or torch.accelerator.is_available() or not verdict().serves:
+    if disabled() or own_engine or torch.accelerator.is_available():
         return None
-    return CPU_PLATFORM
+    return CPU_PLATFORM if version_verdict((PLATFORM_MODULE,)).serves else None

@@ -35,7 +35,7 @@ class CausalConv1d(nn.Module):
             sections = loaded.split([dims.key_dim, dims.key_dim, dims.value_dim])
             param.data.copy_(torch.cat([section.chunk(tp_size)[tp_rank] for section in sections]))
 
-        self.weight.weight_loader = load  # type: ignore[attr-defined]
+        self.weight.weight_loader = load
 
 
 class GatedDeltaNet(nn.Module, MambaBase):
@@ -68,7 +68,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         self.A_log = nn.Parameter(torch.empty(self.dims.num_v_heads, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(self.dims.num_v_heads), requires_grad=False)
         for param in (self.A_log, self.dt_bias):
-            param.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+            param.weight_loader = sharded_weight_loader(0)
         self.norm = RMSNormGated(
             dims.head_v_dim,
             eps=config.rms_norm_eps,

@@ -3,33 +3,45 @@
 import logging
 import os
 from multiprocessing import parent_process
+from typing import TYPE_CHECKING
 
 from qnext_plugin import __version__
+
+if TYPE_CHECKING:
+    from qnext_plugin.engines.versions import Verdict
 
 TESTED = ">=0.32,<0.34"
 """The versions of vLLM that this package is tested with."""
 
+MODULES = ("vllm_ext.model", "vllm_ext.mtp")
 ARCHITECTURES = {name: f"vllm_ext:{name}" for name in ("Qwen3NextForCausalLM", "Qwen3NextMTP")}
 
 
-def register() -> None:
-    """Put our classes in the place of vLLM's own for this architecture; idempotent.
+def verdict() -> "Verdict":
+    """Whether our classes serve with this version of vLLM on this platform."""
+    import vllm
+    from vllm.platforms import current_platform
 
-    Outside the tested range only where vLLM has everything that they use; else its own model stays.
-    """
+    from qnext_plugin.engines.versions import judge, refuse_platform
+
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        return refuse_platform("vllm", type(current_platform).__name__)
+    return judge("vllm", vllm.__version__, TESTED, MODULES)
+
+
+def register() -> None:
+    """Put our classes in the place of vLLM's own for this architecture, if they serve; idempotent."""
     logger = logging.getLogger("vllm.qnext_plugin")
     if os.environ.get("QNEXT_DISABLE", "0") not in ("", "0"):
         logger.info("qnext-plugin %s: off, QNEXT_DISABLE is set", __version__)
         return
+    found = verdict()
+    if found.message and parent_process() is None:
+        logger.log(logging.WARNING if found.serves else logging.ERROR, found.message)
+    if not found.serves:
+        return
     import vllm
 
-    from qnext_plugin.coupling.policy import judge
-
-    verdict = judge("vllm_ext", "vllm", vllm.__version__, TESTED)
-    if verdict.message and parent_process() is None:
-        logger.log(logging.WARNING if verdict.serves else logging.ERROR, verdict.message)
-    if not verdict.serves:
-        return
     for architecture, target in ARCHITECTURES.items():
         vllm.ModelRegistry.register_model(architecture, target)
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

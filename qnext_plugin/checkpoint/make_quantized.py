@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor, pack_to_int32  # type: ignore[import-untyped]
-from compressed_tensors.quantization import (  # type: ignore[import-untyped]
+from compressed_tensors.compressors import BaseCompressor, pack_to_int32
+from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
 )
-from compressed_tensors.quantization.lifecycle.forward import quantize  # type: ignore[import-untyped]
-from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # type: ignore[import-untyped]
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam  # type: ignore[import-untyped]
+from compressed_tensors.quantization.lifecycle.forward import quantize
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, Shape
 from qnext_plugin.checkpoint.schema import expected_tensors

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.coupling.policy import is_tested, judge
+from qnext_plugin.engines.versions import is_tested
 
 
 def write_report(
@@ -27,8 +27,9 @@ def write_report(
     engine, the second about a model and flags where our class serves; what they raise is an error of the report.
     """
     out, model, *flags = argv
-    version, tested = str(import_module(f"{engine}.version").__version__), import_module(f"{adapter}.register").TESTED
-    verdict = judge(adapter, engine, version, tested)
+    register = import_module(f"{adapter}.register")
+    version, tested = str(import_module(f"{engine}.version").__version__), register.TESTED
+    verdict = register.verdict()
     report: dict[str, Any] = {
         "engine": engine,
         "version": version,
@@ -48,7 +49,8 @@ def write_report(
         if not any(e.value.startswith(f"{adapter}.") for e in entry_points(group=group)):
             report["errors"].append(f"no entry point {group!r} leads to {adapter}: install qnext-plugin again")
     try:
-        import_module(f"{adapter}.model")
+        if verdict.serves:
+            import_module(f"{adapter}.model")
         report["classes"] = serving_classes()
         asked = examine(model, flags) if report["classes"]["target"].startswith(f"{adapter}.") else report
     except (Exception, SystemExit) as e:

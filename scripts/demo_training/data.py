@@ -249,7 +249,7 @@ KINDS: dict[str, Callable[[Maker, int], list[Segment]]] = {
 
 def corpus(seed: int, encode: Callable[[str], list[int]]) -> list[str]:
     """Texts to learn the tokenizer from: some of every kind, and every closed question a few times."""
-    maker = Maker(random.Random(seed), encode)  # type: ignore[arg-type]
+    maker = Maker(random.Random(seed), encode)
     texts = [f"{q}\n{a}\n{THOUGHT}\n" for q, a in QUESTIONS.items()] * 40
     texts += [
         "".join(t for t, _ in make(maker, 1500)) for make in (Maker.recall, Maker.tool, Maker.tool) for _ in range(120)

@@ -19,7 +19,7 @@ Group = tuple[slice | Tensor, Tensor, Tensor | None]
 """Queries of N sequences: their rows, where their keys are [N, L], and what they see of them [N, 1, Q, L]."""
 
 
-class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
+class CpuKVPool(MHATokenToKVPool):
     """Moves the keys and values of accepted drafts with torch: SGLang's own pool starts with a Triton kernel for it."""
 
     def __init__(self, *args: Any, enable_kv_cache_copy: bool = False, **kwargs: Any) -> None:
@@ -27,7 +27,7 @@ class CpuKVPool(MHATokenToKVPool):  # type: ignore[misc]
         self.use_native_move_kv_cache = True
 
 
-class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
+class CpuAttentionBackend(AttentionBackend):
     """``q`` [T, heads * head_dim], ``k``, ``v`` [T, kv_heads, head_dim] to [T, heads * head_dim]."""
 
     def __init__(self, runner: Any) -> None:

@@ -139,7 +139,7 @@ def is_untied_head(module: nn.Module) -> bool:
     return untied and not get_exec().features.enable_fp32_lm_head
 
 
-class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+class PackedLinearMethod(UnquantizedLinearMethod):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         packed: Packed | PackedForAvx2 | None = getattr(layer.weight, "packed", None)
         return packed.linear(x, bias) if packed else F.linear(x, layer.weight, bias)

@@ -141,5 +141,5 @@ def unpin_memory() -> None:
     try:
         torch.zeros(1).pin_memory()
     except RuntimeError:
-        torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign,assignment]
+        torch.Tensor.pin_memory = lambda self, device=None: self
         common.ALLOC_MEMORY_FUNCS["cpu"] = allocate

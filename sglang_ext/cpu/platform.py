@@ -20,7 +20,7 @@ MAX_TOTAL_TOKENS = 262144
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Out of tree because SGLang's own CPU platform imports kernels that are not on PyPI."""
 
     _enum = PlatformEnum.OOT

@@ -1,13 +1,36 @@
 """Registers the trunk and its draft under their architectures' names."""
 
-try:
-    from sglang_ext.model import Qwen3NextForCausalLM
-    from sglang_ext.mtp import Qwen3NextForCausalLMMTP
-except Exception as e:
-    # The registry would log this and go on with SGLang's own model.
-    raise SystemExit(
-        f"qnext-plugin cannot import its model ({type(e).__name__}: {e}); install a supported SGLang, or set "
-        "QNEXT_DISABLE=1 to serve SGLang's own model"
-    ) from e
+from typing import Any
 
-EntryClass = [Qwen3NextForCausalLM, Qwen3NextForCausalLMMTP]
+from sglang_ext.register import disabled
+
+
+def entry_classes() -> list[type]:
+    """Our two classes; none where the plugin is off and the process inherited the variable that names this package."""
+    if disabled():
+        return []
+    try:
+        from sglang_ext.model import Qwen3NextForCausalLM
+        from sglang_ext.mtp import Qwen3NextForCausalLMMTP
+    except Exception as e:
+        return [refusing(name, e) for name in ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")]
+    return [Qwen3NextForCausalLM, Qwen3NextForCausalLMMTP]
+
+
+def refusing(name: str, error: Exception) -> type:
+    """A class that raises ``ImportError`` when a model of it is built.
+
+    Servers of other models read this package too, and must not end. For an error here the registry would serve SGLang's
+    own model.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError(
+            f"qnext-plugin cannot import its model ({type(error).__name__}: {error}); install a supported SGLang, or "
+            "set QNEXT_DISABLE=1 to serve SGLang's own model"
+        ) from error
+
+    return type(name, (), {"__init__": refuse})
+
+
+EntryClass = entry_classes()

@@ -78,7 +78,7 @@ class Engine(Worker):
         """``more``: further keyword arguments of ``sglang.Engine``."""
         from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
-        class Controlled(SGLangEngine):  # type: ignore[misc]
+        class Controlled(SGLangEngine):
             run_scheduler_process_func = staticmethod(run_scheduler)
 
         self.config = config

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from qnext_plugin.engines import process
+from tests.support.installed import with_platform
 
 pytestmark = pytest.mark.engine
 
@@ -40,6 +41,7 @@ def registry(tmp_path_factory):
         assert process.run(["-c", REGISTRY, str(out), ARCHITECTURE], log, env) == 0, process.tail(log)
         return json.loads(out.read_text())
 
+    read.log = lambda name: (directory / f"{name}.log").read_text()
     return read
 
 
@@ -89,21 +91,44 @@ def test_external_models_of_the_user_stay(registry, tmp_path):
     assert models[ARCHITECTURE] == "sglang_ext.model"
 
 
+OTHER = "from sglang_ext.cpu.platform import CpuPlatform\nclass Other(CpuPlatform): "
+
+
 def test_model_stays_on_another_platform(registry, tmp_path):
-    info = tmp_path / "other-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.platforms]\nother = other:activate\n")
-    (tmp_path / "other.py").write_text(
-        "from sglang_ext.cpu.platform import CpuPlatform\n"
-        "class Other(CpuPlatform): ...\n"
-        "def activate(): return 'other:Other'\n"
-    )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    served = registry("other", SGLANG_PLATFORM="other", PYTHONPATH=path)
+    env = with_platform(tmp_path, "sglang.srt.platforms", f"{OTHER}...\n")
+    served = registry("other", SGLANG_PLATFORM="other", **env)
     assert served["platform"] == "other"
     assert served["models"][ARCHITECTURE] == "sglang_ext.model"
     assert served["configs"]["qwen3_next"] == "sglang_ext.config"
+
+
+def test_native_class_on_an_accelerator_that_ours_does_not_know(registry, tmp_path):
+    env = with_platform(tmp_path, "sglang.srt.platforms", f"{OTHER}device_type = 'other'\n")
+    served = registry("unknown", SGLANG_PLATFORM="other", **env)
+    assert served["platform"] == "other"
+    assert served["models"][ARCHITECTURE] == "sglang.srt.models.qwen3_next"
+    assert not served["configs"]["qwen3_next"].startswith("sglang_ext.")
+    assert registry.log("unknown").count("the platform is Other. sglang's own model serves") == 1
+
+
+def test_native_class_when_told_so_by_a_process_that_inherited_our_package(registry):
+    served = registry("inherited", QNEXT_DISABLE="1", SGLANG_EXTERNAL_MODEL_PACKAGE="sglang_ext.models")
+    assert served["models"][ARCHITECTURE] == "sglang.srt.models.qwen3_next"
+
+
+def test_failing_import_ends_no_server_of_another_model(tmp_path):
+    """Ours raises when it is built: SGLang would otherwise log the failure and serve its own."""
+    code = (
+        "import sys; sys.modules['sglang_ext.model'] = None\n"
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.models.registry import ModelRegistry\n"
+        "print(ModelRegistry.resolve_model_cls(['Qwen2ForCausalLM'])[0].__module__)\n"
+        f"ModelRegistry.resolve_model_cls(['{ARCHITECTURE}'])[0](config=None)"
+    )
+    assert process.run(["-c", code], tmp_path / "log") == 1
+    text = (tmp_path / "log").read_text()
+    assert "sglang.srt.models.qwen2\n" in text
+    assert "ImportError: qnext-plugin cannot import its model" in text and "QNEXT_DISABLE=1" in text
 
 
 def test_missing_platform_ends_the_process(tmp_path):

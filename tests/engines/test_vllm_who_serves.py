@@ -7,6 +7,7 @@ import pytest
 from packaging.version import Version
 
 from qnext_plugin.engines import process
+from tests.support.installed import with_platform
 
 pytestmark = pytest.mark.engine
 
@@ -43,6 +44,7 @@ def registry(tmp_path_factory):
         assert process.run(["-c", REGISTRY, str(out)], log, env) == 0, process.tail(log)
         return json.loads(out.read_text())
 
+    read.log = lambda name: (directory / f"{name}.log").read_text()
     return read
 
 
@@ -71,3 +73,15 @@ def test_blocks_keep_their_size_when_a_process_sets_up_again(checkpoint, tmp_pat
 @pytest.mark.parametrize("env", [{"QNEXT_DISABLE": "1"}, {"VLLM_PLUGINS": "another_plugin"}], ids=["off", "another"])
 def test_native_class_when_told_so(registry, env):
     assert registry("native", **env)["models"][ARCHITECTURE][0].startswith("vllm.")
+
+
+def test_native_class_on_an_accelerator_that_ours_does_not_know(registry, tmp_path):
+    platform = (
+        "from vllm.platforms.cpu import CpuPlatform\n"
+        "from vllm.platforms.interface import PlatformEnum\n"
+        "class Other(CpuPlatform): _enum = PlatformEnum.OOT\n"
+    )
+    env = with_platform(tmp_path, "vllm.platform_plugins", platform)
+    models = registry("other", **env)["models"]
+    assert models[ARCHITECTURE][0].startswith("vllm.") and models["Qwen3NextMTP"][0].startswith("vllm.")
+    assert registry.log("other").count("the platform is Other. vllm's own model serves") == 1

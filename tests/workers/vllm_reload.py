@@ -35,7 +35,7 @@ class FileUpdate(WeightTransferUpdateInfo):
     """A safetensors file."""
 
 
-class FileTransfer(WeightTransferEngine):  # type: ignore[type-arg,misc]
+class FileTransfer(WeightTransferEngine):
     """A trainer's weights by way of a file; the session is handled as vLLM's own engines do."""
 
     init_info_cls, update_info_cls = WeightTransferInitInfo, FileUpdate

@@ -95,17 +95,17 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return engine_ops.weight_packed_linear_cpu(x, weight, weight.shape[0], bias)
 
 
-class PackedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+class PackedLinearMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pack_linear(layer)
 
 
-class PackedHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+class PackedHeadMethod(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pack_linear(layer)
 
 
-class DraftHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+class DraftHeadMethod(UnquantizedEmbeddingMethod):
     """Int8, a scale for each row: half the bytes, of which a draft's head reads more than the draft's layer does.
 
     What is lost are drafts that are nearly as likely as another. The target verifies them with its own head.
@@ -132,7 +132,7 @@ def per_row_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 PACKED = {UnquantizedLinearMethod: PackedLinearMethod, UnquantizedEmbeddingMethod: PackedHeadMethod}
 
 
-class PackedExperts(CPUUnquantizedExperts):  # type: ignore[misc]
+class PackedExperts(CPUUnquantizedExperts):
     """SwiGLU experts without biases; vLLM's own class pads sizes and says which it supports."""
 
     name = "packed"

@@ -126,7 +126,7 @@ def postprocess_mamba(
             computed = int(num_computed[request])
             running = computed - accepted + 1
         else:
-            running = int(num_computed[request]) + int(num_scheduled[request]) - int(num_draft[request])  # type: ignore[index]
+            running = int(num_computed[request]) + int(num_scheduled[request]) - int(num_draft[request])
             computed = running + accepted - 1
         aligned = computed // block_size * block_size
         if aligned < running:
