@@ -60,10 +60,12 @@ def test_after_the_deadline_nothing_runs(run):
 
 def test_a_process_that_dies_or_loses_its_gpu_is_started_again_for_what_is_left(run):
     found = run(
+        "@pytest.fixture(autouse=True)\n"
+        "def pid(record_property): record_property('pid', os.getpid())\n"
         "def test_first(): pass\n"
-        + "def test_crash(): os.kill(os.getpid(), 9)\n"
-        + "def test_device_lost(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
-        + "def test_last(): pass\n"
+        "def test_crash(): os.kill(os.getpid(), 9)\n"
+        "def test_device_lost(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_last(): pass\n"
     )
     assert outcomes(found) == {
         "test_first": "passed",
@@ -72,6 +74,7 @@ def test_a_process_that_dies_or_loses_its_gpu_is_started_again_for_what_is_left(
         "test_last": "passed",
     }
     assert "status -9" in found["test_crash"]["reason"]
+    assert len({found[test]["pid"] for test in ("test_first", "test_device_lost", "test_last")}) == 3
 
 
 def test_a_test_that_hangs_is_ended_and_costs_no_other(run):

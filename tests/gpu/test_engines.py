@@ -42,6 +42,7 @@ ASKED = {
 class Case:
     """One engine start; ``v2``: vLLM's second model runner; ``kernels`` that have to run."""
 
+    checkpoint: str
     config: EngineConfig
     scenarios: tuple[str, ...]
     v2: bool = False
@@ -53,6 +54,7 @@ class Case:
 def vllm(
     name: str,
     *scenarios: str,
+    checkpoint: str,
     v2: bool,
     backend: str = "triton",
     graphs: str = "FULL_AND_PIECEWISE",
@@ -70,7 +72,7 @@ def vllm(
     env = {"VLLM_USE_V2_MODEL_RUNNER": str(int(v2))}
     if config["dtype"] == "float32":
         env["TRITON_F32_DEFAULT"] = "ieee"  # Triton's own attention and experts would round to TF32
-    return name, Case(EngineConfig(flags=flags, **config), scenarios, v2, quick, kernels, env)
+    return name, Case(checkpoint, EngineConfig("", flags=flags, **config), scenarios, v2, quick, kernels, env)
 
 
 REAL = {"checkpoint": "80b", "dtype": "bfloat16"}
@@ -99,7 +101,7 @@ CASES: dict[str, dict[str, Case]] = {
             vllm("bf16 v1 FlashInfer prefill", "mixed", v2=False, backend="auto", **REAL),
         ]
     ),
-    "sglang": {"bf16": Case(EngineConfig(**REAL), ("mixed", "reuse"), quick=True)},
+    "sglang": {"bf16": Case("80b", EngineConfig("", dtype="bfloat16"), ("mixed", "reuse"), quick=True)},
 }[ENGINE]  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def started(
         case = CASES[name]
         runs = [Run(key, scenario(case, key)) for key in case.scenarios]
         where = directory / f"{name.replace(' ', '-')}-{time.time_ns()}"
-        start = Start(ENGINE, checkpoint(case.config.checkpoint), case.config, runs, where)
+        start = Start(ENGINE, checkpoint(case.checkpoint), case.config, runs, where)
         try:
             start.run(min(TIMEOUT, deadline(request.config) - time.time()), env=case.env)
         except EngineFailed as e:
@@ -184,7 +186,7 @@ def test_distributions(
     assert key in start, failure
     result = start[key]
     check_conditions(scenario(case, key), config, result)
-    exact = reference(config.checkpoint, torch.float32)
+    exact = reference(case.checkpoint, torch.float32)
     tolerance = SERVED_LOGPROB_FLOAT32[ENGINE]
     found = compare(result, exact, tolerance if config.dtype == "float32" else float("inf"))
     record_property("difference", found.max)
@@ -195,7 +197,7 @@ def test_distributions(
         assert found.max <= tolerance, found.worst
         assert not found.wrong_tokens
         return
-    theirs = rounding(result, exact, reference(config.checkpoint, torch.bfloat16)).max
+    theirs = rounding(result, exact, reference(case.checkpoint, torch.bfloat16)).max
     record_property("transformers_bf16", theirs)
     record_property("ratio", found.max / theirs)
     assert found.max / theirs <= LOGPROB_BFLOAT16_RATIO, found.worst
