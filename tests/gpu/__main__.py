@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -73,7 +74,8 @@ class Group:
         lost = list(results.unfinished(self.results))
         for test in lost:
             results.add(self.results, test, FAILED, reason=f"{process.tail(self.log)}\n{reason}")
-        if (lost or status == DEVICE_LOST) and self.starts < MOST_STARTS:
+        died = lost or status == DEVICE_LOST or (status is not None and status < 0)
+        if died and self.starts < MOST_STARTS:
             self.start()
             return False
         if status not in (0, 1, 5):  # 5: no test was selected
@@ -141,7 +143,10 @@ def main() -> int:
     about = {"kind": "gpu-check", "command": " ".join(["scripts/gpu-check", *sys.argv[1:]])} | machine()
     about |= {engine: installed(engine) for engine in ("vllm", "sglang") if installed(engine)}
     about |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d")}
-    print(f"{about['gpu'] or 'no GPU: kernels run in an interpreter, the rest is left out'}, torch {about['torch']}")
+    print(
+        f"{about['gpu'] or 'no GPU: kernels run in an interpreter, the rest is left out'}, torch {about['torch']}",
+        flush=True,
+    )
     options = ["-m", "gpu and not exhaustive" if args.quick else "gpu", *more]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = (args.keep or Path(temporary)).absolute()
@@ -165,15 +170,12 @@ def main() -> int:
         about["seconds"] = round(time.time() - begin)
         record.save()
         found = record.results()
-    for outcome, heading in ((SKIPPED, "left out"), (FAILED, "failed")):
-        some = [result for result in found if result["outcome"] == outcome]
-        if some:
-            print(f"\n{heading}:")
-        for result in some if outcome == FAILED else ():
-            print(results.line(result))
-        if outcome == SKIPPED:
-            for reason in dict.fromkeys(result["reason"] for result in some):
-                print(f"{sum(result['reason'] == reason for result in some):4} {reason}")
+    left_out = Counter(result["reason"] for result in found if result["outcome"] == SKIPPED)
+    failed = [result for result in found if result["outcome"] == FAILED]
+    if left_out:
+        print("\nleft out:", *(f"{number:4} {reason}" for reason, number in left_out.items()), sep="\n")
+    if failed:
+        print("\nfailed:", *map(results.line, failed), sep="\n")
     counts = {outcome: sum(result["outcome"] == outcome for result in found) for outcome in (PASSED, FAILED, SKIPPED)}
     print(f"\n{', '.join(f'{n} {outcome}' for outcome, n in counts.items())} in {about['seconds']} s")
     return 1 if counts[FAILED] or not counts[PASSED] else 0

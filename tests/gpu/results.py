@@ -3,13 +3,13 @@
 import faulthandler
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 PASSED, FAILED, SKIPPED, RUNNING = "passed", "failed", "skipped", "running"
 DEVICE_LOST = 75  # exit status of a process whose GPU answers nothing any more
@@ -36,7 +36,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """End a process that hangs, as one whose GPU does would, after the seconds of ``timeout`` or past the deadline."""
     marker = item.get_closest_marker("timeout")
     seconds = min(marker.args[0] if marker else 3600, deadline(item.config) + 5 - time.time())
-    faulthandler.dump_traceback_later(max(seconds, 1), exit=True, file=sys.__stderr__)
+    stderr = item.config.stash[fault_handler_stderr_fd_key]  # the process's own, which pytest does not capture
+    faulthandler.dump_traceback_later(max(seconds, 1), exit=True, file=stderr)
     try:
         return (yield)
     finally:

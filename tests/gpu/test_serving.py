@@ -1,5 +1,6 @@
 """Tokens per second end to end, recorded: our model and vLLM's own, each in a process that stays, measured in turn."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -43,7 +44,9 @@ def sides(
     model = str(checkpoint("serving"))
 
     def side(side: Side, drafts: int) -> AbstractContextManager[Measure]:
-        return offline(side, Task(model, WORKLOADS, draft_tokens=drafts), directory / f"{side.name}-{drafts}")
+        return offline(
+            side, Task(model, WORKLOADS, draft_tokens=drafts), directory / f"{side.name}-{drafts}-{time.time_ns()}"
+        )
 
     with ExitStack() as stack:
         yield {n: {each.name: stack.enter_context(side(each, n)) for each in SIDES} for n in drafts}
