@@ -1,4 +1,4 @@
-"""Everything in ``tests/gpu`` in one go: ``scripts/gpu-check [OPTIONS] [PYTEST ARGUMENTS]``.
+"""Everything in ``tests/gpu`` in one go: ``scripts/gpu-check [OPTIONS] [PYTEST OPTIONS]``.
 
 Each group of tests is a pytest process; one that dies, hangs or runs out of time loses the test it was at, and is
 started again for those that are left. Without a GPU it runs what Triton's interpreter can, and says what it left out.
