@@ -109,29 +109,29 @@ def growth(times: dict[str, dict[Any, list[float]]], kind: str) -> float:
 
 
 def gpu_check(found: dict[str, Any]) -> str:
-    """Of ``scripts/gpu-check``: what was checked, then what was measured."""
-    checks = found["checks"]
-    sections = sorted({check["section"] for check in checks if check["section"] in ("kernels", "engines")})
-    rows = [["Checked", "ok", "failed", "left out", "largest error or difference"]]
-    for section in sections:
-        mine = [check for check in checks if check["section"] == section]
-        counts = [str(sum(c["status"] == status for c in mine)) for status in ("ok", "FAILED", "left out")]
-        errors = [c[name] for c in mine for name in ("error", "difference") if name in c]
-        rows.append([section, *counts, f"{max(errors):.2g}" if errors else ""])
+    """The tables of ``scripts/gpu-check``: what was tested, then what was measured."""
+    results = found["results"]
+    rows = [["Tested", "passed", "failed", "left out", "largest error or difference"]]
+    for kind in ("layer", "ops", "engines"):
+        mine = [result for result in results if result["kind"] == kind]
+        counts = [str(sum(r["outcome"] == outcome for r in mine)) for outcome in ("passed", "failed", "skipped")]
+        errors = [r[name] for r in mine for name in ("error", "difference") if name in r]
+        rows += [[kind, *counts, f"{max(errors):.2g}" if errors else ""]] if mine else []
     parts = [f"{found['gpu']}, torch {found['torch']}:\n", table(rows)]
 
     steps = [["One layer", "us", "against native", "share of the ceiling"]]
-    for check in checks:
-        if check["section"] == "timing" and "ours_us" in check:
-            speedup = f"{check['speedup']:.2f}" if "speedup" in check else ""
-            share = f"{check['of_peak']:.0%}" if "of_peak" in check else ""
-            steps.append([check["check"], f"{check['ours_us']:.0f}", speedup, share])
+    for result in results:
+        if result["kind"] == "speed" and "ours_us" in result:
+            speedup = f"{result['speedup']:.2f}" if "speedup" in result else ""
+            share = f"{result['of_peak']:.0%}" if "of_peak" in result else ""
+            name = result["test"].rpartition("::test_")[2]
+            steps.append([name, f"{result['ours_us']:.0f}", speedup, share])
     if len(steps) > 1:
         parts.append(table(steps))
 
-    last = {check["check"].split(",")[0]: check for check in checks if "workloads" in check}
-    for mtp, check in last.items():
-        parts += [f"{mtp}, tokens per second end to end:\n", bench(check)]
+    last = {result["mtp"]: result for result in results if "workloads" in result}
+    for drafts, result in last.items():
+        parts += [f"MTP {drafts}, tokens per second end to end:\n", bench(result)]
     return "\n".join(parts)
 
 
@@ -179,7 +179,7 @@ def written(document: str) -> str:
     def region(match: re.Match[str]) -> str:
         runs = {file.stem: json.loads(file.read_text()) for file in sorted(ROOT.glob(match["file"]))}
         first, *more = runs.values()
-        kinds = {"checks": gpu_check, "microseconds by context": context, "times": engines, "workloads": bench}
+        kinds = {"results": gpu_check, "microseconds by context": context, "times": engines, "workloads": bench}
         if "rows" in first:
             made = verify(list(runs.values()))
         else:

@@ -1,4 +1,4 @@
-"""What ``scripts/gpu-check`` does with its workers' results; what it checks: ``engines/test_vllm_gpu_check.py``."""
+"""What ``scripts/gpu-check`` does with the results of tests, and where there is no GPU; the tests are in ``gpu/``."""
 
 import json
 import os
@@ -10,83 +10,89 @@ from pathlib import Path
 import pytest
 
 from bench import tables
-from bench.gpu_check.__main__ import Worker
-from bench.gpu_check.report import FAILED, LEFT_OUT, OK, RUNNING, Report, read
+from tests.gpu import __main__ as gpu_check
+from tests.gpu.results import read
 
 
-def worker(folder, code):
-    """A worker whose module is ``code``."""
-    (folder / "gpu_check_worker.py").write_text(
-        "import argparse, os, pathlib, time\n"
-        "from bench.gpu_check.report import Report\n"
-        "parser = argparse.ArgumentParser()\n"
-        "parser.add_argument('--out', type=pathlib.Path)\n"
-        "parser.add_argument('--deadline', type=float)\n"
-        "args = parser.parse_args()\n"
-        "report = Report('section', args.out, args.deadline)\n" + code
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs tests, given as code, as a group until ``seconds`` from now: results by name of the test."""
+
+    def ran(code, seconds=60.0):
+        (tmp_path / "conftest.py").write_text("from tests.gpu.results import *\n")
+        (tmp_path / "test_it.py").write_text(f"import os, time, pytest\n{code}")
+        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = timeout(seconds)\n")
+        monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, [str(tables.ROOT), *sys.path])))
+        arguments = ["--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
+        group = gpu_check.Group("it", arguments, tmp_path, time.time() + seconds)
+        group.start()
+        while not group.ended():
+            time.sleep(0.05)
+        return {test.rpartition("::")[2]: result for test, result in read(group.results).items()}
+
+    return ran
+
+
+def outcomes(found):
+    return {test: result["outcome"] for test, result in found.items()}
+
+
+def test_results_are_data(run):
+    found = run(
+        "def test_good(record_property): record_property('error', 0.5)\n"
+        + "def test_bad(record_property):\n    record_property('error', 2)\n    1 / 0\n"
     )
-    return Worker("worker", "section", ["gpu_check_worker"], folder)
-
-
-def outcome(worker, seconds, monkeypatch):
-    monkeypatch.syspath_prepend(worker.folder)
-    monkeypatch.setenv("PYTHONPATH", f"{worker.folder}:{':'.join(p for p in sys.path if p)}")
-    worker.start(time.time() + seconds)
-    while not worker.ended():
-        time.sleep(0.05)
-    return {check: record["status"] for (_, check), record in read(worker.records).items()}
-
-
-def test_a_failing_check_costs_no_other(tmp_path):
-    report = Report("section", tmp_path / "out", time.time() + 60)
-    report.run("bad", lambda: 1 / 0)
-    report.run("good", lambda: {"error": 0.5})
-    records = read(tmp_path / "out")
-    assert records["section", "bad"]["status"] == FAILED
-    assert "ZeroDivisionError" in records["section", "bad"]["reason"]
-    assert records["section", "good"] | {"seconds": 0} == {
-        "section": "section",
-        "check": "good",
-        "status": OK,
+    assert found["test_good"] | {"seconds": 0} == {
+        "kind": "it",
+        "test": "test_it.py::test_good",
+        "outcome": "passed",
         "seconds": 0,
         "error": 0.5,
     }
+    assert found["test_bad"]["outcome"] == "failed" and found["test_bad"]["error"] == 2
+    assert "ZeroDivisionError" in found["test_bad"]["reason"]
 
 
-def test_a_check_after_the_deadline_is_left_out(tmp_path):
-    report = Report("section", tmp_path / "out", time.time() - 1)
-    report.run("late", lambda: pytest.fail("ran"))
-    assert read(tmp_path / "out")["section", "late"]["status"] == LEFT_OUT
+def test_after_the_deadline_nothing_runs(run):
+    found = run("def test_late(): assert False\n", seconds=-1)
+    assert found["test_late"]["outcome"] == "skipped" and found["test_late"]["reason"] == "out of time"
 
 
-def test_a_worker_that_dies_is_started_again_for_what_is_left(tmp_path, monkeypatch):
-    code = (
-        "report.run('first', dict)\n"
-        "report.run('crash', lambda: os.kill(os.getpid(), 9))\n"
-        "def lost(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
-        "report.run('device lost', lost)\n"
-        "report.run('last', dict)\n"
+def test_a_process_that_dies_or_loses_its_gpu_is_started_again_for_what_is_left(run):
+    found = run(
+        "@pytest.fixture(autouse=True)\n"
+        "def pid(record_property): record_property('pid', os.getpid())\n"
+        "def test_first(): pass\n"
+        "def test_crash(): os.kill(os.getpid(), 9)\n"
+        "def test_device_lost(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_last(): pass\n"
     )
-    found = outcome(worker(tmp_path, code), 60, monkeypatch)
-    assert found == {"first": OK, "crash": FAILED, "device lost": FAILED, "last": OK}
+    assert outcomes(found) == {
+        "test_first": "passed",
+        "test_crash": "failed",
+        "test_device_lost": "failed",
+        "test_last": "passed",
+    }
+    assert "status -9" in found["test_crash"]["reason"]
+    assert len({found[test]["pid"] for test in ("test_first", "test_device_lost", "test_last")}) == 3
 
 
-def test_a_worker_that_hangs_is_ended_and_keeps_what_it_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.gpu_check.__main__.GRACE", 0)
-    code = "report.run('first', dict)\nreport.run('hang', lambda: time.sleep(600))\n"
-    found = outcome(worker(tmp_path, code), 4, monkeypatch)
-    assert found == {"first": OK, "hang": FAILED, "worker": FAILED}
+def test_a_test_that_hangs_is_ended_and_costs_no_other(run):
+    found = run("@pytest.mark.timeout(1)\n" + "def test_hang(): time.sleep(600)\n" + "def test_last(): pass\n")
+    assert outcomes(found) == {"test_hang": "failed", "test_last": "passed"}
+    assert "Timeout" in found["test_hang"]["reason"]
 
 
-def test_a_worker_that_never_starts_has_failed(tmp_path, monkeypatch):
-    assert outcome(worker(tmp_path, "raise SystemExit(3)\n"), 60, monkeypatch) == {"worker": FAILED}
+def test_a_process_that_hangs_outside_of_tests_is_ended(run, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 0.0)
+    monkeypatch.setattr(gpu_check, "SHORTEST", 2.0)
+    found = run("time.sleep(600)\n", seconds=2)
+    assert outcomes(found) == {"tests/gpu/it": "failed"}
+    assert "still running when its time was up" in found["tests/gpu/it"]["reason"]
 
 
-def test_running_is_not_the_last_word(tmp_path):
-    report = Report("section", tmp_path / "out", time.time() + 60)
-    report.add("check", RUNNING)
-    Report("section", tmp_path / "out", time.time() + 60)
-    assert read(tmp_path / "out")["section", "check"]["status"] == FAILED
+def test_tests_that_cannot_be_read_have_failed(run):
+    assert outcomes(run("raise SystemError('no such GPU')\n")) == {"tests/gpu/it": "failed"}
 
 
 def test_table_of_a_gpu_run():
@@ -94,21 +100,29 @@ def test_table_of_a_gpu_run():
         {
             "gpu": "NVIDIA H200",
             "torch": "2.13.0",
-            "checks": [
-                {"section": "kernels", "check": "a", "status": "ok", "error": 0.02},
-                {"section": "kernels", "check": "b", "status": "FAILED", "reason": "x"},
-                {"section": "timing", "check": "decode, batch 1", "status": "ok", "ours_us": 12.3, "of_peak": 0.5},
+            "results": [
+                {"kind": "layer", "test": "tests/gpu/test_layer.py::test_a", "outcome": "passed", "error": 0.02},
+                {"kind": "layer", "test": "tests/gpu/test_layer.py::test_b", "outcome": "failed", "reason": "x"},
                 {
-                    "section": "serving",
-                    "check": "MTP 2, pair 1 of 2",
-                    "status": "ok",
+                    "kind": "speed",
+                    "test": "tests/gpu/test_speed.py::test_step[0-1]",
+                    "outcome": "passed",
+                    "ours_us": 12.3,
+                    "of_peak": 0.5,
+                },
+                {
+                    "kind": "serving",
+                    "test": "tests/gpu/test_serving.py::test_pair[1-2]",
+                    "outcome": "passed",
+                    "mtp": 2,
                     "workloads": {"decode batch 1": {"ours": [110, 112], "native": [100, 100], "ratio": 1.11}},
                 },
             ],
         }
     )
-    assert "| kernels | 1 | 1 | 0 | 0.02 |" in made
-    assert "| decode, batch 1 | 12 |  | 50% |" in made
+    assert "| layer | 1 | 1 | 0 | 0.02 |" in made
+    assert "| step[0-1] | 12 |  | 50% |" in made
+    assert "MTP 2, tokens per second" in made
     assert "| decode batch 1 | 111 | 100 | 1.11 (1.10-1.12) |" in made
 
 
@@ -119,8 +133,11 @@ def test_documents_say_what_the_result_files_say(document):
 
 def test_without_a_gpu_it_says_what_it_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    command = ["scripts/gpu-check", "--only", "timing", "--json", str(tmp_path / "out.json")]
+    command = ["scripts/gpu-check", "-k", "experts or pair", "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=tables.ROOT, capture_output=True, text=True)
-    checks = {c["check"]: c for c in json.loads((tmp_path / "out.json").read_text())["checks"]}
-    assert done.returncode == 1  # nothing was checked
-    assert checks["timing"]["status"] == LEFT_OUT and checks["timing"]["reason"] == "no GPU", done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert done.returncode == 1, done.stderr  # nothing passed
+    assert found["gpu"] is None and found["kind"] == "gpu-check"
+    assert {result["kind"] for result in found["results"]} == {"speed", "serving"}
+    assert {(result["outcome"], result["reason"]) for result in found["results"]} == {("skipped", "no GPU")}
+    assert "no GPU: kernels run in an interpreter" in done.stdout and "10 no GPU" in done.stdout

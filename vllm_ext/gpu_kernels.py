@@ -15,6 +15,7 @@ from vllm.third_party.flash_linear_attention.ops import (
 )
 from vllm.third_party.flash_linear_attention.ops.layernorm_guard import layer_norm_fwd
 from vllm.third_party.flash_linear_attention.ops.utils import FLA_CHUNK_SIZE
+from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 
 from qnext_plugin import ops
@@ -46,6 +47,17 @@ def fused_mtp_decode_obstacle(dims: GatedDeltaNetDims, vllm_config: VllmConfig) 
     return "; ".join(text for text, holds in obstacles.items() if holds)
 
 
+def torch_prefill_reason(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
+    """Why ``qnext_plugin.ops`` computes prefills behind vLLM's convolution; empty where vLLM's kernels do."""
+    if dtype == torch.float32:
+        return "vLLM's kernels take no float32"
+    key, value = dims.head_k_dim, dims.head_v_dim
+    if next_power_of_2(key) != next_power_of_2(value):
+        # Its masks for keys and values then have different shapes under one name; Triton's interpreter lets that pass.
+        return f"vLLM's fused_post_conv_prep does not compile for heads of {key} and {value}"
+    return ""
+
+
 class GpuKernels:
     """In a full CUDA graph a batch is padded: rows past the real ones carry the null slot, which kernels skip.
 
@@ -59,8 +71,9 @@ class GpuKernels:
         if self.prefill_backend == "flashinfer" and not dims.head_k_dim == dims.head_v_dim == 128:
             self.prefill, self.prefill_backend = chunk.forward_native, "triton"
             self.prefill_obstacle = f"FlashInfer takes heads of 128, not {dims.head_k_dim} and {dims.head_v_dim}"
-        if vllm_config.model_config.dtype == torch.float32:
-            self.prefill_backend, self.prefill_obstacle = "torch", "vLLM's kernels take no float32"
+        reason = torch_prefill_reason(dims, vllm_config.model_config.dtype)
+        if reason:
+            self.prefill_backend, self.prefill_obstacle = "torch", reason
         self.obstacle = fused_mtp_decode_obstacle(dims, vllm_config)
         self.fused_mtp_decode = not self.obstacle
         self.warm = False

@@ -4,6 +4,7 @@
 device  condition                                                serves
 ======  =======================================================  ==================================================
 GPU     float32 prefill, which vLLM's backends refuse            ``qnext_plugin.ops`` behind vLLM's convolution
+GPU     prefill, K and V under different powers of two           the same: vLLM's preparation does not compile there
 GPU     otherwise                                                ``gpu_kernels``: vLLM's Triton, CUDA and FlashInfer
 CPU     convolution: bfloat16, width 4, AVX512-BF16 or Arm bf16  ``cpp``: vLLM's C++ convolution
 CPU     delta rule: bfloat16, K = V in (64, 128)                 ``cpp``: vLLM's C++ delta rule

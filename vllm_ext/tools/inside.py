@@ -14,8 +14,14 @@ from qnext_plugin.kernel_log import KERNELS_RAN
 
 def serving_modules(worker: Any) -> set[str]:
     """Modules of the classes that serve as model and, on the stage that has one, as draft."""
-    models = [worker.model_runner.model, *([_drafter(worker).model] if _drafter(worker) else [])]
-    return {type(model).__module__ for model in models}
+    runner = worker.model_runner
+    models = (runner.get_model(), runner.get_draft_model())  # without what wraps them to capture CUDA graphs
+    return {type(model).__module__ for model in models if model is not None}
+
+
+def runner_module(worker: Any) -> str:
+    """Module of the model runner: vLLM has two."""
+    return type(worker.model_runner).__module__
 
 
 def _drafter(worker: Any) -> Any:

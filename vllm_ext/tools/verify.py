@@ -13,7 +13,7 @@ import torch
 from qnext_plugin.verify.comparison import Completion, Result
 from qnext_plugin.verify.scenarios import SAMPLING, EngineConfig, Prompt, Scenario
 from qnext_plugin.verify.worker import Worker, main, num_logprobs, top
-from vllm_ext.tools.inside import kernels_ran, record_draft, serving_modules, set_drafts
+from vllm_ext.tools.inside import kernels_ran, record_draft, runner_module, serving_modules, set_drafts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions we run in workers
@@ -87,7 +87,15 @@ class Engine(Worker):
     def serving(self) -> dict[str, Any]:
         modules = set().union(*self.llm.collective_rpc(serving_modules))
         kernels = set().union(*self.llm.collective_rpc(kernels_ran))
-        return {"modules": sorted(modules), "kernels": sorted(kernels), "memory": self.memory()}
+        config = self.llm.llm_engine.vllm_config
+        return {
+            "modules": sorted(modules),
+            "kernels": sorted(kernels),
+            "memory": self.memory(),
+            "runner": self.llm.collective_rpc(runner_module)[0],
+            "graphs": str(config.compilation_config.cudagraph_mode),
+            "async": bool(config.scheduler_config.async_scheduling),
+        }
 
     def memory(self) -> dict[str, Any]:
         cache = self.llm.llm_engine.vllm_config.cache_config

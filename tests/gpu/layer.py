@@ -20,42 +20,15 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttenti
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from qnext_plugin.config import GatedDeltaNetDims
-from qnext_plugin.kernel_log import record
 from qnext_plugin.reference import formulas
-from tests.support.tolerances import assert_close
+from tests.gpu.turns import Request, Turn
+from tests.support.tolerances import LAYER, assert_close
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.gpu_kernels import GpuKernels
-from vllm_ext.state import conv_view, state_dtypes, state_shapes
+from vllm_ext.state import state_dtypes, state_shapes
 
 PREFIX = "model.layers.0.linear_attn"
 EPS = 1e-6
-
-
-@dataclass
-class Request:
-    """``tokens`` [T, ...] are the inputs accepted so far; ``slots`` [1 + drafts] its places in the cache.
-
-    ``accepted`` of the last step's tokens were accepted.
-    """
-
-    slots: Tensor
-    tokens: Tensor
-    accepted: int = 1
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One request's part in a step: ``num_tokens`` of prompt or a decode (1), or when ``drafts`` is not None a
-    token and that many drafts, of which ``accepted`` (the token itself included) stay."""
-
-    request: Request
-    num_tokens: int = 1
-    drafts: int | None = None
-    accepted: int = 1
-
-    @property
-    def length(self) -> int:
-        return self.num_tokens if self.drafts is None else 1 + self.drafts
 
 
 @dataclass
@@ -75,7 +48,6 @@ class Layer:
     num_slots: int = 64
     device: str = "cpu"
     seed: int = 0
-    kernels: type[GpuKernels] = GpuKernels
     config: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,7 +119,7 @@ class Layer:
         layer._state_dtypes = state_dtypes(self.config)
         layer.kv_cache = self._cache(layer)
         with self.context():
-            layer.kernels = self.kernels(dims, self.config)
+            layer.kernels = GpuKernels(dims, self.config)
         return layer
 
     def _weight(self, value: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -212,10 +184,9 @@ class Layer:
         with torch.inference_mode():
             return self.builder.build(0, common, **more)
 
-    def step(self, turns: Sequence[Turn], tolerance: float, padded: int = 0) -> float:
-        """Run one batch and hold it against the oracle; the largest relative error, ``AssertionError`` above
-        ``tolerance``."""
-        dims = self.dims
+    def step(self, turns: Sequence[Turn], padded: int = 0) -> float:
+        """Run one batch and compare it with the oracle; return the largest relative error."""
+        dims, tolerance = self.dims, LAYER[self.dtype]
         metadata = self.metadata(turns, padded)
         width = dims.conv_dim + dims.value_dim + 2 * dims.num_v_heads
         # Shifted, so that q and k are not orthogonal: the gated norm would blow up the rounding of almost nothing.
@@ -263,43 +234,6 @@ class Layer:
         out, states = formulas.gated_delta_rule(q, k, v, g, beta, state)
         out = formulas.rms_norm_gated(out, z, double(layer.norm.weight), EPS)
         return out[-last:].cpu(), states[-last:].cpu()
-
-
-class OneLaunch(GpuKernels):
-    """Steps without prompts in one launch of our own instead of vLLM's kernels."""
-
-    def run(self, layer: GatedDeltaNet, metadata: GDNAttentionMetadata, *tensors: Tensor) -> None:
-        if metadata.num_prefills:
-            super().run(layer, metadata, *tensors)
-            return
-        from qnext_plugin.ops.triton_step import gated_delta_net_step
-
-        qkv, _, b, _, out = tensors
-        if metadata.spec_sequence_masks is None:
-            slots, cu_seqlens = metadata.non_spec_state_indices_tensor[:, None], metadata.non_spec_query_start_loc
-            accepted = None
-        else:
-            slots, cu_seqlens = metadata.spec_state_indices_tensor, metadata.spec_query_start_loc
-            accepted = metadata.num_accepted_tokens
-        dims = layer.dims
-        gated_delta_net_step(
-            # Views of the whole rows that these begin.
-            qkv.as_strided((len(qkv), dims.conv_dim + dims.value_dim), qkv.stride()),
-            b.as_strided((len(b), 2 * dims.num_v_heads), b.stride()),
-            out,
-            dims=dims,
-            conv_weight=layer.conv1d.weight.squeeze(1),
-            A_log=layer.A_log,
-            dt_bias=layer.dt_bias,
-            norm_weight=layer.norm.weight,
-            eps=layer.norm.eps,
-            conv_state=conv_view(layer.kv_cache[0]),
-            recurrent_state=layer.kv_cache[1],
-            slots=slots,
-            cu_seqlens=cu_seqlens,
-            num_accepted=accepted,
-        )
-        record("step: one launch")
 
 
 @contextlib.contextmanager
