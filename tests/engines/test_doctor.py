@@ -19,6 +19,10 @@ ADAPTER = f"{ENGINE}_ext"
 COMMAND = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
 NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.srt.models.qwen3_next."}
 DRAFT = {"vllm": ["--speculative-config", '{"method":"qwen3_next_mtp","num_speculative_tokens":2}'], "sglang": []}
+REPLACED = {
+    "vllm": "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+    "sglang": "sglang.srt.managers.scheduler:validate_input_length",
+}
 # A parameter that we name in a call and that is not looked at before there is a model.
 RENAMED = {
     "vllm": ("model_executor/layers/rotary_embedding/__init__.py", "rope_parameters:", "rope:"),
@@ -72,6 +76,7 @@ def test_names_our_classes_and_the_kernels_that_then_serve(checkpoint, serve):
     assert report["in_tested_range"]
     assert report["classes"]["target"] == f"{ADAPTER}.model.Qwen3NextForCausalLM"
     assert {"prefill", "experts", "attention"} < report["kernels"].keys()
+    assert REPLACED[ENGINE] in dict(report["replacements"])
     if ENGINE == "vllm":
         assert not any("--block-size" in risk for risk, _ in report["risks"]), "nobody asked for a block size"
         assert report["classes"]["draft"] == "vllm_ext.mtp.Qwen3NextMTP"
