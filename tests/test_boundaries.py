@@ -13,6 +13,15 @@ ENGINES = {"vllm_ext": "vllm", "sglang_ext": "sglang"}
 ADAPTERS = [name for name in ENGINES if (ROOT / name).exists()]
 NATIVE_MODULES = ("vllm.model_executor.models.qwen3_next", "sglang.srt.models.qwen3_next")
 NATIVE_CLASSES = ("QwenGatedDeltaNetAttention", "Qwen3GatedDeltaNet")
+# Calls that change nothing, so that an `assert` may make them: it is gone under `python -O`.
+PURE = {"all", "any", "isinstance", "len"} | {
+    "is_contiguous",
+    "monotonic",
+    "startswith",
+    "stride",
+    "token_to_id",
+    "values",
+}
 
 
 def modules(package: str) -> list[str]:
@@ -52,6 +61,21 @@ def words(tree: ast.Module) -> Iterator[str]:
 
 def parsed(package: str) -> dict[str, ast.Module]:
     return {str(p.relative_to(ROOT)): ast.parse(p.read_text()) for p in sorted((ROOT / package).rglob("*.py"))}
+
+
+def called_in_asserts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and last name of every call in the condition of an ``assert``; an assignment there counts as one."""
+    for statement in ast.walk(tree):
+        for node in ast.walk(statement.test) if isinstance(statement, ast.Assert) else ():
+            if isinstance(node, ast.Call):
+                yield statement.lineno, ast.unparse(node.func).rpartition(".")[2]
+            elif isinstance(node, ast.NamedExpr | ast.Await | ast.Yield):
+                yield statement.lineno, ast.unparse(node)
+
+
+def imported_at_once(tree: ast.Module) -> Iterator[str]:
+    """What is imported when a module is: not what stands in a function, nor what is for a type checker only."""
+    return imports(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []))
 
 
 def is_within(name: str, package: str) -> bool:
@@ -94,3 +118,33 @@ def test_adapter_uses_nothing_of_the_native_model(adapter: str) -> None:
         if word.startswith(NATIVE_MODULES) or word in NATIVE_CLASSES
     ]
     assert not imported + named
+
+
+@pytest.mark.parametrize("package", ["qnext_plugin", *ADAPTERS])
+def test_no_assert_has_a_side_effect(package: str) -> None:
+    found = [(file, line, name) for file, tree in parsed(package).items() for line, name in called_in_asserts(tree)]
+    assert not [call for call in found if call[2] not in PURE]
+
+
+# Names that users type, for classes that run on CPUs only.
+ALIASES = {"vllm_ext/scheduler.py", "vllm_ext/ray_executor.py"}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_a_gpu_server_imports_imports_nothing_for_cpus(adapter: str) -> None:
+    """Modules of the adapter's top level are imported by every server, those below ``cpu`` on a CPU alone."""
+    at_the_top = {file: tree for file, tree in parsed(adapter).items() if file.count("/") == 1}
+    found = [
+        (file, name)
+        for file, tree in at_the_top.items()
+        if file not in ALIASES
+        for name in imported_at_once(tree)
+        if is_within(name, f"{adapter}.cpu") or is_within(name, "qnext_plugin.ops.cpu") or is_within(name, "numba")
+    ]
+    assert len(at_the_top) > 10 and not found
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_compat_is_a_leaf(adapter: str) -> None:
+    """It names functions of the adapter by strings, so that every module may import it."""
+    assert not [name for name in imports(parsed(adapter)[f"{adapter}/compat.py"]) if is_within(name, adapter)]
