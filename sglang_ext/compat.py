@@ -1,8 +1,17 @@
-"""Everything that depends on the version of SGLang."""
+"""Everything that depends on the version of SGLang: branches on it, and what is replaced in it (``REPLACEMENTS``).
 
+It imports nothing else of this package: functions of ours are named by strings and imported where they are needed.
+"""
+
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from sglang.srt.platforms import current_platform
+from sglang.version import __version__
+
+from qnext_plugin.replacements import Feature, Replacement, install
 
 ON_CPU: bool = current_platform.device_type == "cpu"
 """Whether this process computes on a CPU, and so with kernels of ours."""
@@ -54,3 +63,231 @@ def uses_expert_location(experts: Any) -> bool:
     SGLang 0.5.22 makes no difference. The question can go with its support.
     """
     return bool(getattr(experts, "uses_expert_location", True))
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a process uses of SGLang, as far as replacements depend on it."""
+
+    model: bool = False
+    """It builds one of our models."""
+    drafts: bool = False
+    adapters: bool = False
+    quantization: bool = False
+    """It reads the configuration of a quantized checkpoint."""
+
+
+@cache
+def cannot_pin() -> bool:
+    try:
+        torch.zeros(1).pin_memory()
+    except RuntimeError:
+        return True
+    return False
+
+
+UPDATES = Feature("weight updates", lambda uses: uses.model)
+REQUESTS = Feature("requests that do not fit the vocabulary", lambda uses: uses.model)
+LORA = Feature("LoRA", lambda uses: uses.adapters)
+ON_CPUS = Feature("CPUs", lambda uses: ON_CPU and uses.model)
+PINNING_ON_CPUS = Feature("CPUs", lambda uses: ON_CPU and uses.model and cannot_pin())
+NEXTN_ON_CPUS = Feature("NEXTN on CPUs", lambda uses: ON_CPU and uses.drafts)
+LORA_ON_CPUS = Feature("LoRA on CPUs", lambda uses: ON_CPU and uses.adapters)
+QUANTIZATION_ON_CPUS = Feature("quantized checkpoints on CPUs", lambda uses: ON_CPU and uses.quantization)
+
+
+def guard(method: str, why: str) -> Replacement:
+    return Replacement(
+        UPDATES,
+        target=f"sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater.{method}",
+        ours=f"sglang_ext.guards:{method}",
+        why=why,
+        until="SGLang refuses an update before it changes anything",
+        kind="around",
+    )
+
+
+def kernel(feature: Feature, target: str, ours: str, *parameters: str) -> Replacement:
+    return Replacement(
+        feature,
+        target=target,
+        ours=ours,
+        why="it runs on GPUs only",
+        until="SGLang lets a platform provide it",
+        parameters=parameters,
+    )
+
+
+GDN = "sglang.srt.layers.attention.linear.gdn_backend"
+STATES = "sglang.kernels.ops.mamba.mamba_state_scatter_triton"
+SPECULATIVE = "sglang.kernels.ops.speculative"
+FACTORY = "sglang.srt.speculative.draft_utils:DraftBackendFactory"
+OUR_GDN, OUR_DRAFTS = "sglang_ext.cpu.gated_delta_net", "sglang_ext.cpu.speculation"
+
+# No CPU can run the kernels that are replaced, so no other model depends on them.
+REPLACEMENTS = (
+    guard("begin_weight_update", "a model does not learn where one update ends and the next begins"),
+    guard("update_weights_from_disk", "files that do not fit are found when a part of the weights is overwritten"),
+    guard("update_weights_from_tensor", "tensors that do not fit end the scheduler process"),
+    Replacement(
+        REQUESTS,
+        target="sglang.srt.managers.scheduler:validate_input_length",
+        ours="sglang_ext.guards:validate_request",
+        why="ids outside the vocabulary, or more log-probabilities than it has ids, end the scheduler process",
+        until="SGLang checks them",
+        kind="around",
+        parameters=("req",),
+    ),
+    Replacement(
+        LORA,
+        target="sglang.srt.lora.lora:LoRAAdapter._process_weight",
+        ours="sglang_ext.lora:process_weight",
+        why="tensors are sorted by the last parts of their names, so that a draft's pass for those of the first layers",
+        until="SGLang lets a model see an adapter first",
+        kind="around",
+        parameters=("name", "loaded_weight"),
+    ),
+    Replacement(
+        LORA,
+        target="sglang.srt.lora.lora:LoRAAdapter._normalize_weights",
+        ours="sglang_ext.lora:normalize_weights",
+        why="what it has no place for is left out in silence, and rows are not in the order of our weights",
+        until="SGLang lets a model see an adapter first",
+        kind="around",
+    ),
+    kernel(ON_CPUS, f"{GDN}:TritonGDNKernel", f"{OUR_GDN}:TorchGDNKernel"),
+    kernel(ON_CPUS, f"{GDN}:causal_conv1d_fn", f"{OUR_GDN}:causal_conv1d_fn", "cache_indices", "has_initial_state"),
+    kernel(
+        ON_CPUS,
+        f"{GDN}:causal_conv1d_update",
+        f"{OUR_GDN}:causal_conv1d_update",
+        "conv_state_indices",
+        "intermediate_conv_window",
+        "intermediate_state_indices",
+        "retrieve_next_token",
+        "retrieve_next_sibling",
+        "retrieve_parent_token",
+    ),
+    kernel(ON_CPUS, f"{GDN}:fused_gdn_gating", f"{OUR_GDN}:fused_gdn_gating", "A_log", "a", "b", "dt_bias"),
+    kernel(ON_CPUS, f"{STATES}:track_mamba_states_all_layers", f"{OUR_GDN}:track_states_all_layers"),
+    kernel(ON_CPUS, f"{STATES}:track_mamba_states_if_needed", f"{OUR_GDN}:track_states"),
+    kernel(
+        ON_CPUS,
+        f"{STATES}:scatter_mamba_states_after_mtp_verify",
+        f"{OUR_GDN}:commit_states_after_verify",
+        "src_indices_raw",
+    ),
+    Replacement(
+        PINNING_ON_CPUS,
+        target="torch:Tensor.pin_memory",
+        ours="sglang_ext.cpu.repairs:pin_memory",
+        why="ScheduleBatch.prepare_for_decode pins without asking whether torch can",
+        until="it asks is_pin_memory_available, as its neighbors do",
+        kind="set",
+    ),
+    Replacement(
+        PINNING_ON_CPUS,
+        target="sglang.srt.mem_cache.pool_host.common:ALLOC_MEMORY_FUNCS[cpu]",
+        ours="sglang_ext.cpu.repairs:allocate",
+        why="--enable-return-routed-experts pins without asking whether torch can",
+        until="it asks is_pin_memory_available, as its neighbors do",
+        kind="set",
+    ),
+    *(
+        kernel(NEXTN_ON_CPUS, f"{SPECULATIVE}.{module}:{function}", f"{OUR_DRAFTS}:{function}")
+        for module, function in (
+            ("cache_locs", "assign_draft_cache_locs_contiguous_func"),
+            ("cache_locs", "fill_front_out_cache_loc_func"),
+            ("eagle", "fill_accept_out_cache_loc_func"),
+            ("eagle", "fill_bonus_tokens_func"),
+            ("gather_spec_extras", "gather_spec_extras"),
+            ("spec_tree", "build_tree_kernel_efficient_func"),
+            ("spec_tree", "verify_tree_greedy_func"),
+        )
+    ),
+    kernel(
+        NEXTN_ON_CPUS,
+        "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
+        f"{OUR_DRAFTS}:assign_req_to_token_pool_func",
+    ),
+    *(
+        Replacement(
+            NEXTN_ON_CPUS,
+            target=f"{FACTORY}.{method}",
+            ours=f"sglang_ext.cpu.attention:{method}",
+            why="it knows no attention backend for drafts on this platform",
+            until="a platform can name one",
+        )
+        for method in ("create_decode_backend", "create_draft_extend_backend")
+    ),
+    *(
+        Replacement(
+            NEXTN_ON_CPUS,
+            target=f"sglang.srt.speculative.eagle_utils:{function}",
+            ours=f"{OUR_DRAFTS}:{function}",
+            why="it is None off GPUs, and called when drafts are sampled",
+            until="it is not None on a CPU",
+            kind="set",
+        )
+        for function in ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_p_renorm_prob")
+    ),
+    Replacement(
+        NEXTN_ON_CPUS,
+        target="sglang.srt.speculative.spec_utils:_select_top_k_tokens_later",
+        ours="sglang_ext.cpu.repairs:select_top_k_tokens",
+        why="it is compiled, for seconds, while the first request waits",
+        until="SGLang does not compile it on CPUs",
+        kind="around",
+    ),
+    *(
+        Replacement(
+            LORA_ON_CPUS,
+            target=f"sglang.srt.lora.{module}:torch",
+            ours="sglang_ext.cpu.repairs:UNPINNED",
+            why="it pins memory without asking whether torch can",
+            until="it asks is_pin_memory_available",
+            kind="set",
+        )
+        for module in ("layers", "backend.torch_backend")
+    ),
+    Replacement(
+        LORA_ON_CPUS,
+        target="sglang.srt.lora.backend.torch_backend:TorchNativeLoRABackend.run_lora_b_sgemm",
+        ours="sglang_ext.cpu.repairs:run_lora_b",
+        why="ReplicatedLinearWithLoRA leaves an argument out",
+        until="it gives output_offset_cpu",
+        kind="around",
+        parameters=("output_offset_cpu",),
+    ),
+    Replacement(
+        LORA_ON_CPUS,
+        target="sglang.srt.lora.mem_pool:LoRAMemoryPool._has_moe_module",
+        ours="sglang_ext.cpu.repairs:has_moe_module",
+        why="memory is set aside for adapters of routed experts, which nothing computes on a CPU",
+        until="SGLang's torch_native LoRA computes them",
+    ),
+    Replacement(
+        QUANTIZATION_ON_CPUS,
+        target="sglang.srt.layers.quantization:QUANTIZATION_METHODS[gptq]",
+        ours="sglang_ext.quantization:DequantizedConfig",
+        why="SGLang knows gptq only where it has kernels for it",
+        until="SGLang asks an out-of-tree platform first",
+        kind="set",
+    ),
+)
+
+
+def apply(uses: Uses) -> None:
+    """Install what a process needs that ``uses`` so much of SGLang; idempotent. ``RuntimeError`` where it cannot be."""
+    install(REPLACEMENTS, uses, "SGLang", __version__, _hook)
+
+
+def _hook(replacement: Replacement, ours: Any) -> None:
+    """Install by SGLang's own registry of hooks, which also reaches modules that have imported the target already."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = replacement.target.replace(":", ".")
+    HookRegistry.register(target, ours, HookType[replacement.kind.upper()])
+    HookRegistry.apply_hooks()
+    if target not in HookRegistry._patched:  # it logs what went wrong, and goes on
+        raise RuntimeError(f"SGLang {__version__} could not hook {target}; its log says why")

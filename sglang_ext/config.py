@@ -8,6 +8,7 @@ from sglang.srt.configs.qwen3_next import Qwen3NextConfig as EngineConfig
 from transformers import PretrainedConfig
 
 from qnext_plugin.config import FULL, QNextConfig
+from sglang_ext import compat
 from sglang_ext.compat import ON_CPU, unpadded
 from sglang_ext.state import cache_params
 
@@ -26,10 +27,8 @@ class Qwen3NextConfig(EngineConfig):
         super().__init__(**{name: value for name, value in values.items() if name not in ROPE})
         if not values:
             return
-        if "quantization_config" in values and ON_CPU:
-            from sglang_ext.cpu.install import accept_quantizations
-
-            accept_quantizations()
+        if "quantization_config" in values:
+            compat.apply(compat.Uses(quantization=True))
         config = QNextConfig.from_dict(values)
         self.layer_types = list(config.layer_types)
         self.mlp_only_layers = list(config.mlp_only_layers)
@@ -62,6 +61,25 @@ def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
     view = QNextConfig.from_dict(values)
     view.check_tensor_parallel(tp_size)
     return view
+
+
+def speculates(spec: Any, model_path: str) -> bool:
+    """Whether the model's own draft is asked for; ``ValueError`` for any other.
+
+    ``spec`` has SGLang's names for the options of speculation.
+    """
+    algorithm, draft = spec.speculative_algorithm, spec.speculative_draft_model_path
+    if algorithm is None:
+        return False
+    if algorithm != "EAGLE" or draft not in (None, model_path) or spec.enable_multi_layer_eagle:
+        raise ValueError(
+            f"speculative algorithm {algorithm!r} with draft model {draft!r} found, expected NEXTN without one: the "
+            "state of a Gated DeltaNet layer is kept right with the model's own MTP draft only; change or drop "
+            "--speculative-algorithm, or set QNEXT_DISABLE=1 for SGLang's own model"
+        )
+    if ON_CPU and spec.speculative_use_rejection_sampling:
+        raise ValueError("--speculative-use-rejection-sampling found, expected none: it needs a GPU; drop it")
+    return True
 
 
 def draft_config(config: QNextConfig) -> QNextConfig:

@@ -16,17 +16,12 @@ from torch import nn
 from sglang_ext.compat import ON_CPU
 
 
-def prepare_cpu(*, drafts: bool, adapters: bool) -> None:
-    """Have SGLang compute on this CPU with kernels of ours, if it is on one; idempotent."""
-    if not ON_CPU:
-        return
-    from sglang_ext.cpu import install
+def register_cpu_kernels() -> None:
+    """Give SGLang what it has no implementation of on a CPU, by its own extension point; idempotent."""
+    if ON_CPU:
+        from sglang_ext.cpu import gemm
 
-    install.install_cpu_kernels()
-    if drafts:
-        install.install_cpu_speculation()
-    if adapters:
-        install.install_cpu_lora()
+        gemm.register()
 
 
 def plain_weights(model: nn.Module) -> AbstractContextManager[None]:

@@ -1,10 +1,12 @@
 """LoRA adapters: what SGLang has read is held against the model, and its rows are put in the order of our weights.
 
-``compat.prepare_adapters`` has SGLang call ``prepare`` before it stacks the tensors of an adapter.
+SGLang calls ``process_weight`` and ``normalize_weights`` in the place of its own methods (``compat.REPLACEMENTS``), so
+that a model which has ``prepare_adapter`` sees the tensors of an adapter before they are sorted and stacked.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from sglang.srt.lora.layers import BaseLayerWithLoRA
@@ -52,6 +54,21 @@ def hidden_dim(config: QNextConfig, module: str, layer_idx: int, tp_size: int) -
             "to adapt in --lora-target-modules"
         )
     return sizes[module]
+
+
+def process_weight(original: Callable[..., None], adapter: Any, name: str, tensor: Tensor) -> None:
+    """``LoRAAdapter._process_weight`` that only keeps the tensor, for ``normalize_weights``."""
+    if hasattr(adapter.base_model, "prepare_adapter"):
+        adapter.__dict__.setdefault("tensors_read", {})[name] = tensor.cpu()
+    else:
+        original(adapter, name, tensor)
+
+
+def normalize_weights(original: Callable[..., None], adapter: Any) -> None:
+    """``LoRAAdapter._normalize_weights`` after the model has said what to make of each tensor."""
+    if hasattr(adapter.base_model, "prepare_adapter"):
+        adapter.base_model.prepare_adapter(adapter, adapter.__dict__.pop("tensors_read", {}))
+    original(adapter)
 
 
 def prepare(config: QNextConfig, model: nn.Module, adapter: LoRAAdapter, tensors: Mapping[str, Tensor]) -> None:

@@ -26,12 +26,12 @@ from transformers import PretrainedConfig
 
 from qnext_plugin import __version__
 from qnext_plugin.config import FULL, QNextConfig
-from sglang_ext.compat import ON_CPU, check_platform
-from sglang_ext.config import qnext_config
+from sglang_ext import compat, guards
+from sglang_ext.compat import ON_CPU
+from sglang_ext.config import qnext_config, speculates
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
-from sglang_ext.guards import guard_vocabulary, guard_weight_updates, prepare_adapters
-from sglang_ext.kernels import plain_weights, prepare_cpu
+from sglang_ext.kernels import plain_weights, register_cpu_kernels
 from sglang_ext.loading import Loading
 from sglang_ext.lora import hidden_dim, prepare
 from sglang_ext.norm import ZeroCenteredRMSNorm
@@ -151,23 +151,6 @@ class Qwen3NextModel(nn.Module):
         return residual_batch.final_norm(hidden_states, forward_batch, self.norm, skip_empty=True), aux_hidden_states
 
 
-def speculates() -> bool:
-    """Whether the model's own draft is asked for; ``ValueError`` for any other."""
-    spec = get_spec()
-    algorithm, draft = spec.speculative_algorithm, spec.speculative_draft_model_path
-    if algorithm is None:
-        return False
-    if algorithm != "EAGLE" or draft not in (None, get_model().model_path) or spec.enable_multi_layer_eagle:
-        raise ValueError(
-            f"speculative algorithm {algorithm!r} with draft model {draft!r} found, expected NEXTN without one: the "
-            "state of a Gated DeltaNet layer is kept right with the model's own MTP draft only; change or drop "
-            "--speculative-algorithm, or set QNEXT_DISABLE=1 for SGLang's own model"
-        )
-    if ON_CPU and spec.speculative_use_rejection_sampling:
-        raise ValueError("--speculative-use-rejection-sampling found, expected none: it needs a GPU; drop it")
-    return True
-
-
 class Qwen3NextForCausalLM(nn.Module):
     fall_back_to_pt_during_load = False
     packed_modules_mapping = PACKED_MODULES
@@ -176,15 +159,13 @@ class Qwen3NextForCausalLM(nn.Module):
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        check_platform()
-        drafts = speculates()
-        prepare_cpu(drafts=drafts, adapters=get_lora().enable_lora)
+        compat.check_platform()
+        drafts = speculates(get_spec(), get_model().model_path)
+        compat.apply(compat.Uses(model=True, drafts=drafts, adapters=get_lora().enable_lora))
+        register_cpu_kernels()
         self.config = config
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
-        guard_vocabulary(self.qnext_config.vocab_size)
-        guard_weight_updates()
-        if get_lora().enable_lora:
-            prepare_adapters()
+        guards.vocab_size = self.qnext_config.vocab_size
         self.loading = Loading(self.qnext_config, mtp="required" if drafts else "optional")
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping

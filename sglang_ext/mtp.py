@@ -12,13 +12,14 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_model, get_parallel
+from sglang.srt.runtime_context import get_lora, get_model, get_parallel
 from sglang.srt.utils import add_prefix
 from torch import nn
 from transformers import PretrainedConfig
 
 from qnext_plugin import __version__
 from qnext_plugin.config import QNextConfig
+from sglang_ext import compat
 from sglang_ext.config import draft_config, qnext_config
 from sglang_ext.kernels import plain_weights
 from sglang_ext.model import PACKED_MODULES, Qwen3NextModel
@@ -70,6 +71,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
+        compat.apply(compat.Uses(model=True, drafts=True, adapters=get_lora().enable_lora))
         self.config = config
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
         if quant_config is not None:

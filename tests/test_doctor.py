@@ -12,6 +12,7 @@ GOOD = {
     "switched_off_by": [],
     "classes": {"target": "vllm_ext.model.Qwen3NextForCausalLM", "draft": "vllm_ext.mtp.Qwen3NextMTP"},
     "kernels": {"prefill": ["torch, cpp", "no C++ convolution: it takes width 4, not 3"]},
+    "replacements": [["engine.worker:Runner.step", "it waits for a GPU"]],
     "errors": [],
     "risks": [["vLLM leaves one core idle", "VLLM_CPU_OMP_THREADS_BIND=nobind"]],
 }
@@ -24,7 +25,12 @@ NATIVE = {"classes": {"target": "vllm.model_executor.models.qwen3_next.Qwen3Next
         (
             {},
             0,
-            ["vLLM 0.32.0: qnext-plugin serves", "(no C++ convolution: it takes width 4, not 3)", "note: vLLM leaves"],
+            [
+                "vLLM 0.32.0: qnext-plugin serves",
+                "(no C++ convolution: it takes width 4, not 3)",
+                "replaced      engine.worker:Runner.step: it waits for a GPU",
+                "note: vLLM leaves",
+            ],
         ),
         ({"errors": ["tensor missing"]}, 1, ["qnext-plugin does not serve", "error: tensor missing"]),
         (NATIVE, 1, ["the engine's own model serves\n"]),

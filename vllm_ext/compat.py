@@ -1,22 +1,21 @@
-"""Everything that depends on the version of vLLM: repairs of what its CPU backend lacks.
+"""Everything that depends on the version of vLLM: branches on it, and what is replaced in it (``REPLACEMENTS``).
 
-A repair is applied when a model that needs it is built, checks that its target is what it expects, and leaves GPUs
-alone. Each says when it can go.
+It imports nothing else of this package: functions of ours are named by strings and imported where they are needed.
 """
 
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
+import vllm
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_ext.patching import replace
+from qnext_plugin.replacements import Feature, Replacement, install
 
 
 def has_fused_mtp_decode() -> bool:
@@ -40,45 +39,6 @@ class KeepsBlockSize(VerifyAndUpdateConfig):
             cache_config.block_size, cache_config.user_specified_block_size = 128, True
 
 
-def repair_cpu_backend(vllm_config: VllmConfig) -> None:
-    """Make this configuration run on a CPU, where vLLM 0.32 and 0.33 have gaps; idempotent."""
-    if not current_platform.is_cpu():
-        return
-    from vllm_ext.cpu import repairs_parallel as compat_parallel
-
-    _seeded_prompts_in_pieces()
-    _experts_loaded_again()
-    if vllm_config.lora_config is not None:
-        _experts_without_adapters()
-        _requests_without_adapters()
-    if vllm_config.speculative_config is not None:
-        from vllm_ext.cpu import triton as cpu_triton
-
-        cpu_triton.register()
-        _first_steps_with_drafts()
-    compat_parallel.repair(vllm_config)
-
-
-@cache
-def prepare_adapters() -> None:
-    """Show a model with ``prepare_adapter`` each LoRA adapter once it is read, before anything of it is used.
-
-    Can go when vLLM's ``SupportsLoRA`` has such a method.
-    """
-    from vllm.lora.worker_manager import WorkerLoRAManager
-
-    def load(original: Callable[..., Any], self: Any, lora_request: Any) -> Any:
-        adapter = original(self, lora_request)
-        show(self._adapter_manager.model, adapter)
-        return adapter
-
-    def show(model: Any, adapter: Any) -> None:
-        if hasattr(model, "prepare_adapter"):
-            model.prepare_adapter(adapter)
-
-    replace(WorkerLoRAManager, "_load_adapter", load, ("lora_request",))
-
-
 def experts_config(vllm_config: VllmConfig) -> AbstractContextManager[Any]:
     """The configuration to build routed experts in: with LoRA vLLM takes a Triton kernel for them, also on a CPU.
 
@@ -89,32 +49,6 @@ def experts_config(vllm_config: VllmConfig) -> AbstractContextManager[Any]:
     view = copy.copy(vllm_config)
     view.lora_config = None
     return set_current_vllm_config(view)
-
-
-@cache
-def _experts_without_adapters() -> None:
-    """With LoRA, vLLM's wrapper of routed experts ends the start where their kernel has no LoRA; here it declines.
-
-    Can go when ``FusedMoEWithLoRA.can_replace_layer`` asks the kernel.
-    """
-    from vllm.lora.layers import FusedMoEWithLoRA
-
-    replace(FusedMoEWithLoRA, "can_replace_layer", lambda original, **kwargs: False, ("source_layer",))
-
-
-@cache
-def _requests_without_adapters() -> None:
-    """In a batch with adapters, requests without one get that of the last slot: their index there is -1.
-
-    Mended in vLLM 0.33: can go with the support of 0.32.
-    """
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-    def shrink(original: Callable[..., None], self: Any, y: torch.Tensor, *args: Any) -> None:
-        original(self, y, *args)
-        y.masked_fill_((self.token_lora_indices < 0)[:, None], 0)
-
-    replace(PunicaWrapperCPU, "_apply_shrink", shrink, ("y", "x", "w_t_all", "scale"))
 
 
 class ReloadSession:
@@ -159,77 +93,166 @@ class ReloadSession:
         return len(unfinished) == len(modules)
 
 
-@cache
-def _experts_loaded_again() -> None:
-    """New weights of experts are put in the place of packed ones without being packed.
-
-    Can go when ``UnquantizedFusedMoEMethod._setup_kernel`` packs on every call.
-    """
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-    def setup(original: Callable[..., None], self: Any, layer: nn.Module, w13: Any, w2: Any) -> None:
-        again = self.moe_kernel is not None
-        original(self, layer, w13, w2)
-        if again:
-            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
-
-    replace(UnquantizedFusedMoEMethod, "_setup_kernel", setup, ("layer", "w13", "w2"))
+def lacks_bfloat16() -> bool:
+    """Whether this is a CPU without instructions for products in bfloat16, for which ours are compiled by Numba."""
+    return current_platform.is_cpu() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@cache
-def _seeded_prompts_in_pieces() -> None:
-    """A request with a seed ends the engine if its prompt is computed in pieces: after each piece but the last its
-    random generator is set back, which those of a CPU cannot be. Here the sampler does not draw from it in between.
-
-    Can go when ``GPUModelRunner._bookkeeping_sync`` does not set back a CPU generator.
-    """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    def sample_tokens(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        generators = self.input_batch.generators
-        unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
-        held = {i: generators.pop(i) for i in unfinished if i in generators}
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            generators.update(held)
-
-    replace(GPUModelRunner, "sample_tokens", sample_tokens, ("grammar_output",))
+def on_cpu(feature: str, is_used: Callable[[VllmConfig], object] = lambda config: True) -> Feature:
+    return Feature(f"{feature} on CPUs", lambda config: current_platform.is_cpu() and bool(is_used(config)))
 
 
-@cache
-def _first_steps_with_drafts() -> None:
-    """A prompt of one token that joins others is scheduled with placeholders for drafts, and so goes on from the state
-    that the last user of its slot has left. Here that slot is emptied first.
+LORA = Feature("LoRA", lambda config: config.lora_config is not None)
+LORA_ON_CPU = on_cpu("LoRA", LORA.is_used)
+REQUESTS_ON_CPU = on_cpu("requests with a seed")
+UPDATES_ON_CPU = on_cpu("weight updates")
+PRODUCTS_ON_CPU = on_cpu("compiled matrix products", lambda config: lacks_bfloat16())
+MTP_ON_CPU = on_cpu("MTP", lambda config: config.speculative_config is not None)
+EXPERTS_ON_CPU = on_cpu("expert parallelism", lambda config: config.parallel_config.enable_expert_parallel)
+RANKS_ON_CPU = on_cpu("data parallelism", lambda config: config.parallel_config.data_parallel_size > 1)
+STAGES_ON_CPU = on_cpu("pipeline parallelism", lambda config: config.parallel_config.pipeline_parallel_size > 1)
+MTP_STAGES_ON_CPU = on_cpu(
+    "MTP with pipeline parallelism", lambda config: MTP_ON_CPU.is_used(config) and STAGES_ON_CPU.is_used(config)
+)
+# The executor is given as a class or by its name.
+RAY_ON_CPU = on_cpu("Ray", lambda config: "CpuRayExecutor" in str(config.parallel_config.distributed_executor_backend))
 
-    Can go when ``GDNAttentionMetadataBuilder.build`` takes no first step for one that verifies drafts.
-    """
-    from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
+REPLACEMENTS = (
+    Replacement(
+        LORA,
+        target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
+        ours="vllm_ext.lora:load_adapter",
+        why="a model does not see an adapter before it is used, and its rows are not in the order of our weights",
+        until="SupportsLoRA has a method that is called with each adapter",
+        kind="around",
+        parameters=("lora_request",),
+    ),
+    Replacement(
+        REQUESTS_ON_CPU,
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+        ours="vllm_ext.cpu.repairs:sample_tokens",
+        why="a request with a seed ends the engine if its prompt is computed in pieces",
+        until="GPUModelRunner._bookkeeping_sync does not set back the generator of a CPU",
+        kind="around",
+        parameters=("grammar_output",),
+    ),
+    Replacement(
+        UPDATES_ON_CPU,
+        target="vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:"
+        "UnquantizedFusedMoEMethod._setup_kernel",
+        ours="vllm_ext.cpu.repairs:setup_expert_kernel",
+        why="new weights of experts are put in the place of packed ones without being packed",
+        until="UnquantizedFusedMoEMethod._setup_kernel packs on every call",
+        kind="around",
+        parameters=("layer", "w13", "w2"),
+    ),
+    Replacement(
+        LORA_ON_CPU,
+        target="vllm.lora.layers:FusedMoEWithLoRA.can_replace_layer",
+        ours="vllm_ext.cpu.repairs:declines_layer",
+        why="the wrapper of routed experts ends the start where their kernel has no LoRA, instead of declining",
+        until="FusedMoEWithLoRA.can_replace_layer asks the kernel",
+        parameters=("source_layer",),
+    ),
+    Replacement(
+        LORA_ON_CPU,
+        target="vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU._apply_shrink",
+        ours="vllm_ext.cpu.repairs:shrink",
+        why="in a batch with adapters, requests without one get that of the last slot",
+        until="support of vLLM 0.32 ends; 0.33 leaves them alone",
+        kind="around",
+        parameters=("y", "x", "w_t_all", "scale"),
+    ),
+    Replacement(
+        MTP_ON_CPU,
+        target="vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadataBuilder.build",
+        ours="vllm_ext.cpu.repairs:build_metadata",
+        why="a prompt of one token that joins others is scheduled with placeholders for drafts, and so goes on from "
+        "the state that the last user of its slot has left",
+        until="GDNAttentionMetadataBuilder.build takes no first step for one that verifies drafts",
+        kind="around",
+        parameters=("common_attn_metadata",),
+    ),
+    Replacement(
+        PRODUCTS_ON_CPU,
+        target="llvmlite.binding.ffi:lib._fntab[__dict__]",
+        ours="vllm_ext.cpu.repairs:NO_ATTRIBUTES",
+        why="to register kernels vLLM asks every object for its __dict__, which llvmlite's library takes for a "
+        "function of its own, and no second engine starts in the process",
+        until="either knows better",
+        kind="set",
+    ),
+    Replacement(
+        EXPERTS_ON_CPU,
+        target="vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.apply",
+        ours="vllm_ext.cpu.repairs:apply_experts",
+        why="the kernel of experts takes their global numbers for local ones, and reads past its weights",
+        until="CPUUnquantizedExperts.apply looks at expert_map",
+        kind="around",
+        parameters=("topk_weights", "topk_ids", "expert_map"),
+    ),
+    Replacement(
+        RANKS_ON_CPU,
+        target="vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator.all_gatherv",
+        ours="vllm_ext.cpu.repairs:all_gatherv",
+        why="ranks with different numbers of tokens cannot exchange them for the experts",
+        until="CpuCommunicator has this method",
+        parameters=("input_", "dim", "sizes"),
+    ),
+    Replacement(
+        RANKS_ON_CPU,
+        target="vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator.reduce_scatterv",
+        ours="vllm_ext.cpu.repairs:reduce_scatterv",
+        why="ranks with different numbers of tokens cannot exchange them for the experts",
+        until="CpuCommunicator has this method",
+        parameters=("input_", "dim", "sizes"),
+    ),
+    Replacement(
+        STAGES_ON_CPU,
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors",
+        ours="vllm_ext.cpu.pipelines:gather_intermediate_tensors",
+        why="later stages have no buffer for what they receive, unless a compiled model was warmed up",
+        until="CPUModelRunner.warming_up_model also runs eagerly",
+        kind="around",
+        parameters=("num_tokens", "intermediate_tensors"),
+    ),
+    Replacement(
+        MTP_STAGES_ON_CPU,
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_attn_backend",
+        ours="vllm_ext.cpu.pipelines:initialize_attn_backend",
+        why="stages before the last look for a draft that only the last has",
+        until="CPUs get vLLM's second model runner",
+        kind="around",
+        parameters=("kv_cache_config",),
+    ),
+    Replacement(
+        MTP_STAGES_ON_CPU,
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states",
+        ours="vllm_ext.cpu.pipelines:update_states",
+        why="stages before the last do not know how many drafts were accepted",
+        until="CPUs get vLLM's second model runner",
+        kind="around",
+        parameters=("scheduler_output",),
+    ),
+    Replacement(
+        RAY_ON_CPU,
+        target="vllm.platforms.cpu:CpuPlatform.ray_device_key",
+        ours="vllm_ext.cpu.ray_executor:DEVICE_KEY",
+        why="the CPU platform names no resource of Ray to place workers by",
+        until="CpuPlatform.ray_device_key is set",
+        kind="set",
+    ),
+    Replacement(
+        RAY_ON_CPU,
+        target="vllm.v1.executor.ray_executor_v2:RayWorkerProc",
+        ours="vllm_ext.cpu.ray_executor:CpuRayWorker",
+        why="a worker asks Ray for its GPUs",
+        until="CpuPlatform.ray_device_key is set",
+        kind="set",
+    ),
+)
 
-    def build(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        metadata, batch = original(self, *args, **kwargs), signature.bind(self, *args, **kwargs).arguments
-        batch = batch["common_attn_metadata"]
-        if metadata.num_spec_decodes:
-            first = batch.seq_lens_cpu_upper_bound <= batch.query_start_loc_cpu.diff()
-            slots = metadata.spec_state_indices_tensor[first[metadata.spec_sequence_masks], 0]
-            layers = self.vllm_config.compilation_config.static_forward_context
-            for state in (state for name in self.layer_names if len(slots) for state in layers[name].kv_cache):
-                state[slots] = 0
-        return metadata
 
-    signature = replace(GDNAttentionMetadataBuilder, "build", build, ("common_attn_metadata",))
-
-
-@cache
-def compiled_products() -> Any:
-    """``qnext_plugin.ops.cpu.operators``, which loads Numba, and so llvmlite.
-
-    When it registers kernels, vLLM asks every object for its ``__dict__``. Llvmlite's library takes that
-    for a function of its own, and no second engine starts in the process. Can go when either knows better.
-    """
-    from llvmlite.binding import ffi
-
-    from qnext_plugin.ops.cpu import operators
-
-    ffi.lib._fntab.setdefault("__dict__", {})
-    return operators
+def apply(vllm_config: VllmConfig) -> None:
+    """Install what a process with this configuration needs; idempotent. ``RuntimeError`` where it cannot be."""
+    install(REPLACEMENTS, vllm_config, "vLLM", vllm.__version__)

@@ -1,8 +1,11 @@
 """Our validated view of vLLM's configuration; the engine's own objects are never changed."""
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
+
+PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
 
 
 def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
@@ -11,3 +14,27 @@ def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     config.check_tensor_parallel(tp_size)
     return config
+
+
+def check_speculation(vllm_config: VllmConfig) -> None:
+    """``ValueError`` for any draft but the model's own, and for flags with which it would not be served right."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if speculative.method not in ("mtp", "qwen3_next_mtp"):
+        raise ValueError(
+            f"speculative method {speculative.method!r} found, expected 'qwen3_next_mtp': the state of a Gated "
+            "DeltaNet layer is kept right with the model's own MTP draft only; change or drop --speculative-config"
+        )
+    if not current_platform.is_cpu() or vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "pipeline parallelism with MTP and prefix caching found; on CPU vLLM carries the states of cached "
+            "prefixes on the last stage only: add --no-enable-prefix-caching, or drop one of the other two"
+        )
+    if vllm_config.scheduler_config.scheduler_cls != PIPELINE_DRAFT_SCHEDULER:
+        raise ValueError(
+            "pipeline parallelism with MTP found; on CPU vLLM's scheduler would put the drafts in the place of "
+            f"the token they follow: add --scheduler-cls {PIPELINE_DRAFT_SCHEDULER}"
+        )

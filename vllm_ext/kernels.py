@@ -41,6 +41,14 @@ def select_kernels(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> "CpuKern
     return GpuKernels(dims, vllm_config)
 
 
+def register_cpu_kernels(vllm_config: VllmConfig) -> None:
+    """Give vLLM what it has no implementation of on a CPU, by its own extension point; idempotent."""
+    if current_platform.is_cpu() and vllm_config.speculative_config is not None:
+        from vllm_ext.cpu import triton
+
+        triton.register()
+
+
 def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
     """Which matrix products serve ``model``, where that is not vLLM's choice; called before weights are loaded."""
     if current_platform.is_cpu():

@@ -1,9 +1,11 @@
 """LoRA adapters: what vLLM has read is held against the model, and its rows are put in the order of our weights.
 
-``compat.prepare_adapters`` has vLLM call ``prepare`` before anything of an adapter is used.
+vLLM calls ``load_adapter`` in the place of its own method (``compat.REPLACEMENTS``), so that a model which has
+``prepare_adapter`` sees each adapter before anything of it is used.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from vllm.lora.lora_model import LoRAModel
@@ -17,6 +19,15 @@ from qnext_plugin.config import QNextConfig
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
+
+
+def load_adapter(original: Callable[..., LoRAModel], worker_manager: Any, lora_request: Any) -> LoRAModel:
+    """``WorkerLoRAManager._load_adapter`` that shows the model what it has read."""
+    adapter = original(worker_manager, lora_request)
+    model = worker_manager._adapter_manager.model
+    if hasattr(model, "prepare_adapter"):
+        model.prepare_adapter(adapter)
+    return adapter
 
 
 def prepare(model: nn.Module, manager: "LoRAModelManager", config: QNextConfig, adapter: LoRAModel) -> None:

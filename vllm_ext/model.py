@@ -34,11 +34,11 @@ from vllm.sequence import IntermediateTensors
 
 from qnext_plugin import __version__
 from qnext_plugin.config import FULL, QNextConfig
-from vllm_ext.compat import prepare_adapters, repair_cpu_backend
-from vllm_ext.config import qnext_config
+from vllm_ext import compat
+from vllm_ext.config import check_speculation, qnext_config
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
-from vllm_ext.kernels import choose_gemms
+from vllm_ext.kernels import choose_gemms, register_cpu_kernels
 from vllm_ext.loading import Loading
 from vllm_ext.lora import prepare
 from vllm_ext.norm import ZeroCenteredRMSNorm
@@ -156,16 +156,6 @@ class ExpertBookkeeping(MixtureOfExperts):
             experts.update_expert_map()
 
 
-def check_speculation(vllm_config: VllmConfig) -> None:
-    """``ValueError`` for any draft but the model's own."""
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):
-        raise ValueError(
-            f"speculative method {speculative.method!r} found, expected 'qwen3_next_mtp': the state of a Gated "
-            "DeltaNet layer is kept right with the model's own MTP draft only; change or drop --speculative-config"
-        )
-
-
 class Qwen3NextForCausalLM(
     nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping, SupportsEagle3, SupportsLoRA, SupportsPP
 ):
@@ -179,12 +169,11 @@ class Qwen3NextForCausalLM(
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        repair_cpu_backend(vllm_config)
-        if vllm_config.lora_config is not None:
-            prepare_adapters()
+        check_speculation(vllm_config)
+        compat.apply(vllm_config)
+        register_cpu_kernels(vllm_config)
         self.config = vllm_config.model_config.hf_text_config  # vLLM's pooling and LoRA classes read it
         self.qnext_config = config = qnext_config(vllm_config)
-        check_speculation(vllm_config)
         self._loading = Loading(self, config, vllm_config)
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))

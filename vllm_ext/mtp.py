@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import maybe_prefix
 
 from qnext_plugin import __version__
+from vllm_ext import compat
 from vllm_ext.config import qnext_config
 from vllm_ext.kernels import choose_draft_head, choose_gemms
 from vllm_ext.loading import Loading
@@ -74,6 +75,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        compat.apply(vllm_config)
         self.config = qnext_config(vllm_config)
         self._loading = Loading(self, self.config, vllm_config, mtp="required")
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config

@@ -77,6 +77,7 @@ def _text(report: Mapping[str, Any]) -> str:
         f"  {phase:<12}  {kernel}{f' ({reason})' if reason else ''}"
         for phase, (kernel, reason) in report.get("kernels", {}).items()
     ]
+    lines += [f"  {'replaced':<12}  {target}: {why}" for target, why in report.get("replacements", [])]
     lines += [f"  error: {error}" for error in report["errors"]]
     lines += [f"  note: {what}. {way_out}" for what, way_out in report.get("risks", [])]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext_plugin.engines.versions import is_tested
+from qnext_plugin.replacements import IN_FORCE
 
 
 def write_report(
@@ -38,6 +39,7 @@ def write_report(
         "switched_off_by": _switched_off_by(switches),
         "classes": {},
         "kernels": {},
+        "replacements": [],
         "errors": [],
         "risks": [],
     }
@@ -58,6 +60,7 @@ def write_report(
         report["errors"].append(f"{type(e).__name__}: {e} ({where.filename}:{where.lineno})")
     else:
         report["kernels"] = asked["kernels"]
+        report["replacements"] = [(replacement.target, replacement.why) for replacement in IN_FORCE.values()]
         report |= {name: report[name] + asked[name] for name in ("errors", "risks") if asked is not report}
     Path(out).write_text(json.dumps(report))
 

@@ -86,6 +86,7 @@ def wait_until(
     """Poll until ``condition()`` holds; a dead process or a timeout is an assertion error with the log's tail."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, f"process ended with status {process.returncode}\n{tail(log)}"
+        status = process.poll()
+        assert status is None, f"process ended with status {process.returncode}\n{tail(log)}"
         assert time.monotonic() < deadline, f"not ready after {timeout} s\n{tail(log)}"
         time.sleep(0.3)

@@ -210,7 +210,8 @@ def check_conditions(scenario: Scenario, config: EngineConfig, result: Result) -
     if scenario.sampled and result.seeded:
         said: dict[Prompt, tuple[int, ...]] = {}
         for where, c in completions(result):
-            assert said.setdefault(c.prompt, c.token_ids) == c.token_ids, f"{where}: another answer to the same seed"
+            first = said.setdefault(c.prompt, c.token_ids)
+            assert first == c.token_ids, f"{where}: another answer to the same seed"
 
 
 def check_warm(result: Result) -> None:

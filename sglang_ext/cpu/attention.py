@@ -141,6 +141,17 @@ class CpuDraftBackend:
                 backend.groups.append((tokens_of(some, self.topk), locations, seen[:, None]))
 
 
+def create_decode_backend(factory: Any) -> CpuDraftBackend | None:
+    """``DraftBackendFactory.create_decode_backend``."""
+    steps = factory.speculative_num_steps
+    return CpuDraftBackend(factory.draft_model_runner, factory.topk, steps) if steps > 1 else None
+
+
+def create_draft_extend_backend(factory: Any) -> CpuAttentionBackend:
+    """``DraftBackendFactory.create_draft_extend_backend``."""
+    return CpuAttentionBackend(factory.draft_model_runner)
+
+
 def alike(lengths: Tensor) -> Iterator[Tensor]:
     """Split N sequences into groups of similar ``lengths``, so that padding does not outgrow them."""
     order = lengths.argsort()

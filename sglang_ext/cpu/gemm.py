@@ -7,14 +7,17 @@ nothing for bfloat16, where oneDNN has no fast product, ``gemm_avx2`` packs and 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sglang.kernels.fused_op import BaseFusedOp
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput, StandardDispatchOutput
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_exec
 from torch import Tensor, nn
 
@@ -143,6 +146,12 @@ class PackedLinearMethod(UnquantizedLinearMethod):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         packed: Packed | PackedForAvx2 | None = getattr(layer.weight, "packed", None)
         return packed.linear(x, bias) if packed else F.linear(x, layer.weight, bias)
+
+
+@cache
+def register() -> None:
+    """Have SGLang call ``moe_forward`` on this platform, by its own extension point; idempotent."""
+    BaseFusedOp.register_oot_forward(UnquantizedFusedMoEMethod, moe_forward, current_platform.get_dispatch_key_name())
 
 
 def moe_forward(_: UnquantizedFusedMoEMethod, layer: nn.Module, dispatch_output: StandardDispatchOutput) -> Any:

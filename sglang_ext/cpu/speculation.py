@@ -1,7 +1,7 @@
 """Speculative decoding on CPU: SGLang's Triton and CUDA kernels that draft trees and verify them, as torch functions.
 
 A tree of D drafts per sequence starts with token 0, the last accepted one. Functions have the names and signatures of
-what they replace (``compat.py``), and write to the same arguments.
+what they replace (``compat.REPLACEMENTS``), and write to the same arguments.
 """
 
 from collections.abc import Callable

@@ -51,14 +51,16 @@ def check(hf_config: Any, args: Any) -> None:
     """What the model asks of a configuration before it reads a weight."""
     from qnext_plugin.checkpoint.headers import read_headers
     from qnext_plugin.checkpoint.schema import check_coverage
-    from sglang_ext.compat import check_platform
-    from sglang_ext.config import qnext_config
+    from sglang_ext import compat
+    from sglang_ext.config import qnext_config, speculates
 
-    check_platform()
+    compat.check_platform()
+    drafts = speculates(args, args.model_path)
+    compat.apply(compat.Uses(model=True, drafts=drafts, adapters=args.enable_lora))
     config = qnext_config(hf_config, args.tp_size)
     directory = Path(args.model_path)
     if any(directory.glob("*.safetensors")):
-        check_coverage(config, read_headers(directory), mtp="required" if args.speculative_algorithm else "optional")
+        check_coverage(config, read_headers(directory), mtp="required" if drafts else "optional")
 
 
 def kernels(args: Any, dtype: Any) -> dict[str, tuple[str, str]]:

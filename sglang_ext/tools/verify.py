@@ -125,7 +125,8 @@ class Engine(Worker):
         return names | {"memory": said[0]["memory"], "compiled": max(one["compiled"] for one in said)}
 
     def reset(self) -> None:
-        assert self.engine.flush_cache().success
+        if not (flushed := self.engine.flush_cache()).success:
+            raise RuntimeError(f"SGLang did not empty its prefix cache: {flushed.message}")
 
     @contextmanager
     def broken(self, mutant: str) -> Iterator[None]:

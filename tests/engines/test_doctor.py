@@ -19,6 +19,14 @@ ADAPTER = f"{ENGINE}_ext"
 COMMAND = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
 NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.srt.models.qwen3_next."}
 DRAFT = {"vllm": ["--speculative-config", '{"method":"qwen3_next_mtp","num_speculative_tokens":2}'], "sglang": []}
+ANOTHER_DRAFT = {
+    "vllm": ["--speculative-config", '{"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'],
+    "sglang": ["--speculative-algorithm", "NGRAM"],
+}
+REPLACED = {
+    "vllm": "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+    "sglang": "sglang.srt.managers.scheduler:validate_input_length",
+}
 
 
 def directory(package: str) -> Path:
@@ -67,12 +75,19 @@ def test_names_our_classes_and_the_kernels_that_then_serve(checkpoint, serve):
     assert report["in_tested_range"]
     assert report["classes"]["target"] == f"{ADAPTER}.model.Qwen3NextForCausalLM"
     assert {"prefill", "experts", "attention"} < report["kernels"].keys()
+    assert REPLACED[ENGINE] in dict(report["replacements"])
     if ENGINE == "vllm":
         assert not any("--block-size" in risk for risk, _ in report["risks"]), "nobody asked for a block size"
         assert report["classes"]["draft"] == "vllm_ext.mtp.Qwen3NextMTP"
         ran = dict(line.split(": ") for line in serve("bfloat16-mtp2").kernels)
         assert {"prefill", "verify"} <= ran.keys()
         assert ran == {phase: report["kernels"][phase][0] for phase in ran}
+
+
+def test_refuses_what_the_constructor_refuses_before_anything_is_replaced(checkpoint):
+    status, report = doctor(str(checkpoint("tiny")), *ANOTHER_DRAFT[ENGINE])
+    assert (status, report["serves"], report["replacements"]) == (1, False, [])
+    assert any("the model's own MTP draft only" in error for error in report["errors"]), report["errors"]
 
 
 def test_names_the_native_class_when_disabled():

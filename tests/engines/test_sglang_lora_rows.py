@@ -31,7 +31,7 @@ def stacked(tmp_path, model):
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.lora.lora_config import LoRAConfig
 
-    from sglang_ext.compat import prepare_adapters
+    from sglang_ext.compat import Uses, apply
     from sglang_ext.lora import prepare
 
     class Base(torch.nn.Module):
@@ -40,7 +40,7 @@ def stacked(tmp_path, model):
         def prepare_adapter(self, adapter, tensors):
             prepare(self.config, self, adapter, tensors)
 
-    prepare_adapters()
+    apply(Uses(adapters=True))
 
     def of(modules, **config):
         directory = write_adapter(tmp_path / "adapter", model, modules, RANK, 2, **config)

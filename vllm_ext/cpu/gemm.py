@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.kernel_log import record
-from vllm_ext.compat import compiled_products
+from vllm_ext.compat import lacks_bfloat16
 from vllm_ext.cpu.experts import local_experts
 
 BLOCK = 32
@@ -42,7 +42,13 @@ def packs_for_vllm() -> bool:
 
 
 def packs_for_avx2() -> bool:
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported() and compiled_products().available()
+    return lacks_bfloat16() and compiled_products().available()
+
+
+def compiled_products() -> Any:
+    from qnext_plugin.ops.cpu import operators  # imports Numba, which only some CPUs need
+
+    return operators
 
 
 def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:

@@ -1,7 +1,7 @@
 """Workers as Ray actors on CPUs: ``--distributed-executor-backend vllm_ext.ray_executor.CpuRayExecutor``.
 
-vLLM 0.32 and 0.33 refuse Ray there, because their CPU platform names no resource to place workers by. It can go when
-``CpuPlatform.ray_device_key`` is set.
+vLLM 0.32 and 0.33 refuse Ray there, because their CPU platform names no resource to place workers by
+(``compat.REPLACEMENTS``).
 """
 
 from typing import Any
@@ -10,6 +10,10 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_utils import ray
+
+from vllm_ext import compat
+
+DEVICE_KEY = "CPU"
 
 
 class CpuRayWorker(ray_executor_v2.RayWorkerProc):
@@ -23,8 +27,7 @@ class CpuRayExecutor(ray_executor_v2.RayExecutorV2):
     def __init__(self, vllm_config: VllmConfig) -> None:
         if not current_platform.is_cpu():
             raise ValueError("CpuRayExecutor is for CPUs; use --distributed-executor-backend ray")
-        type(current_platform).ray_device_key = "CPU"
-        ray_executor_v2.RayWorkerProc = CpuRayWorker
+        compat.apply(vllm_config)  # this process builds no model, which does it elsewhere
         super().__init__(vllm_config)
 
     @staticmethod

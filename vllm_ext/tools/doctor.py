@@ -41,13 +41,12 @@ def serving_classes() -> dict[str, str]:
 
 def check(vllm_config: Any) -> None:
     """What the model asks of a configuration before it reads a weight."""
-    from vllm_ext.compat import repair_cpu_backend
-    from vllm_ext.config import qnext_config
-    from vllm_ext.model import check_speculation
+    from vllm_ext import compat
+    from vllm_ext.config import check_speculation, qnext_config
     from vllm_ext.weights import check_checkpoint
 
     check_speculation(vllm_config)
-    repair_cpu_backend(vllm_config)
+    compat.apply(vllm_config)
     mtp = "required" if vllm_config.speculative_config is not None else "optional"
     check_checkpoint(qnext_config(vllm_config), vllm_config, mtp=mtp)
 

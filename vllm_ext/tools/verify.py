@@ -106,7 +106,8 @@ class Engine(Worker):
         }
 
     def reset(self) -> None:
-        assert self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prefix cache: requests are still running")
 
     @contextmanager
     def broken(self, mutant: str) -> Iterator[None]:

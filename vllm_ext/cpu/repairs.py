@@ -1,0 +1,93 @@
+"""Ours in the place of methods of vLLM that have gaps on CPUs; ``compat.REPLACEMENTS`` says why and until when."""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_ext.cpu.experts import local_experts
+
+signature = cache(inspect.signature)
+
+NO_ATTRIBUTES: dict[str, object] = {}
+"""What llvmlite's library answers where vLLM asks it for its ``__dict__``."""
+
+
+def sample_tokens(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """``GPUModelRunner.sample_tokens`` without the generators of requests whose prompt is not computed to its end.
+
+    vLLM sets such a generator back afterwards, which one of a CPU does not allow; so the sampler does not draw from it.
+    """
+    generators = runner.input_batch.generators
+    unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()
+    held = {i: generators.pop(i) for i in unfinished if i in generators}
+    try:
+        return original(runner, *args, **kwargs)
+    finally:
+        generators.update(held)
+
+
+def setup_expert_kernel(original: Callable[..., None], method: Any, layer: nn.Module, w13: Any, w2: Any) -> None:
+    """``UnquantizedFusedMoEMethod._setup_kernel`` that packs weights also when they are loaded again."""
+    again = method.moe_kernel is not None
+    original(method, layer, w13, w2)
+    if again:
+        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def declines_layer(*_: Any, **__: Any) -> bool:
+    """``FusedMoEWithLoRA.can_replace_layer`` where the kernel of routed experts has no LoRA."""
+    return False
+
+
+def shrink(original: Callable[..., None], wrapper: Any, y: Tensor, *args: Any) -> None:
+    """``PunicaWrapperCPU._apply_shrink`` with zeros for requests without an adapter, whose index is -1."""
+    original(wrapper, y, *args)
+    y.masked_fill_((wrapper.token_lora_indices < 0)[:, None], 0)
+
+
+def build_metadata(original: Callable[..., Any], builder: Any, *args: Any, **kwargs: Any) -> Any:
+    """``GDNAttentionMetadataBuilder.build`` that empties the slots of requests whose first step verifies drafts."""
+    metadata = original(builder, *args, **kwargs)
+    if metadata.num_spec_decodes:
+        batch = signature(original).bind(builder, *args, **kwargs).arguments["common_attn_metadata"]
+        first = batch.seq_lens_cpu_upper_bound <= batch.query_start_loc_cpu.diff()
+        slots = metadata.spec_state_indices_tensor[first[metadata.spec_sequence_masks], 0]
+        layers = builder.vllm_config.compilation_config.static_forward_context
+        for state in (state for name in builder.layer_names if len(slots) for state in layers[name].kv_cache):
+            state[slots] = 0
+    return metadata
+
+
+def apply_experts(original: Callable[..., None], experts: Any, *args: Any, **kwargs: Any) -> None:
+    """``CPUUnquantizedExperts.apply`` with this rank's numbers of the experts."""
+    call = signature(original).bind(experts, *args, **kwargs).arguments
+    local = local_experts(call["expert_map"], call["topk_weights"], call["topk_ids"])
+    call["topk_weights"], call["topk_ids"] = local
+    original(**call)
+
+
+def all_gatherv(
+    communicator: Any, input_: Tensor | list[Tensor], dim: int = 0, sizes: list[int] | None = None
+) -> Tensor | list[Tensor]:
+    """``CpuCommunicator.all_gatherv``: the rows of every rank, of which each may have another number."""
+    assert dim == 0
+    if isinstance(input_, list):
+        return [communicator.all_gatherv(x, dim, sizes) for x in input_]
+    # gloo gathers equal sizes only, so each rank adds its rows to zeros.
+    sizes = sizes or [len(input_)] * communicator.world_size
+    out = input_.new_zeros(sum(sizes), *input_.shape[1:])
+    out.split(sizes)[communicator.rank_in_group].copy_(input_)
+    torch.distributed.all_reduce(out, group=communicator.device_group)
+    return out
+
+
+def reduce_scatterv(communicator: Any, input_: Tensor, dim: int = -1, sizes: list[int] | None = None) -> Tensor:
+    """``CpuCommunicator.reduce_scatterv``: the sum over ranks, of which each keeps its rows."""
+    assert dim == 0
+    summed = input_.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(summed, group=communicator.device_group)
+    return summed.split(sizes or len(summed) // communicator.world_size)[communicator.rank_in_group]
