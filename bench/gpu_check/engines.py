@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_check.report import Report
-from qnext_plugin.verify.scenarios import MAX_MODEL_LEN, SCENARIOS, EngineConfig, Scenario, tokens
+from qnext_plugin.engines.config import MAX_MODEL_LEN, EngineConfig
+from qnext_plugin.verify.scenarios import Scenario, tokens
+from tests.support.matrix import SCENARIOS
 
 PIECEWISE, FULL = {"cudagraph_mode": "PIECEWISE"}, {"cudagraph_mode": "FULL_AND_PIECEWISE"}
 SIZES = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}
@@ -42,6 +44,7 @@ class Start:
     """``arguments`` of ``vllm.LLM`` or ``sglang.Engine`` beside those of ``config``, ``env`` of its process."""
 
     config: EngineConfig
+    checkpoint: str
     scenarios: tuple[str, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
@@ -51,7 +54,13 @@ class Start:
 
 
 def _start(
-    name: str, *scenarios: str, v2: bool, quick: bool = False, kernels: tuple[str, ...] = (), **more: Any
+    name: str,
+    *scenarios: str,
+    v2: bool,
+    checkpoint: str,
+    quick: bool = False,
+    kernels: tuple[str, ...] = (),
+    **more: Any,
 ) -> Any:
     config = EngineConfig(**{k: more.pop(k) for k in list(more) if k in EngineConfig.__dataclass_fields__})
     arguments = {"additional_config": {"gdn_prefill_backend": "triton"}} | more
@@ -61,7 +70,7 @@ def _start(
     env = {"VLLM_USE_V2_MODEL_RUNNER": str(int(v2))}
     if config.dtype == "float32":
         env["TRITON_F32_DEFAULT"] = "ieee"  # Triton's own attention and experts would round to TF32
-    return name, Start(config, scenarios, arguments, env, quick, "vllm", kernels)
+    return name, Start(config, checkpoint, scenarios, arguments, env, quick, "vllm", kernels)
 
 
 REAL = {"checkpoint": "80b", "dtype": "bfloat16"}
@@ -87,13 +96,13 @@ STARTS: dict[str, Start] = dict(
                mamba_ssm_cache_dtype="bfloat16", **REAL),
         _start("bf16 v1 FlashInfer prefill", "mixed", v2=False,
                additional_config={"gdn_prefill_backend": "auto"}, **REAL),
-        ("sglang bf16", Start(EngineConfig(**REAL), ("mixed", "reuse"), engine="sglang", quick=True)),
+        ("sglang bf16", Start(EngineConfig(dtype="bfloat16"), "80b", ("mixed", "reuse"), engine="sglang", quick=True)),
     ]
 )  # fmt: skip
 
 _LENGTHS = tuple(tokens(length, seed=length) for length in (1, 7, 40, 130, 300, 700))
 _BY_NAME = {
-    "mixed": Scenario((_LENGTHS,), configs=()),
+    "mixed": Scenario((_LENGTHS,)),
     "reuse": SCENARIOS["slot_reuse"],
     "prefix_aba": SCENARIOS["prefix_aba"],
     "multi_turn": SCENARIOS["multi_turn"],
@@ -147,11 +156,11 @@ def check(start: Start, report: Report, name: str) -> None:
     config = start.config
 
     def begin() -> dict[str, Any]:
-        state["directory"] = checkpoint(config.checkpoint)
+        state["directory"] = checkpoint(start.checkpoint)
         arguments = dict(start.arguments)
         if start.engine == "vllm":  # a share of the GPU's memory, so that several fit
             arguments |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 3 << 30}
-        worker = pkgutil.resolve_name(f"{start.engine}_ext.verify")
+        worker = pkgutil.resolve_name(f"{start.engine}_ext.tools.engine")
         began = time.monotonic()
         engine = state["engine"] = worker.Engine(str(state["directory"]), config, **arguments)
         seconds = time.monotonic() - began

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext_plugin.cli.verify import checkpoint_directory
-from qnext_plugin.verify.scenarios import ENGINES
+from qnext_plugin.engines.config import ENGINES
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -76,7 +76,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 def _bench(args: argparse.Namespace) -> int:
     from qnext_plugin.bench import report
     from qnext_plugin.bench.side import Task, read_once
-    from qnext_plugin.verify.runner import EngineFailed
+    from qnext_plugin.engines.process import EngineFailed
 
     if args.plot:
         report.check_plot(args.plot)
@@ -196,12 +196,16 @@ def _measured(
     args: argparse.Namespace, sides: Sequence[Any], task: Any, directory: Path, pair: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     from qnext_plugin.bench.report import RATE
+    from qnext_plugin.bench.served import behind_http
     from qnext_plugin.bench.side import offline
-    from qnext_plugin.engines.server import behind_http
+    from qnext_plugin.engines.process import EngineFailed
 
     for side in sides:
-        with (behind_http if args.serve else offline)(side, task, directory / side.name) as measure:
-            found = measure()
+        try:
+            with (behind_http if args.serve else offline)(side, task, directory / side.name) as measure:
+                found = measure()
+        except EngineFailed as e:
+            raise EngineFailed(f"{side.name}: {e.reason}", e.log) from None
         rates = ", ".join(f"{name} {one[RATE]:.1f}" for name, one in found["workloads"].items())
         print(
             f"pair {pair} of {args.pairs}: {side.name} ({', '.join(found['modules']) or 'native'}): {rates}", flush=True

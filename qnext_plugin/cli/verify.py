@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.verify.scenarios import ENGINES
+from qnext_plugin.engines.config import ENGINES
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from qnext_plugin.engines import process
+from qnext_plugin.engines.config import ENGINES
+from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.runner import EngineFailed, Run, Start, passes
-from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs, tokens
+from qnext_plugin.verify.runner import Run, Start, passes
+from qnext_plugin.verify.scenarios import tokens
 from tests.support.checkpoints import write_checkpoint
 from tests.support.installed import ENGINE, MUTANTS
+from tests.support.matrix import CONFIGS, MATRIX, SCENARIOS, scenarios_of
 from tests.support.serving import Server, crowded
 
 os.environ |= {
@@ -63,17 +66,17 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
     root = tmp_path_factory.mktemp(ENGINE)
 
     @cache
-    def outcome(config: str) -> Start | AssertionError:
-        start = Start(ENGINE, checkpoint(CONFIGS[config].checkpoint), CONFIGS[config], runs(config), root / config)
+    def outcome(config: str) -> Start | EngineFailed:
+        start = Start(ENGINE, checkpoint(MATRIX[config].checkpoint), CONFIGS[config], runs(config), root / config)
         try:
             start.run(timeout=600)
         except EngineFailed as e:
-            return AssertionError(str(e))
+            return e
         return start
 
     def served(config: str) -> Start:
         result = outcome(config)
-        if isinstance(result, AssertionError):
+        if isinstance(result, EngineFailed):
             raise result
         return result
 
@@ -82,9 +85,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
 
 def runs(config: str) -> list[Run]:
     """The scenarios of a configuration, if it says so again on the warm cache, then its mutants."""
-    names = [scenario for name, scenario in pairs(ENGINE) if name == config]
     broken = [mutant for mutant in MUTANTS if mutant.config == config]
-    return passes(CONFIGS[config], {name: SCENARIOS[name] for name in names}) + [
+    return passes(CONFIGS[config], scenarios_of(config)) + [
         Run(mutant.name, SCENARIOS[mutant.scenario], mutant.path) for mutant in broken
     ]
 

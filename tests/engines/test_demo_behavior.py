@@ -18,11 +18,11 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from qnext_plugin.engines import process
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import Result, check_conditions, compare
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query, Reference
 from qnext_plugin.verify.runner import Run, Start
-from qnext_plugin.verify.scenarios import EngineConfig
 from tests.support import demo
 from tests.support.demo import Messages, Prompt
 from tests.support.installed import ENGINE, MUTANTS
@@ -49,8 +49,8 @@ COMMANDS = {
     ],
 }
 OFFLINE = {
-    "vllm": EngineConfig("demo", draft_tokens=2, prefix_caching=True, token_budget=512, num_blocks=120),
-    "sglang": EngineConfig("demo", draft_tokens=2, prefix_caching=True, token_budget=256),
+    "vllm": EngineConfig(draft_tokens=2, prefix_caching=True, token_budget=512, num_blocks=120),
+    "sglang": EngineConfig(draft_tokens=2, prefix_caching=True, token_budget=256),
 }
 INSTRUCT, THINKING = ({"chat_template_kwargs": {"enable_thinking": on}} for on in (False, True))
 

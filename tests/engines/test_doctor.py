@@ -75,7 +75,7 @@ def test_names_our_classes_and_the_kernels_that_then_serve(checkpoint, serve):
     if ENGINE == "vllm":
         assert not any("--block-size" in risk for risk, _ in report["risks"]), "nobody asked for a block size"
         assert report["classes"]["draft"] == "vllm_ext.mtp.Qwen3NextMTP"
-        ran = dict(line.split(": ") for line in serve("bfloat16-mtp2").kernels)
+        ran = dict(line.split(": ") for line in serve("bfloat16-mtp2").serving["kernels"])
         assert {"prefill", "verify"} <= ran.keys()
         assert ran == {phase: report["kernels"][phase][0] for phase in ran}
 

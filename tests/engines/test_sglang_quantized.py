@@ -13,9 +13,10 @@ import torch
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.engines import process
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import Result, check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
+from qnext_plugin.verify.scenarios import Scenario, tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.test_logprobs import compare_draft
 from tests.support.quantized import SCENARIO, dequantized, write
@@ -25,8 +26,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 TOLERANCE = SERVED_LOGPROB_FLOAT32["sglang"]
 # What the draft computes is compared itself: a wrong one is corrected by the model, and not seen otherwise.
-DRAFT = Scenario(((tokens(61, seed=7),),), configs=(), drafts="cycle", draft_logits=True)
-CONFIG = EngineConfig("", draft_tokens=2)
+DRAFT = Scenario(((tokens(61, seed=7),),), drafts="cycle", draft_logits=True)
+CONFIG = EngineConfig(draft_tokens=2)
 BFLOAT16 = replace(CONFIG, dtype="bfloat16")
 # Four experts, each twice, in no order, as a load balancer leaves them.
 PHYSICAL = [2, 0, 3, 2, 1, 3, 0, 1]

@@ -23,4 +23,4 @@ def test_grammar_holds_over_accepted_drafts(samples):
 
 
 def test_no_request_waits_for_a_compiler(serve):
-    assert serve("mtp3").compiled == 0
+    assert serve("mtp3").serving["compiled"] == 0

@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from qnext_plugin.engines import process
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import Result
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario
+from qnext_plugin.verify.scenarios import Scenario
 
 
 def case(model: Path, config: EngineConfig, scenarios: tuple[Scenario, ...], **args: Any) -> dict[str, Any]:

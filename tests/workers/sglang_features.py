@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from sglang_ext.tools.verify import Engine
+from qnext_plugin.engines.config import EngineConfig
+from sglang_ext.tools.engine import Engine
 
 LAYERS = (1, 3)
 """Whose inputs an EAGLE3 draft would read: the outputs of those before."""
@@ -24,7 +24,7 @@ GREEDY = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
 def start(model: Path, token_budget: int, **more: Any) -> Engine:
-    served = Engine(str(model), EngineConfig("", token_budget=token_budget, max_model_len=512), **more)
+    served = Engine(str(model), EngineConfig(token_budget=token_budget, max_model_len=512), **more)
     assert served.serving()["modules"] == ["sglang_ext.model"]
     return served
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
-from sglang_ext.tools.verify import Engine
+from qnext_plugin.engines.config import EngineConfig
+from sglang_ext.tools.engine import Engine
+from tests.support.matrix import SCENARIOS
 
-CONFIG = EngineConfig("tiny", prefix_caching=True)
+CONFIG = EngineConfig(prefix_caching=True)
 
 
 def weights(directory: str, **changes: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

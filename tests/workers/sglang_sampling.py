@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from sglang_ext.tools.verify import Engine
+from qnext_plugin.engines.config import EngineConfig
+from sglang_ext.tools.engine import Engine
 
 # SGLang applies penalties to the tokens of earlier steps only, so that with drafts they are not the same.
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
@@ -24,7 +24,7 @@ def main(spec_file: str, out_file: str) -> None:
     prompt, drafts = spec["prompt"], spec["draft_tokens"]
     engine = Engine(
         spec["model"],
-        EngineConfig(spec["model"], draft_tokens=drafts),
+        EngineConfig(draft_tokens=drafts),
         max_running_requests=REQUESTS,
         max_mamba_cache_size=REQUESTS + 8,
         skip_tokenizer_init=False,
@@ -61,7 +61,7 @@ def main(spec_file: str, out_file: str) -> None:
         out["grammar"] = {"answers": answers, "accepted": accepted(before, drafts)}
     Path(out_file).write_text(json.dumps(out))
     sys.stdout.flush()
-    os._exit(0)  # as in sglang_ext.tools.verify
+    os._exit(0)  # as in sglang_ext.tools.engine
 
 
 if __name__ == "__main__":

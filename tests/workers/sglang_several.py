@@ -10,8 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario
-from sglang_ext.tools.verify import Engine
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.verify.scenarios import Scenario
+from sglang_ext.tools.engine import Engine
 
 
 def main(spec_file: str, out: str) -> None:

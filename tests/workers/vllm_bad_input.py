@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from vllm_ext.tools.verify import engine_args
+from qnext_plugin.engines.config import EngineConfig
+from vllm_ext.tools.engine import engine_args
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -23,7 +23,7 @@ def main(spec_file: str, out_file: str) -> None:
     errors = {}
     for name, case in json.loads(Path(spec_file).read_text()).items():
         print(f"--- {name}", flush=True)
-        args = engine_args(case["model"], EngineConfig("")) | case["args"]
+        args = engine_args(case["model"], EngineConfig()) | case["args"]
         try:
             vllm.LLM(**args)
             errors[name] = None

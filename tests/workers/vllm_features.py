@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from vllm_ext.tools.verify import engine_args
+from qnext_plugin.engines.config import EngineConfig
+from vllm_ext.tools.engine import engine_args
 
 LAYERS = (0, 2, 4)
 """Whose inputs an EAGLE3 draft would read."""
@@ -25,7 +25,7 @@ LAYERS = (0, 2, 4)
 def start(model: Path, **more: Any) -> Any:
     from vllm import LLM
 
-    args = engine_args(str(model), EngineConfig("", num_blocks=48)) | {
+    args = engine_args(str(model), EngineConfig(num_blocks=48)) | {
         "max_model_len": 512,
         "skip_tokenizer_init": False,
     }

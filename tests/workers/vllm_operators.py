@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
-from vllm_ext.tools.verify import Engine
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.verify.scenarios import Scenario, tokens
+from vllm_ext.tools.engine import Engine
 
 MOVES = {"aten::copy_", "aten::cat", "aten::index", "aten::index_select", "aten::_index_put_impl_"}
 PROMPT, BATCH = 150, 7
@@ -34,7 +35,7 @@ def layer_of(event: Any) -> str | None:
 
 
 def main(model: str, out: str) -> None:
-    engine = Engine(model, EngineConfig("", dtype="bfloat16"))
+    engine = Engine(model, EngineConfig(dtype="bfloat16"))
     layers = engine.worker.model_runner.model.model.layers
     hidden_size = engine.worker.model_runner.model.config.hidden_size
     for i, layer in enumerate(layers):
@@ -47,7 +48,7 @@ def main(model: str, out: str) -> None:
     found: dict[str, dict[str, int]] = {}
     batches = {"prefill": ((tokens(PROMPT, seed=1),), 1), "decode": (tuple(tokens(1, i) for i in range(BATCH)), 2)}
     for phase, (batch, max_tokens) in batches.items():
-        scenario = Scenario((batch,), configs=(), max_tokens=(max_tokens,))
+        scenario = Scenario((batch,), max_tokens=(max_tokens,))
         engine.generate(batch, scenario)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as events:
             engine.generate(batch, scenario)

@@ -21,12 +21,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
+from qnext_plugin.engines.config import EngineConfig
+from tests.support.matrix import SCENARIOS
+from vllm_ext.tools.engine import Engine
 from vllm_ext.tools.inside import serving_modules
-from vllm_ext.tools.verify import Engine
 
 Weights = list[tuple[str, torch.Tensor]]
-CONFIG = EngineConfig("tiny", draft_tokens=3, num_blocks=64)
+CONFIG = EngineConfig(draft_tokens=3, num_blocks=64)
 
 
 @dataclass

@@ -10,16 +10,16 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from qnext_plugin.verify.scenarios import EngineConfig
+from qnext_plugin.engines.config import EngineConfig
+from vllm_ext.tools.engine import Engine
 from vllm_ext.tools.inside import set_drafts
-from vllm_ext.tools.verify import Engine
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.0}
 
 
 def main(spec_file: str, out_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
-    config = EngineConfig(spec["model"], draft_tokens=spec["draft_tokens"], num_blocks=8192)
+    config = EngineConfig(draft_tokens=spec["draft_tokens"], num_blocks=8192)
     engine = Engine(spec["model"], config, max_num_seqs=512)
     from vllm import SamplingParams
 

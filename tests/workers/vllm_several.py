@@ -15,9 +15,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.verify.scenarios import Scenario
+from vllm_ext.tools.engine import Engine
 from vllm_ext.tools.inside import serving_modules
-from vllm_ext.tools.verify import Engine
 
 
 def layers(worker: Any) -> dict[str, list[str]]:
