@@ -58,7 +58,7 @@ def behind_http(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
             complete(running.url, task.model)
             first = {"first request seconds": time.monotonic() - begin}
             found = {name: load(**workload) for name, workload in task.workloads.items()}
-            return about | first | {"workloads": found} | peak_memory(running.pid, before)
+            return about | first | {"workloads": found} | peak_memory(running.process.pid, before)
 
         def load(batch: int, length: int, output: int) -> dict[str, Any]:
             out, client_log = directory / "client.json", directory / "client.log"

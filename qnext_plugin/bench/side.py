@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qnext_plugin.engines.config import EngineConfig, mtp_flags
+from qnext_plugin.engines.config import EngineConfig, all_cores, mtp_flags
 from qnext_plugin.engines.process import peak_resident_bytes
 from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.engines.who_serves import native_environment
@@ -47,9 +47,7 @@ class Side:
         """On a CPU all cores, unless told otherwise: vLLM leaves one idle by default."""
         chosen = native_environment(self.native)
         if not torch.cuda.is_available():
-            cores = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-            cores |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
-            chosen |= {name: value for name, value in cores.items() if name not in os.environ}
+            chosen |= all_cores() | {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
         return chosen
 
 

@@ -1,6 +1,7 @@
 """How an engine is started: the options that both engines have, and MTP as each of them spells it."""
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +66,9 @@ def mtp_flags(engine: str, num_draft_tokens: int) -> list[str]:
         text = json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else str(value)
         flags += ["--" + name.replace("_", "-"), text]
     return flags
+
+
+def all_cores() -> dict[str, str]:
+    """Environment variables for all cores on a CPU, without those that are set: vLLM leaves one idle by default."""
+    chosen = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {name: value for name, value in chosen.items() if name not in os.environ}

@@ -53,15 +53,17 @@ def started(
         yield process
     finally:
         assert process.stdin
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+        finally:  # also where this process is interrupted once more meanwhile
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def run(

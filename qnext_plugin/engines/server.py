@@ -1,5 +1,6 @@
 """An engine's own HTTP server."""
 
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +20,12 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Server:
-    """One that answers. ``pid`` is its process group."""
+    """One that answers; the id of its process is that of the group of all that it started."""
 
     engine: str
     url: str
     log: Path
-    pid: int
+    process: subprocess.Popen[bytes]
 
 
 def command(engine: str, model: str, port: int, flags: Sequence[str]) -> list[str]:
@@ -56,7 +57,7 @@ def serving(
         raise ValueError(f"another server answers on port {port}; choose another port")
     with process.started(command(engine, model, port, flags), log, env, python) as child:
         process.wait_until(lambda: is_healthy(url), child, log, timeout, waiting)
-        yield Server(engine, url, log, child.pid)
+        yield Server(engine, url, log, child)
 
 
 def is_healthy(url: str) -> bool:

@@ -1,6 +1,5 @@
 """One engine start per configuration and session, shared by every test that asks for it."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from qnext_plugin.engines import process
-from qnext_plugin.engines.config import ENGINES
+from qnext_plugin.engines.config import ENGINES, EngineConfig
 from qnext_plugin.engines.process import EngineFailed
+from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.runner import Run, Start, passes
 from qnext_plugin.verify.scenarios import tokens
@@ -35,6 +34,10 @@ os.environ |= {
 whole = cache(Whole)  # transformers, once for each checkpoint and dtype
 
 SAMPLES, TOKENS = 20_000, 5
+SAMPLING_ARGUMENTS = {
+    "vllm": {"max_num_seqs": 512},
+    "sglang": {"max_running_requests": 256, "max_mamba_cache_size": 264, "skip_tokenizer_init": False},
+}[ENGINE]
 REGEX = "([a-d][0-9]){12}"
 SAMPLING_MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"
 
@@ -96,23 +99,19 @@ def samples(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
     """What was sampled with 0 and with 2 draft tokens, by mutant."""
     root, drawn = tmp_path_factory.mktemp("sampling"), {}
     for drafts in (0, 2):
-        spec, out, log = (root / f"{drafts}.{suffix}" for suffix in ("spec.json", "out.json", "log"))
-        spec.write_text(
-            json.dumps(
-                {
-                    "model": str(checkpoint("tiny")),
-                    "draft_tokens": drafts,
-                    "prompt": tokens(9, seed=5),
-                    "samples": SAMPLES,
-                    "tokens": TOKENS,
-                    "mutants": [SAMPLING_MUTANT] if drafts else [],
-                    "regex": REGEX,
-                }
+        config = EngineConfig(draft_tokens=drafts, num_blocks=8192)
+        model, directory = str(checkpoint("tiny")), root / f"{drafts}"
+        with started_engine(ENGINE, model, config, directory, arguments=SAMPLING_ARGUMENTS) as engine:
+            engine.ready(600)
+            drawn[drafts] = engine.call(
+                f"tests.workers.{ENGINE}_sampling:sample",
+                600,
+                prompt=tokens(9, seed=5),
+                samples=SAMPLES,
+                tokens=TOKENS,
+                mutants=[SAMPLING_MUTANT] if drafts else [],
+                regex=REGEX,
             )
-        )
-        command = ["-m", f"tests.workers.{ENGINE}_sampling", str(spec), str(out)]
-        assert process.run(command, log, timeout=600) == 0, process.tail(log)
-        drawn[drafts] = json.loads(out.read_text())
     return drawn
 
 

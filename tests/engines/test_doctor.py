@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qnext_plugin.engines.config import mtp_flags
 from tests.support.installed import ENGINE
 
 pytestmark = pytest.mark.engine
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.engine
 ADAPTER = f"{ENGINE}_ext"
 COMMAND = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
 NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.srt.models.qwen3_next."}
-DRAFT = {"vllm": ["--speculative-config", '{"method":"qwen3_next_mtp","num_speculative_tokens":2}'], "sglang": []}
+DRAFT = {"vllm": mtp_flags("vllm", 2), "sglang": []}
 # A parameter that we name in a call and that is not looked at before there is a model.
 RENAMED = {
     "vllm": ("model_executor/layers/rotary_embedding/__init__.py", "rope_parameters:", "rope:"),

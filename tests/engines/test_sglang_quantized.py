@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
-from qnext_plugin.engines import process
 from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.comparison import Result, check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import Scenario, tokens
@@ -58,18 +58,18 @@ def served(checkpoints):
     @cache
     def start(name: str) -> tuple[dict[str, list[Result]], str]:
         (forms, config), root = STARTS[name], checkpoints / name.replace(" ", "-")
-        root.mkdir()
         scenarios = (SCENARIO, DRAFT) if config.dtype == "float32" else (SCENARIO,)
-        spec = {
-            "models": [str(checkpoints / form) for form in forms],
-            "config": asdict(config),
-            "scenarios": [asdict(scenario) for scenario in scenarios],
-        }
-        (root / "spec.json").write_text(json.dumps(spec))
-        command = ["-m", "tests.workers.sglang_several", str(root / "spec.json"), str(root)]
-        status = process.run(command, root / "log", timeout=600)
-        assert status == 0, process.tail(root / "log")
-        assert json.loads((root / "modules.json").read_text()) == ["sglang_ext.model", "sglang_ext.mtp"]
+        models = [str(checkpoints / form) for form in forms]
+        with started_engine("sglang", models[0], config, root) as engine:
+            engine.ready(600)
+            assert engine.serving(60)["modules"] == ["sglang_ext.model", "sglang_ext.mtp"]
+            engine.call(
+                "tests.workers.sglang_several:serve",
+                600,
+                models=models,
+                scenarios=[asdict(scenario) for scenario in scenarios],
+                directory=str(root),
+            )
         results = {
             form: [Result.load(root / f"{n}.{i}.safetensors") for i in range(len(scenarios))]
             for n, form in enumerate(forms)

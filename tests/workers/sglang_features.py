@@ -1,12 +1,6 @@
-"""What trainers and poolers ask of SGLang: ``python -m tests.workers.sglang_features DIRECTORY OUT.pt STEP``.
-
-``DIRECTORY`` has the checkpoint ``base`` and ``prompts.json``. ``STEP`` is ``generation`` or ``embeddings``. ``OUT``
-maps the names of what was asked to lists of one tensor, or what holds some, for each prompt.
-"""
+"""What trainers and poolers ask of SGLang."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,13 +86,11 @@ def embeddings(root: Path, prompts: list[list[int]]) -> dict[str, Any]:
     return {"embeddings, base": [torch.tensor(answer["embedding"]) for answer in answers], "unknown token": refusal}
 
 
-def main(directory: str, out_file: str, step: str) -> None:
+def run(directory: str, out_file: str, step: str) -> None:
+    """Ask ``generation`` or ``embeddings`` of the checkpoint ``base`` in ``directory``, on its ``prompts.json``.
+
+    ``out_file`` maps the names of what was asked to lists of one tensor, or what holds some, for each prompt.
+    """
     root = Path(directory)
     prompts = json.loads((root / "prompts.json").read_text())
     torch.save({"generation": generation, "embeddings": embeddings}[step](root, prompts), out_file)
-    sys.stdout.flush()
-    os._exit(0)  # as in sglang_several
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -160,7 +160,8 @@ def check_sampling() -> None:
         assert abs(found[a, b] - p * samples) < 5 * (p * samples) ** 0.5, (a, b, found[a, b], p * samples)
 
 
-if __name__ == "__main__":
+def check() -> None:
+    """All of the above; needs ``TRITON_INTERPRET=1`` in the environment."""
     torch.manual_seed(0)
     check_trees()
     check_slots()

@@ -1,20 +1,12 @@
-"""Operators of a layer's forward pass that only move data: ``python -m tests.workers.vllm_operators MODEL OUT.json``.
+"""Operators of a layer's forward pass that only move data."""
 
-``OUT`` has the largest number of them in a layer, by the layer's mixer, for a prompt and for a decode step, what
-multiplies by the weights of which modules, and the type of the router's logits. Conversions between data types count:
-they are copies too.
-"""
-
-import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.scenarios import Scenario, tokens
 from vllm_ext.tools.engine import Engine
 
@@ -34,8 +26,12 @@ def layer_of(event: Any) -> str | None:
     return event.name if event else None
 
 
-def main(model: str, out: str) -> None:
-    engine = Engine(model, EngineConfig(dtype="bfloat16"))
+def count(engine: Engine) -> dict[str, Any]:
+    """The largest number of moves in a layer, by the layer's mixer, for a prompt and for a decode step, what multiplies
+    by the weights of which modules, and the type of the router's logits.
+
+    Conversions between data types count: they are copies too.
+    """
     layers = engine.worker.model_runner.model.model.layers
     hidden_size = engine.worker.model_runner.model.config.hidden_size
     for i, layer in enumerate(layers):
@@ -68,10 +64,6 @@ def main(model: str, out: str) -> None:
     for name, module in engine.worker.model_runner.model.named_modules():
         if hasattr(module, "quant_method"):
             methods.setdefault(type(module.quant_method).__name__, set()).add(name.rpartition(".")[2])
-    report = {"serving": engine.serving(), "moves": found, "methods": {m: sorted(n) for m, n in methods.items()}}
+    report: dict[str, Any] = {"moves": found, "methods": {m: sorted(n) for m, n in methods.items()}}
     report["router"] = str(layers[0].mlp.gate(torch.ones(1, hidden_size, dtype=torch.bfloat16))[0].dtype)
-    Path(out).write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return report
