@@ -96,6 +96,7 @@ def main() -> None:
         from vllm import __version__
 
         about = {
+            "kind": "context",
             "command": f"python -m bench.context --lengths {' '.join(map(str, args.lengths))}",
             "vllm": __version__,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",

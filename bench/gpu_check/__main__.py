@@ -140,7 +140,7 @@ class State:
                 print(report.line(record), flush=True)
         if self.file:
             draft = self.file.with_name(self.file.name + ".part")
-            draft.write_text(json.dumps(self.about | {"checks": records}, indent=1) + "\n")
+            draft.write_text(json.dumps({"kind": "gpu-check"} | self.about | {"checks": records}, indent=1) + "\n")
             draft.replace(self.file)
 
 
