@@ -13,11 +13,17 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from bench.tables import growth
+from qnext_plugin.bench.side import TIMEOUT
+from qnext_plugin.bench.worker import random_prompts
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.engines.remote import started_engine
 
 os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -44,6 +50,29 @@ class Stopwatch:
             self.steps.append(seconds)
 
 
+def measure(engine: Any, model: str, lengths: list[int]) -> dict[str, dict[str, list[float]]]:
+    """Microseconds of a decode step by kind of layer and by length of the context, one for each round."""
+    prompts = random_prompts(QNextConfig.from_pretrained(model).vocab_size)
+    layers = [
+        Stopwatch(module, KINDS[name.rpartition(".")[2]])
+        for name, module in engine.worker.model_runner.model.named_modules()
+        if name.rpartition(".")[2] in KINDS
+    ]
+    found: dict[str, dict[str, list[float]]] = {kind: {str(n): [] for n in lengths} for kind in KINDS.values()}
+    for _ in range(ROUNDS):
+        for length in lengths:
+            engine.answer(prompts(1, length), 1 + STEPS)
+            for layer in layers:
+                if len(layer.steps) != STEPS:
+                    raise RuntimeError(f"{layer.name}: {len(layer.steps)} steps found, expected {STEPS}")
+            for kind, by in found.items():
+                of_kind = [seconds for layer in layers if layer.name == kind for seconds in layer.steps]
+                by[str(length)].append(1e6 * statistics.median(of_kind))
+            for layer in layers:
+                layer.steps.clear()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -52,32 +81,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    from qnext_plugin.bench.worker import random_prompts
-    from qnext_plugin.config import QNextConfig
-    from qnext_plugin.verify.scenarios import EngineConfig
-    from qnext_plugin.verify.worker import check_modules
-    from vllm_ext.tools.bench import Engine
-
-    longest = max(args.lengths) + STEPS + 1
-    engine = Engine(args.model, EngineConfig("", dtype=args.dtype, max_model_len=longest))
-    check_modules(engine.serving()["modules"], "vllm_ext.")
-    prompts = random_prompts(QNextConfig.from_pretrained(args.model).vocab_size)
-    layers = [
-        Stopwatch(module, KINDS[name.rpartition(".")[2]])
-        for name, module in engine.worker.model_runner.model.named_modules()
-        if name.rpartition(".")[2] in KINDS
-    ]
-    found: dict[str, dict[int, list[float]]] = {kind: {n: [] for n in args.lengths} for kind in KINDS.values()}
-    for _ in range(ROUNDS):
-        for length in args.lengths:
-            engine.answer(prompts(1, length), 1 + STEPS)
-            for layer in layers:
-                assert len(layer.steps) == STEPS, f"{layer.name}: {len(layer.steps)} steps, expected {STEPS}"
-            for kind, by in found.items():
-                of_kind = [seconds for layer in layers if layer.name == kind for seconds in layer.steps]
-                by[length].append(1e6 * statistics.median(of_kind))
-            for layer in layers:
-                layer.steps.clear()
+    config = EngineConfig(dtype=args.dtype, max_model_len=max(args.lengths) + STEPS + 1)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        started_engine("vllm", args.model, config, Path(scratch) / "engine") as engine,
+    ):
+        engine.ready(TIMEOUT)
+        engine.serving(TIMEOUT)
+        found = engine.call("bench.context:measure", TIMEOUT, model=args.model, lengths=args.lengths)
     for kind, by in found.items():
         steps = ", ".join(f"{n}: {statistics.median(rounds):.0f} us" for n, rounds in by.items())
         print(f"{kind}, one layer's decode step at a context of {steps}; growth {growth(found, kind):.2f}", flush=True)
@@ -85,13 +96,13 @@ def main() -> None:
         from vllm import __version__
 
         about = {
+            "kind": "context",
             "command": f"python -m bench.context --lengths {' '.join(map(str, args.lengths))}",
             "vllm": __version__,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "date": time.strftime("%Y-%m-%d"),
         }
         args.json.write_text(json.dumps(about | {"microseconds by context": found}, indent=1) + "\n")
-    os._exit(0)
 
 
 if __name__ == "__main__":

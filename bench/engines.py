@@ -41,6 +41,7 @@ def main() -> None:
                     for each in TIMES:
                         times[name][engine][each].append(found[each])
     result = {
+        "kind": "engines",
         "command": f"python -m bench.engines {args.model.name} --pairs {args.pairs}",
         "model": args.model.name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -182,7 +182,7 @@ def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
         "model": model.name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d"),
-        "sides": ["ours"],
+        "sides": ["ours", "llama.cpp"],
         "engines": {
             "ours": f"vllm {Side('ours', 'vllm').version}",
             "llama.cpp": f"llama.cpp of llama-cpp-python {VERSION}",
@@ -192,8 +192,7 @@ def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
         "ceilings": {name: max(each[name] for each in rates) for name in rates[0]},
         "workloads": report.summary(both),
     }
-    add_limits(result, model, Task(str(model), WORKLOADS))
-    result["sides"] = ["ours", "llama.cpp"]
+    add_limits(result["workloads"], {"ours": "vllm"}, result["ceilings"], model, Task(str(model), WORKLOADS))
     result["decode steps"] = {
         name: {
             "limit ms": 1e3 * workload["batch"] / result["workloads"][name]["limit"]["ours"],
@@ -225,7 +224,11 @@ def main() -> None:
     errors = check()
     gguf = convert(args.model, WORK / f"{args.model.name}.gguf")
     command = f"python -m bench.llama_cpp {args.model.name} --pairs {args.pairs}"
-    found = {"command": command} | compared(args.model, gguf, args.pairs) | {"mean error of log-probabilities": errors}
+    found = (
+        {"kind": "llama.cpp", "command": command}
+        | compared(args.model, gguf, args.pairs)
+        | {"mean error of log-probabilities": errors}
+    )
     print(json.dumps(found, indent=1))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

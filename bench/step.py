@@ -89,12 +89,12 @@ def measurements(engine_name: str, model: str, workloads: Iterable[str]) -> Iter
     from qnext_plugin.bench import worker
     from qnext_plugin.bench.side import Task
     from qnext_plugin.config import QNextConfig
-    from qnext_plugin.verify.scenarios import EngineConfig
+    from qnext_plugin.engines.config import EngineConfig
 
     task = Task(model, WORKLOADS)
-    config = EngineConfig("", dtype=task.dtype, max_model_len=task.longest, flags=tuple(task.flags(engine_name)))
-    engine = import_module(f"{engine_name}_ext.bench").Engine(model, config)
-    worker.check_modules(engine.serving()["modules"], f"{engine_name}_ext.")
+    config = EngineConfig(dtype=task.dtype, max_model_len=task.longest, flags=tuple(task.flags(engine_name)))
+    engine = import_module(f"{engine_name}_ext.tools.engine").Engine(model, config)
+    assert all(module.startswith(f"{engine_name}_ext.") for module in engine.serving()["modules"])
     prompts = worker.random_prompts(QNextConfig.from_pretrained(model).vocab_size)
     for name in workloads:
         workload = WORKLOADS[name]

@@ -31,14 +31,18 @@ def table(rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rest])
 
 
+def titles(found: dict[str, Any]) -> list[str]:
+    """What the columns of the sides are called."""
+    engine = found.get("engines", {}).get("native", "vllm").split()[0]
+    own = {"native": f"{ {'vllm': 'vLLM', 'sglang': 'SGLang'}[engine] }'s own"}
+    return [own.get(side, side) for side in found.get("sides", ["ours", "native"])]
+
+
 def bench(found: dict[str, Any]) -> str:
     """Of ``qnext bench``: tokens per second of both sides, and how much of its limit the first reaches, if counted."""
     sides = found.get("sides", ["ours", "native"])
     limited, drafted = (all(key in row for row in found["workloads"].values()) for key in ("limit", "tokens per step"))
-    engine = found.get("engines", {}).get("native", "vllm").split()[0]
-    own = {"native": f"{ {'vllm': 'vLLM', 'sglang': 'SGLang'}[engine] }'s own"}
-    titles = [own.get(side, side) for side in sides]
-    rows = [["Workload", *titles, "ratio"]]
+    rows = [["Workload", *titles(found), "ratio"]]
     rows[0] += ["ours, of the limit"] * limited + ["tokens of a step"] * drafted
     for name, row in found["workloads"].items():
         medians = [statistics.median(row[side]) for side in sides]
@@ -47,17 +51,23 @@ def bench(found: dict[str, Any]) -> str:
         share = [f"{medians[0] / row['limit'][sides[0]]:.0%}"] if limited else []
         steps = [f"{statistics.median(row['tokens per step'][sides[0]]):.2f}"] if drafted else []
         rows.append([name, *(f"{median:.0f}" for median in medians), spread, *share, *steps])
-    tables = [table(rows)]
-    if "decode steps" in found:
-        tables.append(decode_steps(found["decode steps"]))
-    if any("first token ms" in row for row in found["workloads"].values()):
-        tables.append(waits(found, sides, titles))
-    return "\n".join(tables)
+    return table(rows)
 
 
-def waits(found: dict[str, Any], sides: list[str], titles: list[str]) -> str:
+def served(found: dict[str, Any]) -> str:
+    """Of ``qnext bench --serve``: as offline, then what its clients waited for."""
+    return f"{bench(found)}\n{waits(found)}"
+
+
+def llama_cpp(found: dict[str, Any]) -> str:
+    """Of ``bench/llama_cpp.py``: as offline, then what a decode step is made of."""
+    return f"{bench(found)}\n{decode_steps(found['decode steps'])}"
+
+
+def waits(found: dict[str, Any]) -> str:
     """Of ``qnext bench --serve``: the start, a request's first token and those after it."""
-    rows = [["", *titles]]
+    sides = found["sides"]
+    rows = [["", *titles(found)]]
     rows.append(["start-up, s", *(f"{statistics.median(found['start-up seconds'][side]):.0f}" for side in sides)])
     for name, row in found["workloads"].items():
         for key in ("first token ms", "further token ms"):
@@ -173,17 +183,26 @@ def speeds(files: dict[str, dict[str, Any]]) -> str:
     return table(rows)
 
 
+KINDS = {
+    "offline": bench,
+    "served": served,
+    "llama.cpp": llama_cpp,
+    "engines": engines,
+    "context": context,
+    "gpu-check": gpu_check,
+}
+
+
 def written(document: str) -> str:
     """``document`` with every table as its files have it."""
 
     def region(match: re.Match[str]) -> str:
         runs = {file.stem: json.loads(file.read_text()) for file in sorted(ROOT.glob(match["file"]))}
         first, *more = runs.values()
-        kinds = {"results": gpu_check, "microseconds by context": context, "times": engines, "workloads": bench}
-        if "rows" in first:
+        if first["kind"] == "verify":
             made = verify(list(runs.values()))
         else:
-            made = speeds(runs) if more else next(make for key, make in kinds.items() if key in first)(first)
+            made = speeds(runs) if more else KINDS[first["kind"]](first)
         return f"{match[1]}\n{made}\n{match[3]}"
 
     return REGION.sub(region, document)

@@ -5,9 +5,8 @@ Usage: demo.py ENGINE MODEL PORT (scripts/demo prepares both)
 
 import json
 import os
-import re
+import shlex
 import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -17,11 +16,23 @@ from pathlib import Path
 from openai import OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
 
+from qnext_plugin.engines import server
+from qnext_plugin.engines.config import all_cores, mtp_flags
+from qnext_plugin.engines.process import EngineFailed
+from qnext_plugin.engines.who_serves import check_log, native_environment
+
 START_TIMEOUT = 300
 DRAFTS = 2
 SERVING = {
-    "vllm": (("Qwen3NextForCausalLM", "vllm_ext.model"), ("Qwen3NextMTP", "vllm_ext.mtp")),
-    "sglang": (("Qwen3NextForCausalLM", "sglang_ext.model"), ("Qwen3NextForCausalLMMTP", "sglang_ext.mtp")),
+    "vllm": {"Qwen3NextForCausalLM": "vllm_ext.model", "Qwen3NextMTP": "vllm_ext.mtp"},
+    "sglang": {"Qwen3NextForCausalLM": "sglang_ext.model", "Qwen3NextForCausalLMMTP": "sglang_ext.mtp"},
+}
+FLAGS = {
+    "vllm": (
+        *("--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30)),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    ),
+    "sglang": ("--tool-call-parser", "qwen"),
 }
 QUESTIONS = ("What is qnext-plugin?", "How do I serve the model on vLLM?", "Does MTP change the answers?")
 NOTES = """Notes:
@@ -46,83 +57,48 @@ def main(engine: str, model: str, port: str) -> None:
         signal.signal(signum, lambda *_: sys.exit("demo: stopped"))
     os.environ["no_proxy"] = "127.0.0.1"
     log = Path(model).with_name("demo.log")
-    command = serve_command(engine, model, port)
-    print(f"starting: {' '.join(command)}\nits log: {log}", flush=True)
-    server = start(command, log)
+    flags = ["--served-model-name", "demo", *FLAGS[engine], *mtp_flags(engine, DRAFTS)]
+    command = shlex.join(["python", *server.command(engine, model, int(port), flags)])
+    print(f"starting: {command}\nits log: {log}", flush=True)
+    env = all_cores() | native_environment(False) | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    waiting, started = Waiting(), time.monotonic()
     try:
-        wait_until_healthy(server, port, log)
-        talk = converse(engine, port)
-        report_serving_classes(engine, log)
-        report_acceptance(talk.accepted if engine == "sglang" else accepted_by_vllm(port))
-        print(
-            f"speed: {talk.tokens} tokens in {talk.seconds:.2f} s, {talk.tokens / talk.seconds:.0f} tokens/s",
-            flush=True,
-        )
+        with server.serving(
+            engine, model, flags, log, env=env, port=int(port), timeout=START_TIMEOUT, waiting=waiting
+        ) as running:
+            print(f"the server is up after {time.monotonic() - started:.0f} s", flush=True)
+            talk = converse(engine, running.url)
+            report_serving_classes(engine, log)
+            report_acceptance(talk.accepted if engine == "sglang" else accepted_by_vllm(running.url))
+            print(
+                f"speed: {talk.tokens} tokens in {talk.seconds:.2f} s, {talk.tokens / talk.seconds:.0f} tokens/s",
+                flush=True,
+            )
+    except EngineFailed as error:
+        fail(f"the server failed: {error.reason}", log)
     except OpenAIError as error:
         fail(f"the request failed: {error}", log)
     except KeyboardInterrupt:
         sys.exit("demo: interrupted")
     finally:
-        stop(server)
         print("server stopped", flush=True)
 
 
-def serve_command(engine: str, model: str, port: str) -> list[str]:
-    flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "demo"]
-    if engine == "sglang":
-        drafts = ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(DRAFTS)]
-        drafts += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(DRAFTS + 1)]
-        tools = ["--tool-call-parser", "qwen"]
-        return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *flags, *tools, *drafts]
-    small = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(2**30)]
-    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    drafts = json.dumps({"method": "qwen3_next_mtp", "num_speculative_tokens": DRAFTS})
-    return ["vllm", "serve", model, *flags, *small, *tools, "--speculative-config", drafts]
+class Waiting:
+    """Say every five seconds that the server starts."""
+
+    def __init__(self) -> None:
+        self.shown = 0.0
+
+    def __call__(self, seconds: float) -> None:
+        if seconds >= self.shown + 5:
+            self.shown = seconds
+            print(f"waiting for the server: {seconds:.0f} s", flush=True)
 
 
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    # vLLM's CPU worker leaves a core idle by default.
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-    defaults = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            command,
-            env={**defaults, **os.environ},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def wait_until_healthy(server: subprocess.Popen[bytes], port: str, log: Path) -> None:
-    started, shown = time.monotonic(), 0.0
-    while not healthy(port):
-        elapsed = time.monotonic() - started
-        if server.poll() is not None:
-            fail(f"the server exited with status {server.returncode} after {elapsed:.0f} s", log)
-        if elapsed > START_TIMEOUT:
-            fail(f"the server is not healthy after {START_TIMEOUT} s", log)
-        if elapsed >= shown + 5:
-            shown = elapsed
-            print(f"waiting for the server: {elapsed:.0f} s", flush=True)
-        time.sleep(0.5)
-    print(f"the server is up after {time.monotonic() - started:.0f} s", flush=True)
-    if server.poll() is not None:
-        fail(f"another server answers on port {port}; ours exited with status {server.returncode}", log)
-
-
-def healthy(port: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
-
-
-def converse(engine: str, port: str) -> "Conversation":
+def converse(engine: str, url: str) -> "Conversation":
     """Show a conversation as it comes."""
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
     talk = Conversation(client, {"return_spec_tokens_details": True} if engine == "sglang" else {})
     for question in (*QUESTIONS, NOTES):
         talk.ask(question)
@@ -198,17 +174,15 @@ class Conversation:
 
 def report_serving_classes(engine: str, log: Path) -> None:
     # Without this check a plugin that failed to load would pass: the engine then serves its native model.
-    lines = re.findall(r".*(?:qnext-plugin[ :]|load plugin).*", log.read_text(errors="replace"))
-    for name, module in SERVING[engine]:
-        served = [line for line in lines if f"{name} is served by {module}" in line]
-        if not served:
-            print(*lines, sep="\n")
-            sys.exit(f"demo: no line of the server's log says that qnext-plugin serves {name}: the engine's did")
-        print(served[0], flush=True)
+    classes = check_log(engine, False, log)
+    if classes != SERVING[engine]:
+        raise EngineFailed(f"qnext-plugin serves {classes}, expected {SERVING[engine]}", log)
+    for name, module in classes.items():
+        print(f"qnext-plugin: {name} is served by {module}", flush=True)
 
 
-def accepted_by_vllm(port: str) -> Counter[int]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+def accepted_by_vllm(url: str) -> Counter[int]:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         families = text_string_to_metric_families(response.read().decode())
     values = {(s.name, s.labels.get("position")): int(s.value) for family in families for s in family.samples}
     at_least = [values.get(("vllm:spec_decode_num_drafts_total", None), 0)]
@@ -230,28 +204,6 @@ def fail(message: str, log: Path) -> None:
     print(f"demo: {message}; the end of {log}:")
     print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
     sys.exit(1)
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and every process it started: politely, then not."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    for signum, patience in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
-        try:
-            if signum == signal.SIGINT and server.poll() is None:
-                server.send_signal(signum)
-            else:
-                os.killpg(server.pid, signum)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            server.poll()
-            try:
-                os.killpg(server.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from qnext_plugin.cli import main
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import Completion, Result
 from qnext_plugin.verify.reference import Recorded, Whole
 from qnext_plugin.verify.report import OK, notes, table
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.runner import Start, passes
-from qnext_plugin.verify.scenarios import CONFIGS, EngineConfig, Scenario, scenarios, tokens
-from qnext_plugin.verify.starts import FULL_SET, plan
+from qnext_plugin.verify.scenarios import Scenario, scenarios, tokens
+from qnext_plugin.verify.starts import CASES, FULL_SET, plan
 from qnext_plugin.verify.verification import judge
 from tests.support.checkpoints import write_checkpoint
 
@@ -41,8 +42,8 @@ def greedy(checkpoint):
 
 
 def judged(checkpoint, directory, completion, dtype="float32", **scenario):
-    config = EngineConfig("", dtype=dtype)
-    start = Start("vllm", checkpoint, config, passes(config, {"it": Scenario(((PROMPT,),), (), **scenario)}), directory)
+    config = EngineConfig(dtype=dtype)
+    start = Start("vllm", checkpoint, config, passes(config, {"it": Scenario(((PROMPT,),), **scenario)}), directory)
     directory.mkdir()
     if completion:
         Result([[completion]], num_preemptions=0, block_size=32).save(directory / "0.safetensors")
@@ -122,11 +123,11 @@ def test_plan_covers_every_scenario_and_fits_the_model(checkpoint, engine, draft
     names = FULL_SET[engine]
     expected = {
         key
-        for key, scenario in scenarios(texts=((1,),)).items()
         for name in names
-        if name in scenario.configs and bool(CONFIGS[name].draft_tokens) <= bool(draft_tokens)
+        if bool(CASES[name].config.draft_tokens) <= bool(draft_tokens)
+        for key in CASES[name].scenarios
     }
-    assert planned_keys == expected - {"draft_logits"}
+    assert planned_keys == expected
 
 
 def test_prompts_use_the_whole_vocabulary_and_grow_with_the_blocks():

@@ -1,7 +1,8 @@
-"""Ratios pair by pair, the limit next to each figure, as a table and as a chart."""
+"""What ``qnext bench`` finds: ratios pair by pair, the limit next to each figure, as a table and as a chart."""
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,36 @@ ABOUT = (
     ("peak resident bytes", "GiB", 2**30),
     ("peak device bytes", "GiB", 2**30),
 )
+
+
+@dataclass
+class Report:
+    """``kind`` is ``offline`` or ``served``. Of mappings by side, a list has an entry for each pair.
+
+    ``about`` is by the names in ``ABOUT`` and by side. Of a workload there are the rates of each side and, of two,
+    their ``ratio``; then by side its ``limit`` and other figures, see ``EXTRA``.
+    """
+
+    kind: str
+    command: str
+    model: str
+    machine: str
+    date: str
+    sides: list[str]
+    engines: dict[str, str]
+    modules: dict[str, list[str]]
+    ranks: int | None
+    dtype: str
+    mtp: int
+    ceilings: dict[str, float]
+    about: dict[str, dict[str, list[float]]]
+    workloads: dict[str, dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--json`` writes."""
+        found = asdict(self)
+        about, workloads = found.pop("about"), found.pop("workloads")
+        return found | about | {"workloads": workloads}
 
 
 def summary(pairs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -41,9 +72,9 @@ def spread(row: Mapping[str, Any], names: Sequence[str]) -> str:
     return f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
 
 
-def text(report: Mapping[str, Any]) -> str:
-    """What ``qnext bench`` prints, from what it writes with ``--json``."""
-    names, workloads = report["sides"], report["workloads"]
+def text(report: Report) -> str:
+    """What ``qnext bench`` prints."""
+    names, workloads = report.sides, report.workloads
     extra = [key for key in EXTRA if any(key in row for row in workloads.values())]
     rows = [
         [
@@ -72,19 +103,20 @@ def text(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_notes(report)])
 
 
-def _notes(report: Mapping[str, Any]) -> list[str]:
+def _notes(report: Report) -> list[str]:
     lines = []
     for key, unit, size in ABOUT:
-        if key in report:
-            values = (f"{name} {statistics.median(found) / size:.2f} {unit}" for name, found in report[key].items())
+        if key in report.about:
+            found = report.about[key].items()
+            values = (f"{name} {statistics.median(each) / size:.2f} {unit}" for name, each in found)
             lines.append(f"{key.rpartition(' ')[0]}: {', '.join(values)}")
-    reached = report["ceilings"]
+    reached = report.ceilings
     lines.append(
         f"reached here: {reached['read'] / 1e9:.1f} GB/s read, {reached['copy'] / 1e9:.1f} GB/s copied, "
-        f"{reached['gemm'] / 1e9:.0f} GFLOP/s in {report['dtype']}"
+        f"{reached['gemm'] / 1e9:.0f} GFLOP/s in {report.dtype}"
     )
-    loops = {w: max(map(max, row["looping"].values())) for w, row in report["workloads"].items() if "looping" in row}
-    if report["mtp"] and any(loops.values()):
+    loops = {w: max(map(max, row["looping"].values())) for w, row in report.workloads.items() if "looping" in row}
+    if report.mtp and any(loops.values()):
         said = ", ".join(f"{number} of {workload}" for workload, number in loops.items())
         lines.append(f"outputs that end in a loop, in which every draft is right: {said}")
     return lines
@@ -100,11 +132,11 @@ def check_plot(file: Path) -> None:
         raise ValueError(f"--plot {file}: expected a name that ends in .png, .svg or .pdf")
 
 
-def plot(report: Mapping[str, Any], file: Path) -> None:
+def plot(report: Report, file: Path) -> None:
     """Bars of each workload's median rates, whiskers from least to most, and the limit as a line across them."""
     from matplotlib.figure import Figure
 
-    names, workloads = report["sides"], report["workloads"]
+    names, workloads = report.sides, report.workloads
     figure = Figure(figsize=(max(6.0, 1.9 * len(workloads)), 4.5), layout="constrained")
     for i, (workload, row) in enumerate(workloads.items()):
         axes = figure.add_subplot(1, len(workloads), i + 1)
@@ -121,7 +153,7 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
     figure.axes[0].set_ylabel("tokens per second")
     what = f"{names[0]} / {names[1]}: median ratio (range); " if len(names) == 2 else ""
     figure.suptitle(
-        f"{report['model']} on {report['engines'][names[0]]}, {report['machine']}\n{what}dashed: the machine's limit",
+        f"{report.model} on {report.engines[names[0]]}, {report.machine}\n{what}dashed: the machine's limit",
         fontsize=10,
     )
     figure.savefig(file, dpi=150)

@@ -1,28 +1,27 @@
 """One of the models that are compared, served in a process of its own."""
 
-import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from itertools import count
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qnext_plugin.engines import process
-from qnext_plugin.engines.flags import mtp_flags
-from qnext_plugin.verify.runner import NATIVE_MODULES, EngineFailed, failure
-from qnext_plugin.verify.scenarios import EngineConfig
+from qnext_plugin.engines.config import EngineConfig, all_cores, mtp_flags
+from qnext_plugin.engines.process import peak_resident_bytes
+from qnext_plugin.engines.remote import started_engine
+from qnext_plugin.engines.who_serves import native_environment
 
 TIMEOUT = 7200.0  # seconds for a start, and for all workloads
 LONGEST_STEP = 16384  # tokens
 # Behind the longest sequence: drafts, what SGLang keeps free, and what a server finds more in a prompt sent as text.
 ROOM = 32
+POOLS: dict[str, dict[str, Any]] = {"vllm": {}, "sglang": {"max_mamba_cache_size": None, "max_total_tokens": None}}
+"""Cache sizes as the engine chooses them, where it otherwise would get small ones."""
 Measure = Callable[[], dict[str, Any]]
 
 
@@ -37,11 +36,6 @@ class Side:
     flags: tuple[str, ...] = ()
 
     @property
-    def module(self) -> str:
-        """How the module names of the classes begin that have to serve."""
-        return NATIVE_MODULES[self.engine] if self.native else f"{self.engine}_ext."
-
-    @property
     def version(self) -> str:
         """Of the engine."""
         names = "from importlib.metadata import packages_distributions, version\n"
@@ -51,11 +45,9 @@ class Side:
     @property
     def environment(self) -> dict[str, str]:
         """On a CPU all cores, unless told otherwise: vLLM leaves one idle by default."""
-        chosen = {"QNEXT_DISABLE": "1" if self.native else "0"}
+        chosen = native_environment(self.native)
         if not torch.cuda.is_available():
-            cores = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-            cores |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
-            chosen |= {name: value for name, value in cores.items() if name not in os.environ}
+            chosen |= all_cores() | {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
         return chosen
 
 
@@ -95,46 +87,44 @@ class Task:
 def offline(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
     """The engine without its server, which starts at once; what is yielded waits for that and measures, each time anew.
 
-    It returns what ``worker.main`` writes, and ``peak_memory``.
+    It returns the ``modules`` of the classes that serve, seconds of the start and of the first request, ``ranks``,
+    what ``worker.measure`` finds as ``workloads``, and ``peak_memory``.
     """
-    directory.mkdir(parents=True)
-    log, spec, before = directory / "log", directory / "spec.json", device_bytes()
-    flags = (*task.flags(side.engine), *side.flags)
+    before = device_bytes()
     config = EngineConfig(
-        "",
         dtype=task.dtype,
         compiled=side.engine == "vllm" or torch.cuda.is_available(),
         draft_tokens=task.draft_tokens,
         max_model_len=task.longest,
-        flags=flags,
+        flags=(*task.flags(side.engine), *side.flags),
     )
-    spec.write_text(
-        json.dumps(
-            asdict(task) | {"config": asdict(config), "expect_module": side.module, "begun": time.time()},
-        )
+    started = started_engine(
+        side.engine,
+        task.model,
+        config,
+        directory,
+        native=side.native,
+        env=side.environment,
+        python=side.python,
+        arguments=POOLS[side.engine],
     )
-    command = ["-m", f"{side.engine}_ext.tools.bench", str(spec), str(directory)]
-    numbers = count()
-    with process.started(command, log, side.environment, side.python) as child:
+    with started as engine:
+        shortest = min(workload["length"] for workload in task.workloads.values())
+        first = engine.send("qnext_plugin.bench.worker:first_request", model=task.model, length=shortest)
 
         def measure() -> dict[str, Any]:
-            out = directory / f"{next(numbers)}.json"
-            tell(child)
-            deadline = time.monotonic() + TIMEOUT
-            while not out.exists():
-                if child.poll() is not None:
-                    raise EngineFailed(f"{side.name}: {failure(log, child.returncode)}", log)
-                if time.monotonic() > deadline:
-                    raise EngineFailed(f"{side.name}: still running after {TIMEOUT:.0f} s", log)
-                time.sleep(0.1)
-            found: dict[str, Any] = json.loads(out.read_text())
-            return found | peak_memory(child, before)
+            about = {"start-up seconds": engine.ready(TIMEOUT), "modules": engine.serving(TIMEOUT)["modules"]}
+            about |= engine.receive(first, TIMEOUT)[0]
+            found = engine.call(
+                "qnext_plugin.bench.worker:measure_engine",
+                TIMEOUT,
+                model=task.model,
+                workloads={name: dict(workload) for name, workload in task.workloads.items()},
+                prompts=[list(prompt) for prompt in task.prompts],
+            )
+            return about | {"workloads": found} | peak_memory(engine.pid, before)
 
         yield measure
-        assert child.stdin
-        child.stdin.close()  # which ends it
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(20)
 
 
 def read_once(directory: Path) -> None:
@@ -145,18 +135,9 @@ def read_once(directory: Path) -> None:
                 pass
 
 
-def tell(child: subprocess.Popen[bytes]) -> None:
-    assert child.stdin
-    try:
-        child.stdin.write(b"\n")
-        child.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has ended, which is noticed next
-
-
-def peak_memory(child: subprocess.Popen[bytes], before: int | None) -> dict[str, int]:
-    """Of the processes, and on all GPUs what is in use more than ``before``."""
-    found = {"peak resident bytes": process.peak_resident_bytes(child.pid)}
+def peak_memory(group: int, before: int | None) -> dict[str, int]:
+    """Of the processes of a group, and on all GPUs what is in use more than ``before``."""
+    found = {"peak resident bytes": peak_resident_bytes(group)}
     now = device_bytes()
     return found if now is None or before is None else found | {"peak device bytes": now - before}
 

@@ -1,23 +1,13 @@
-"""The part of an engine's side that knows no engine: measure workloads whenever told, and write what was found.
+"""What measures inside an engine's process, with the ``Engine`` of the adapter."""
 
-An adapter's ``bench`` extends its ``verify.Engine`` and calls ``main``:
-``python -m vllm_ext.tools.bench SPEC.json OUT``.
-"""
-
-import json
-import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any, Protocol
 
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.verify.comparison import loops
-from qnext_plugin.verify.scenarios import EngineConfig, tokens
-from qnext_plugin.verify.worker import check_modules
+from qnext_plugin.verify.scenarios import tokens
 
 ROUNDS = 2  # of which the best counts, after one that warms up
 
@@ -32,11 +22,8 @@ class Answered:
 
 
 class Engine(Protocol):
-    def __init__(self, model: str, config: EngineConfig) -> None: ...
-
-    ranks: int
-
-    def serving(self) -> dict[str, Any]: ...
+    @property
+    def ranks(self) -> int: ...
 
     def answer(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Answered:
         """``num_tokens`` for each prompt, as fast as the engine can."""
@@ -76,10 +63,12 @@ def _best(answer: Answer, prompts: Prompts, batch: int, length: int, num_tokens:
     return min(found[1:], key=lambda each: each.seconds)
 
 
+_seeds = count()
+
+
 def random_prompts(vocab_size: int) -> Prompts:
-    """Never the same twice, so that no prefix is found in a cache."""
-    seeds = count()
-    return lambda batch, length: [tokens(length, next(seeds), vocab_size) for _ in range(batch)]
+    """Never the same twice in a process, so that no prefix is found in a cache."""
+    return lambda batch, length: [tokens(length, next(_seeds), vocab_size) for _ in range(batch)]
 
 
 def given_prompts(given: list[list[int]]) -> Prompts:
@@ -87,26 +76,15 @@ def given_prompts(given: list[list[int]]) -> Prompts:
     return lambda batch, _: [given[i % len(given)] for i in range(batch)]
 
 
-def main(engine_class: type[Engine]) -> None:
-    """Follow ``SPEC.json``; write ``OUT/serving.json`` after the start, ``OUT/<i>.json`` for line i of the input.
+def first_request(engine: Engine, model: str, length: int) -> dict[str, Any]:
+    """How many ``ranks`` serve, and seconds of the first request, a token after a random prompt."""
+    (prompt,) = random_prompts(QNextConfig.from_pretrained(model).vocab_size)(1, length)
+    return {"ranks": engine.ranks, "first request seconds": engine.answer([prompt], 1).seconds}
 
-    ``SPEC`` holds ``model`` (a checkpoint directory), ``config`` (the fields of an ``EngineConfig``), ``expect_module``
-    (start of the module names of the classes that must serve), ``begun`` (time of the start), ``workloads`` (see
-    ``measure``) and ``prompts`` (for decodes, or none for random ones).
-    """
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    engine = engine_class(spec["model"], EngineConfig(**spec["config"]))
-    started = time.time() - spec["begun"]
-    modules = engine.serving()["modules"]
-    check_modules(modules, spec["expect_module"])
-    drawn = random_prompts(QNextConfig.from_pretrained(spec["model"]).vocab_size)
-    first = engine.answer(drawn(1, min(w["length"] for w in spec["workloads"].values())), 1).seconds
-    about = {"modules": modules, "ranks": engine.ranks, "start-up seconds": started, "first request seconds": first}
-    given = given_prompts(spec["prompts"]) if spec["prompts"] else drawn
-    for i, _ in enumerate(sys.stdin):
-        found = measure(engine.answer, drawn, given, spec["workloads"])
-        part = out / "part"
-        part.write_text(json.dumps(about | {"workloads": found}))
-        part.rename(out / f"{i}.json")
-    sys.stdout.flush()
-    os._exit(0)  # shutting an engine down can wait for ever; the caller ends the whole process group
+
+def measure_engine(
+    engine: Engine, model: str, workloads: dict[str, dict[str, int]], prompts: list[list[int]]
+) -> dict[str, Any]:
+    """``measure`` on random prompts; decodes on ``prompts``, if there are any."""
+    drawn = random_prompts(QNextConfig.from_pretrained(model).vocab_size)
+    return measure(engine.answer, drawn, given_prompts(prompts) if prompts else drawn, workloads)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext_plugin.cli.verify import checkpoint_directory
-from qnext_plugin.verify.scenarios import ENGINES
+from qnext_plugin.engines.config import ENGINES
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -76,7 +76,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 def _bench(args: argparse.Namespace) -> int:
     from qnext_plugin.bench import report
     from qnext_plugin.bench.side import Task, read_once
-    from qnext_plugin.verify.runner import EngineFailed
+    from qnext_plugin.engines.process import EngineFailed
 
     if args.plot:
         report.check_plot(args.plot)
@@ -93,13 +93,13 @@ def _bench(args: argparse.Namespace) -> int:
     except EngineFailed as e:
         print(f"qnext: {e}", file=sys.stderr)
         return 1
-    found = about(args, sides, pairs, ceilings) | {"workloads": report.summary(pairs)}
-    add_acceptance(found)
-    if not args.serve:
-        add_limits(found, directory, task)
+    found = make_report(args, sides, pairs, ceilings)
+    add_acceptance(found.workloads, found.mtp)
+    if not args.serve and found.ranks == 1:
+        add_limits(found.workloads, {side.name: side.engine for side in sides}, ceilings, directory, task)
     print(f"\n{report.text(found)}")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
     if args.plot:
         report.plot(found, args.plot)
     return 0
@@ -196,12 +196,16 @@ def _measured(
     args: argparse.Namespace, sides: Sequence[Any], task: Any, directory: Path, pair: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     from qnext_plugin.bench.report import RATE
+    from qnext_plugin.bench.served import behind_http
     from qnext_plugin.bench.side import offline
-    from qnext_plugin.engines.server import behind_http
+    from qnext_plugin.engines.process import EngineFailed
 
     for side in sides:
-        with (behind_http if args.serve else offline)(side, task, directory / side.name) as measure:
-            found = measure()
+        try:
+            with (behind_http if args.serve else offline)(side, task, directory / side.name) as measure:
+                found = measure()
+        except EngineFailed as e:
+            raise EngineFailed(f"{side.name}: {e.reason}", e.log) from None
         rates = ", ".join(f"{name} {one[RATE]:.1f}" for name, one in found["workloads"].items())
         print(
             f"pair {pair} of {args.pairs}: {side.name} ({', '.join(found['modules']) or 'native'}): {rates}", flush=True
@@ -209,45 +213,57 @@ def _measured(
         yield side.name, found
 
 
-def about(
-    args: argparse.Namespace, sides: Sequence[Any], pairs: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]
-) -> dict[str, Any]:
-    """Everything but the workloads. Of paths in the command only the names are kept."""
+def make_report(
+    args: argparse.Namespace, sides: Sequence[Any], pairs: Sequence[Mapping[str, Any]], ceilings: dict[str, float]
+) -> Any:
+    """A ``bench.report.Report``. Of paths in the command only the names are kept."""
     import torch
 
-    from qnext_plugin.bench.report import ABOUT
+    from qnext_plugin.bench.report import ABOUT, Report, summary
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
-    found: dict[str, Any] = {
-        "command": shlex.join(["qnext", *words]),
-        "model": Path(args.model).name,
-        "machine": gpu or f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": time.strftime("%Y-%m-%d"),
-        "sides": [side.name for side in sides],
-        "engines": {side.name: f"{side.engine} {side.version}" for side in sides},
-        "modules": {side.name: pairs[0][side.name]["modules"] for side in sides},
-        "ranks": pairs[0]["ours"].get("ranks"),
-        "dtype": args.dtype,
-        "mtp": args.mtp,
-        "ceilings": dict(ceilings),
-    }
-    for key, *_ in ABOUT:
-        if all(key in measured for pair in pairs for measured in pair.values()):
-            found[key] = {side.name: [pair[side.name][key] for pair in pairs] for side in sides}
-    return found
+    return Report(
+        kind="served" if args.serve else "offline",
+        command=shlex.join(["qnext", *words]),
+        model=Path(args.model).name,
+        machine=gpu or f"{platform.machine()}, {os.cpu_count()} cores",
+        date=time.strftime("%Y-%m-%d"),
+        sides=[side.name for side in sides],
+        engines={side.name: f"{side.engine} {side.version}" for side in sides},
+        modules={side.name: pairs[0][side.name]["modules"] for side in sides},
+        ranks=pairs[0]["ours"].get("ranks"),
+        dtype=args.dtype,
+        mtp=args.mtp,
+        ceilings=ceilings,
+        about={
+            key: {side.name: [pair[side.name][key] for pair in pairs] for side in sides}
+            for key, *_ in ABOUT
+            if all(key in measured for pair in pairs for measured in pair.values())
+        },
+        workloads=summary(pairs),
+    )
 
 
-def add_acceptance(found: dict[str, Any]) -> None:
+def add_acceptance(workloads: Mapping[str, dict[str, Any]], draft_tokens: int) -> None:
     """The share of drafts accepted, from the tokens of a step, of which one is not a draft."""
-    for row in found["workloads"].values():
-        if found["mtp"] and "tokens per step" in row:
+    for row in workloads.values():
+        if draft_tokens and "tokens per step" in row:
             steps = row["tokens per step"].items()
-            row["acceptance"] = {name: [(one - 1) / found["mtp"] for one in each] for name, each in steps}
+            row["acceptance"] = {name: [(one - 1) / draft_tokens for one in each] for name, each in steps}
 
 
-def add_limits(found: dict[str, Any], directory: Path, task: Any) -> None:
-    """Tokens per second that the machine's rates allow, by side, where one device does all the work."""
+def add_limits(
+    workloads: Mapping[str, dict[str, Any]],
+    engines: Mapping[str, str],
+    ceilings: Mapping[str, float],
+    directory: Path,
+    task: Any,
+) -> None:
+    """Tokens per second that the machine's rates allow, by side, where one device does all the work.
+
+    ``engines`` is by side, ``task`` what each of them does.
+    """
     import torch
 
     from qnext_plugin.bench.ceilings import Ceilings
@@ -257,21 +273,16 @@ def add_limits(found: dict[str, Any], directory: Path, task: Any) -> None:
     from qnext_plugin.plan.caches import default_state_dtype
     from qnext_plugin.plan.sizes import Serving
 
-    if found["ranks"] != 1:
-        return
     metadata = read_metadata(str(directory))
     dtype = getattr(torch, task.dtype)
     serving = Serving(QNextConfig.from_dict(metadata.config), 1, task.draft_tokens, dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, row in found["workloads"].items():
+    for name, row in workloads.items():
         row["limit"] = {}
-        for side in found["sides"]:
-            state_dtype = default_state_dtype(found["engines"][side].split()[0], device, metadata.config, dtype)
-            model = Model(serving, state_dtype, metadata.headers)
+        for side, engine in engines.items():
+            model = Model(serving, default_state_dtype(engine, device, metadata.config, dtype), metadata.headers)
             steps = statistics.median(row.get("tokens per step", {}).get(side, [1.0]))
-            row["limit"][side] = limit(
-                model, Ceilings(**found["ceilings"]), tokens_per_step=steps, **task.workloads[name]
-            )
+            row["limit"][side] = limit(model, Ceilings(**ceilings), tokens_per_step=steps, **task.workloads[name])
 
 
 @contextmanager

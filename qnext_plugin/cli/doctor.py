@@ -37,22 +37,19 @@ def _run(args: argparse.Namespace) -> int:
 
 def examine(engine: str, model: str | None, flags: list[str]) -> dict[str, Any]:
     """What the adapter's probe found, and ``serves``: whether our class would, without an error."""
-    from qnext_plugin.engines import process
+    from qnext_plugin.engines import process, remote
 
     with tempfile.TemporaryDirectory() as scratch:
-        out, log = Path(scratch) / "report.json", Path(scratch) / "log"
         target = model or str(_example(Path(scratch)))
         try:
-            status = process.run(["-m", f"{engine}_ext.tools.doctor", str(out), target, *flags], log, timeout=TIMEOUT)
-            failure = f"the probe ended with status {status}"
-        except AssertionError:
-            failure = f"the probe took more than {TIMEOUT} s"
-        if not out.exists():
-            text = process.tail(log, 5)
-            return {"engine": engine, "serves": False, "errors": [f"{failure}; the end of what it said:\n{text}"]}
-        report: dict[str, Any] = json.loads(out.read_text())
-        if report["errors"] and "SystemExit" in report["errors"][-1]:  # it said why
-            report["errors"][-1] += f"\n{process.tail(log, 3)}"
+            with remote.started(Path(scratch) / "probe") as probe:
+                name = f"{engine}_ext.tools.doctor:report"
+                report: dict[str, Any] = probe.call(name, TIMEOUT, model=target, flags=flags)
+        except process.EngineFailed as e:
+            error = f"the probe failed: {e.reason}; the end of its log:\n{process.tail(e.log, 5)}"
+            return {"engine": engine, "serves": False, "errors": [error]}
+        if report["errors"] and "SystemExit" in report["errors"][-1]:  # its log says why
+            report["errors"][-1] += f"\n{process.tail(probe.log, 3)}"
     roles = ["target", "draft"] if "verify" in report["kernels"] else ["target"]
     ours = all(report["classes"].get(role, "").startswith(f"{engine}_ext.") for role in roles)
     return report | {"serves": ours and not report["errors"]}

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from qnext_plugin.engines.flags import mtp_flags
+from qnext_plugin.engines.config import mtp_flags
 
 GIB = 2**30
 BAR = 24

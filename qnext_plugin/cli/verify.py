@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.verify.scenarios import ENGINES
+from qnext_plugin.engines.config import ENGINES
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -83,7 +83,13 @@ def _verify(args: argparse.Namespace) -> int:
     print(table(rows))
     print(*notes(rows), sep="\n")
     if args.json:
-        report = {"model": args.model, "dtype": args.dtype, "native": args.native, "versions": versions}
+        report = {
+            "kind": "verify",
+            "model": args.model,
+            "dtype": args.dtype,
+            "native": args.native,
+            "versions": versions,
+        }
         args.json.write_text(json.dumps(report | {"rows": [row.as_json() for row in rows]}, indent=1) + "\n")
     return 0 if all(row.verdict == OK for row in rows) else 1
 

@@ -1,33 +1,31 @@
 """What an adapter's ``doctor`` module has in common with the other's: it runs beside the engine, and never fails."""
 
-import json
 import os
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from qnext_plugin.engines.versions import is_tested
 from qnext_plugin.replacements import IN_FORCE
 
 
-def write_report(
+def make_report(
     adapter: str,
     engine: str,
     hooks: Sequence[str],
     switches: Sequence[str],
     serving_classes: Callable[[], dict[str, str]],
     examine: Callable[[str, list[str]], dict[str, Any]],
-    argv: Sequence[str],
-) -> None:
-    """``argv`` is OUT.json MODEL FLAGS. ``hooks`` are the entry point groups that name the adapter.
+    model: str,
+    flags: list[str],
+) -> dict[str, Any]:
+    """What ``qnext doctor`` reports of a model and flags. ``hooks`` are the entry point groups that name the adapter.
 
     ``switches`` are environment variables that list the plugins to keep. ``serving_classes`` and ``examine`` ask the
-    engine, the second about a model and flags where our class serves; what they raise is an error of the report.
+    engine, the second where our class serves; what they raise is an error of the report.
     """
-    out, model, *flags = argv
     register = import_module(f"{adapter}.register")
     version, tested = str(import_module(f"{engine}.version").__version__), register.TESTED
     verdict = register.verdict()
@@ -62,7 +60,7 @@ def write_report(
         report["kernels"] = asked["kernels"]
         report["replacements"] = [(replacement.target, replacement.why) for replacement in IN_FORCE.values()]
         report |= {name: report[name] + asked[name] for name in ("errors", "risks") if asked is not report}
-    Path(out).write_text(json.dumps(report))
+    return report
 
 
 def _switched_off_by(switches: Sequence[str]) -> list[str]:

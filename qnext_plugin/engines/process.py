@@ -1,6 +1,7 @@
 """Child processes that end when they should, and leave a readable trace when they do not."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,8 +13,23 @@ from pathlib import Path
 from types import MappingProxyType
 
 
+class EngineFailed(RuntimeError):
+    """A process did not start, died or hung, or another model serves. The text is ``reason``, then the log's end."""
+
+    def __init__(self, reason: str, log: Path) -> None:
+        super().__init__(f"{reason}\n{tail(log)}")
+        self.reason, self.log = reason, log
+
+
 def tail(log: Path, lines: int = 40) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def failure(log: Path, status: int) -> str:
+    """The last exception in a log, or its last line."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [match[0] for line in lines if (match := re.search(r"\b\w+(Error|Exception)\b: .*", line))]
+    return errors[-1] if errors else f"status {status}: {lines[-1] if lines else 'no output'}"
 
 
 @contextmanager
@@ -37,15 +53,17 @@ def started(
         yield process
     finally:
         assert process.stdin
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+        finally:  # also where this process is interrupted once more meanwhile
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def run(
@@ -55,12 +73,12 @@ def run(
     timeout: float = 240,
     python: str = sys.executable,
 ) -> int:
-    """Exit status of ``python *command``; a timeout is an assertion error with the log's tail."""
+    """Exit status of ``python *command``; raises ``EngineFailed`` after a timeout."""
     with started(command, log, env, python) as process:
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{' '.join(command)}: still running after {timeout} s\n{tail(log)}") from None
+            raise EngineFailed(f"{' '.join(command)}: still running after {timeout} s", log) from None
 
 
 def peak_resident_bytes(group: int) -> int:
@@ -81,12 +99,25 @@ def free_port() -> int:
 
 
 def wait_until(
-    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout: float = 180
+    condition: Callable[[], bool],
+    process: subprocess.Popen[bytes],
+    log: Path,
+    timeout: float,
+    waiting: Callable[[float], None] = lambda seconds: None,
 ) -> None:
-    """Poll until ``condition()`` holds; a dead process or a timeout is an assertion error with the log's tail."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        status = process.poll()
-        assert status is None, f"process ended with status {process.returncode}\n{tail(log)}"
-        assert time.monotonic() < deadline, f"not ready after {timeout} s\n{tail(log)}"
-        time.sleep(0.3)
+    """Poll until ``condition()`` holds; raises ``EngineFailed`` where the process ends first, and after a timeout.
+
+    ``waiting`` is told after each poll how many seconds have passed.
+    """
+    begin = time.monotonic()
+    while True:
+        ended = process.poll() is not None  # looked at first: what it did before it ended counts
+        if condition():
+            return
+        seconds = time.monotonic() - begin
+        if ended:
+            raise EngineFailed(failure(log, process.returncode), log)
+        if seconds > timeout:
+            raise EngineFailed(f"still running after {timeout:.0f} s", log)
+        waiting(seconds)
+        time.sleep(0.1)

@@ -1,8 +1,5 @@
-"""Start an engine in a process of its own, let its worker run scenarios, read what it answered."""
+"""Start an engine in a process of its own, let it answer scenarios, read what it answered."""
 
-import json
-import re
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,19 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qnext_plugin.engines import process
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.comparison import Result
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario
-
-NATIVE_MODULES = {"vllm": "vllm.", "sglang": "sglang."}
-
-
-class EngineFailed(RuntimeError):
-    """An engine did not start, died or hung. ``reason`` is one line, the text ends with the log's last lines."""
-
-    def __init__(self, reason: str, log: Path) -> None:
-        super().__init__(f"{reason}\n{process.tail(log)}")
-        self.reason = reason
+from qnext_plugin.verify.scenarios import Scenario
 
 
 @dataclass(frozen=True)
@@ -45,7 +33,8 @@ def passes(config: EngineConfig, scenarios: Mapping[str, Scenario]) -> list[Run]
 
 
 class Start:
-    """One engine start. ``modules`` that serve, ``kernels`` of ours that ran and ``memory`` after ``run``."""
+    """One engine start. After ``run``, ``serving`` has the ``modules`` that serve, the ``kernels`` of ours that ran,
+    sizes in ``memory``, and of SGLang how many functions torch ``compiled`` meanwhile."""
 
     def __init__(
         self,
@@ -59,6 +48,7 @@ class Start:
         self.engine, self.checkpoint, self.config, self.runs, self.native = engine, checkpoint, config, runs, native
         self.directory, self.log = directory, directory / "log"
         self.seconds: dict[str, float] = {}
+        self.serving: dict[str, Any] = {}
 
     def run(
         self,
@@ -66,64 +56,39 @@ class Start:
         progress: Callable[[str], None] = lambda line: None,
         env: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Run everything, or raise ``EngineFailed``; what was answered until then can still be read."""
-        self.directory.mkdir(parents=True)
-        spec = self.directory / "spec.json"
-        runs = [{"scenario": asdict(run.scenario), "mutant": run.mutant, "reset": run.reset} for run in self.runs]
-        expected = NATIVE_MODULES[self.engine] if self.native else f"{self.engine}_ext."
-        spec.write_text(
-            json.dumps(
-                {"model": str(self.checkpoint), "config": asdict(self.config), "runs": runs, "expect_module": expected}
-            )
-        )
-        env = dict(env) | ({"QNEXT_DISABLE": "1"} if self.native else {})
-        command = ["-m", f"{self.engine}_ext.tools.verify", str(spec), str(self.directory)]
-        with process.started(command, self.log, env) as child:
-            self._follow(child, timeout, progress)
-        if child.returncode:
-            raise EngineFailed(failure(self.log, child.returncode), self.log)
+        """Run everything, or raise ``EngineFailed``; what was answered until then can still be read.
 
-    def _follow(self, child: subprocess.Popen[bytes], timeout: float, progress: Callable[[str], None]) -> None:
-        steps = ["serving.json", *(f"{i}.safetensors" for i in range(len(self.runs)))]
-        keys, begin = ["start", *(run.key for run in self.runs)], time.monotonic()
-        deadline = begin + timeout
-        while child.poll() is None or (steps and (self.directory / steps[0]).exists()):
-            if steps and (self.directory / steps[0]).exists():
-                key = keys[-len(steps)]
-                self.seconds[key] = time.monotonic() - begin
-                progress(
-                    f"{self.directory.name} {key}: {self.seconds[key]:.1f} s"
-                    + (f", {self.modules}" if key == "start" else "")
+        ``timeout`` is in seconds, for the start and for each run.
+        """
+        begin = time.monotonic()
+
+        def note(key: str, more: str = "") -> None:
+            nonlocal begin
+            self.seconds[key], begin = time.monotonic() - begin, time.monotonic()
+            progress(f"{self.name} {key}: {self.seconds[key]:.1f} s{more}")
+
+        started = started_engine(
+            self.engine, str(self.checkpoint), self.config, self.directory, native=self.native, env=env
+        )
+        with started as engine:
+            engine.ready(timeout)
+            self.serving = engine.serving(timeout)
+            note("start", f", {self.serving['modules']}")
+            for run in self.runs:
+                engine.call(
+                    "qnext_plugin.verify.worker:run",
+                    timeout,
+                    scenario=asdict(run.scenario),
+                    mutant=run.mutant,
+                    reset=run.reset,
+                    file=str(self._file(run.key)),
                 )
-                steps, begin = steps[1:], time.monotonic()
-            elif time.monotonic() > deadline:
-                raise EngineFailed(f"still running after {timeout:.0f} s", self.log)
-            else:
-                time.sleep(0.1)
+                note(run.key)
+            self.serving = engine.serving(timeout)
 
     @property
     def name(self) -> str:
         return self.directory.name
-
-    @property
-    def modules(self) -> list[str]:
-        return list(self._serving()["modules"])
-
-    @property
-    def kernels(self) -> list[str]:
-        return list(self._serving()["kernels"])
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        return dict(self._serving()["memory"])
-
-    @property
-    def compiled(self) -> int:
-        """How many functions torch compiled meanwhile; of SGLang."""
-        return int(self._serving()["compiled"])
-
-    def _serving(self) -> dict[str, Any]:
-        return dict(json.loads((self.directory / "serving.json").read_text()))
 
     def __contains__(self, key: str) -> bool:
         return self._file(key).exists()
@@ -133,10 +98,3 @@ class Start:
 
     def _file(self, key: str) -> Path:
         return self.directory / f"{[run.key for run in self.runs].index(key)}.safetensors"
-
-
-def failure(log: Path, status: int) -> str:
-    """The last exception in a log, or its last line."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [match[0] for line in lines if (match := re.search(r"\b\w+(Error|Exception)\b: .*", line))]
-    return errors[-1] if errors else f"status {status}: {lines[-1] if lines else 'no output'}"

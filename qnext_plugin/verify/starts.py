@@ -1,6 +1,5 @@
 """Which engine starts and scenarios prove a user's checkpoint; sizes follow its dimensions."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,11 +7,49 @@ from typing import Any
 
 import torch
 
-from qnext_plugin.config import FULL, QNextConfig
-from qnext_plugin.plan.state import StateSpec
+from qnext_plugin.config import QNextConfig
+from qnext_plugin.engines.config import VLLM_BLOCK_SIZE, EngineConfig
+from qnext_plugin.plan.caches import DEVICES, VllmCache, default_state_dtype
+from qnext_plugin.plan.sizes import Serving
 from qnext_plugin.verify.runner import Run, passes
-from qnext_plugin.verify.scenarios import CONFIGS, EngineConfig, Prompt, scenarios
+from qnext_plugin.verify.scenarios import Prompt, scenarios
 
+
+@dataclass(frozen=True)
+class Case:
+    """A way to start an engine, without sizes that follow from a checkpoint, and the scenarios that try it."""
+
+    config: EngineConfig
+    scenarios: tuple[str, ...]
+
+
+_WHOLE = ("mixed_lengths", "slot_reuse", "prompt_logprobs")
+_DRAFTS = ("drafts_in_every_pattern", "drafts_all_right")
+_STARVED = EngineConfig(prefix_caching=True, token_budget=64, num_tokens=1300)
+_PRESSED = ("aborts", "preemption", "prefix_chunked")
+CASES = {
+    "eager": Case(EngineConfig(), _WHOLE),
+    "compiled": Case(EngineConfig(compiled=True), _WHOLE),
+    "chunked": Case(EngineConfig(token_budget=61), _WHOLE),
+    "prefix": Case(
+        EngineConfig(prefix_caching=True, warm=True),
+        ("mixed_lengths", "arrivals", "text", "sampled", "short", "slot_reuse", "prefix_aba", "multi_turn"),
+    ),
+    "prefix-no-buffer": Case(
+        EngineConfig(prefix_caching=True, snapshots="no_buffer"), ("mixed_lengths", "slot_reuse", "multi_turn")
+    ),
+    "starved": Case(_STARVED, _PRESSED),
+    "mtp2": Case(
+        EngineConfig(draft_tokens=2, prefix_caching=True),
+        ("arrivals", "text", *_DRAFTS, "slot_reuse", "prefix_aba", "multi_turn"),
+    ),
+    "mtp2-starved": Case(replace(_STARVED, draft_tokens=2, overlap=True), _PRESSED),
+    "mtp3-compiled": Case(EngineConfig(draft_tokens=3, compiled=True), _DRAFTS),
+    "mtp3-tree": Case(
+        EngineConfig(draft_tokens=3, tree=10, prefix_caching=True, overlap=True),
+        (*_DRAFTS, "drafts_of_the_model", "prefix_aba", "multi_turn"),
+    ),
+}
 QUICK = ("prefix", "mtp2")
 FULL_SET = {
     "vllm": ("eager", "compiled", "chunked", "prefix", "starved", "mtp2", "mtp2-starved", "mtp3-compiled"),
@@ -47,29 +84,38 @@ def plan(
 ) -> Plan:
     """``graphs``: whether compiled starts differ from eager ones here."""
     config = QNextConfig.from_pretrained(checkpoint)
-    block = block_tokens(config, dtype, draft_tokens) if engine == "vllm" else _BLOCK
+
+    def cache(drafts: int) -> VllmCache:
+        """Of one rank alone: on several, blocks hold as many tokens or fewer."""
+        device, served = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype)
+        state_dtype = default_state_dtype("vllm", device, {}, served)
+        return VllmCache(
+            Serving(config, 1, drafts, served), state_dtype, DEVICES[device], user_block_size=VLLM_BLOCK_SIZE
+        )
+
+    block = cache(draft_tokens).block_size if engine == "vllm" else _BLOCK
     scale = max(1.0, block / _BLOCK)
     found = scenarios(config.vocab_size, scale, texts(checkpoint))
     max_model_len = min(config.max_position_embeddings, max(1024, max(s.longest for s in found.values())))
     starts: dict[str, tuple[EngineConfig, list[Run]]] = {}
     too_long: list[tuple[str, str]] = []
     for name in FULL_SET[engine] if full else QUICK:
-        base = CONFIGS[name]
+        base = CASES[name].config
         if (base.draft_tokens and not draft_tokens) or (base.compiled and not graphs):
             continue
         label = name.replace(f"mtp{base.draft_tokens}", f"mtp{draft_tokens}")
-        wanted = {key: s for key, s in found.items() if name in s.configs and not s.draft_logits}
+        drafts = draft_tokens if base.draft_tokens else 0
+        wanted = {key: s for key, s in found.items() if key in CASES[name].scenarios}
         too_long += [(label, key) for key, s in wanted.items() if s.longest > max_model_len]
         wanted = {key: s for key, s in wanted.items() if s.longest <= max_model_len}
-        sizes: dict[str, Any] = {"num_blocks": None, "max_model_len": max_model_len}
+        sizes: dict[str, Any] = {"max_model_len": max_model_len}
         if base.token_budget and base.prefix_caching:
             sizes["token_budget"] = max(base.token_budget, 2 * block)
-        if "starved" in name:
-            sizes["num_blocks"] = _starving_blocks(config, block, round(370 * scale), max_model_len, draft_tokens)
+        if "starved" in name and engine == "vllm":
+            sizes["num_blocks"] = _starving_blocks(cache(drafts), round(370 * scale), max_model_len)
         if base.tree:
             sizes["tree"] = 4 * draft_tokens - 2  # all that a depth of so many has: two drafts, then four each
-        drafts = draft_tokens if base.draft_tokens else 0
-        chosen = replace(base, checkpoint="", dtype=dtype, draft_tokens=drafts, flags=tuple(flags), **sizes)
+        chosen = replace(base, dtype=dtype, draft_tokens=drafts, flags=tuple(flags), **sizes)
         starts[label] = chosen, passes(chosen, wanted)
     return Plan(starts, too_long)
 
@@ -89,23 +135,6 @@ def texts(checkpoint: Path) -> list[Prompt]:
     return found
 
 
-def block_tokens(config: QNextConfig, dtype: str, draft_tokens: int) -> int:
-    """About how many tokens vLLM's cache blocks hold: as many as take the memory of a recurrent state."""
-    itemsize = getattr(torch, dtype).itemsize
-    state = StateSpec(config.gdn, getattr(torch, dtype), num_draft_tokens=draft_tokens).page_bytes
-    per_token = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    return max(32, 16 * math.ceil(state / per_token / 16))
-
-
-def _starving_blocks(config: QNextConfig, block: int, length: int, max_model_len: int, draft_tokens: int) -> int:
-    """Blocks for two or three of four requests of ``length``, but for a whole one of ``max_model_len``.
-
-    vLLM groups layers of a kind as many as there are of the rarer kind; each group has a block table of its own.
-    """
-    full = config.layer_types.count(FULL) + (1 if draft_tokens else 0)
-    linear = len(config.layer_types) - config.layer_types.count(FULL)
-    size = max(full, linear) if max(full, linear) < 1.5 * min(full, linear) else min(full, linear)
-    states = math.ceil(linear / size) * (2 + draft_tokens)
-    attention = math.ceil(full / size)
-    fewest = attention * math.ceil(max_model_len / block) + states + 2
-    return max(fewest, round(2.4 * (attention * math.ceil(length / block) + states)))
+def _starving_blocks(cache: VllmCache, length: int, max_model_len: int) -> int:
+    """Blocks for two or three of four requests of ``length``, but for a whole one of ``max_model_len``."""
+    return max(cache.blocks(max_model_len) + 2, round(2.4 * cache.blocks(length)))

@@ -1,12 +1,5 @@
-"""The part of an engine's side that knows no engine: run scenarios one after the other and write their results.
+"""What runs scenarios inside an engine's process. An adapter's ``tools.engine`` subclasses ``Worker``."""
 
-An adapter's ``verify`` module subclasses ``Worker`` and calls ``main``:
-``python -m vllm_ext.tools.verify SPEC.json OUT``.
-"""
-
-import json
-import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import Completion, Result
-from qnext_plugin.verify.scenarios import EngineConfig, Prompt, Scenario
+from qnext_plugin.verify.scenarios import Prompt, Scenario
 
 FULL_VOCAB = 2048  # larger ones are compared on their most likely ids
 MOST_LIKELY = 256
@@ -95,34 +89,10 @@ class Worker(ABC):
         )
 
 
-def main(worker: type[Worker]) -> None:
-    """Follow ``SPEC.json``; write ``OUT/serving.json`` after the start and the end, ``OUT/<i>.safetensors`` between.
-
-    ``SPEC`` holds ``model`` (a checkpoint directory), ``config`` (the fields of an ``EngineConfig``), ``runs`` (each
-    the fields of a ``scenario``, a ``mutant`` or "", and whether to ``reset`` the cache before) and ``expect_module``
-    (start of the module names of the classes that must serve).
-    """
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    engine = worker(spec["model"], EngineConfig(**spec["config"]))
-
-    def say_who_serves() -> None:
-        serving = engine.serving()
-        check_modules(serving["modules"], spec["expect_module"])
-        (out / "serving.json").write_text(json.dumps(serving))
-
-    say_who_serves()
-    for i, run in enumerate(spec["runs"]):
-        with engine.broken(run["mutant"]) if run["mutant"] else nullcontext():
-            engine.run(Scenario(**run["scenario"]), run["reset"]).save(out / f"{i}.safetensors")
-    say_who_serves()
-    sys.stdout.flush()
-    os._exit(0)  # shutting an engine down can wait for ever; the caller ends the whole process group
-
-
-def check_modules(modules: Sequence[str], expected: str) -> None:
-    """An assertion error where a class that serves is of another module than those that begin with ``expected``."""
-    assert modules, "no model serves"
-    assert all(module.startswith(expected) for module in modules), f"{modules} serve, not {expected}"
+def run(engine: Worker, scenario: dict[str, Any], mutant: str, reset: bool, file: str) -> None:
+    """Answer a scenario, given by its fields, into ``file``: with the model broken by ``mutant``, unless that is ""."""
+    with engine.broken(mutant) if mutant else nullcontext():
+        engine.run(Scenario(**scenario), reset).save(Path(file))
 
 
 def num_logprobs(vocab_size: int) -> int:

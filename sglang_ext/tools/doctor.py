@@ -1,13 +1,12 @@
-"""What SGLang would serve here: ``python -m sglang_ext.tools.doctor OUT.json MODEL [FLAGS]``.
+"""What SGLang would serve here: ``report`` is called in a process of its own by ``qnext doctor``.
 
-``qnext doctor`` runs it. Every question is put to SGLang itself, after it has loaded its plugins as it does to serve.
+Every question is put to SGLang itself, after it has loaded its plugins as it does to serve.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.engines.probe import write_report
+from qnext_plugin.engines.probe import make_report
 
 ARCHITECTURES = {"target": "Qwen3NextForCausalLM", "draft": "Qwen3NextForCausalLMMTP"}
 
@@ -122,6 +121,7 @@ def risks(hf_config: Any, args: Any) -> list[tuple[str, str]]:
     return found
 
 
-if __name__ == "__main__":
-    HOOKS = ("sglang.srt.plugins",)
-    write_report("sglang_ext", "sglang", HOOKS, ("SGLANG_PLUGINS",), serving_classes, examine, sys.argv[1:])
+def report(model: str, flags: list[str]) -> dict[str, Any]:
+    """What ``qnext doctor`` shows; it never raises."""
+    hooks, switches = ("sglang.srt.plugins",), ("SGLANG_PLUGINS",)
+    return make_report("sglang_ext", "sglang", hooks, switches, serving_classes, examine, model, flags)

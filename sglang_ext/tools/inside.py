@@ -1,9 +1,9 @@
 """What runs inside SGLang's scheduler processes, where the models live.
 
-``run_scheduler`` starts one in SGLang's place, with a further remote procedure: ``qnext_control`` reads from a file
-which mutant to apply, whether to count what the draft does and what to put in its mouth, and writes what serves and
-what was counted. Random weights are almost never accepted, so without that control nothing past a rejected first draft
-would be tested.
+``run_scheduler`` starts one in SGLang's place, with a further remote procedure: ``qnext_control`` is told which mutant
+to apply, whether to count what the draft does and what to put in its mouth, and writes what serves and what was counted
+to a file, because SGLang's remote procedures return nothing. Random weights are almost never accepted, so without that
+control nothing past a rejected first draft would be tested.
 """
 
 import itertools
@@ -18,8 +18,6 @@ from unittest.mock import patch
 
 from qnext_plugin.kernel_log import KERNELS_RAN
 
-CONTROL = "QNEXT_VERIFY_CONTROL"
-
 
 def run_scheduler(*args: Any, **kwargs: Any) -> Any:
     from sglang.srt.managers import scheduler
@@ -33,11 +31,9 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
         return retract_decode(self, *args, **kwargs)
 
     class Controlled(scheduler.Scheduler):
-        def qnext_control(self: Any) -> None:
-            file = Path(os.environ[CONTROL])
-            change = json.loads(file.read_text())
+        def qnext_control(self: Any, directory: str, change: dict[str, Any]) -> None:
             runner = self.tp_worker.model_runner
-            number, models, draft = change.pop("control"), [runner.model], None
+            models, draft = [runner.model], None
             wanted.update(change)
             changed.close()
             if wanted["mutant"]:
@@ -51,11 +47,10 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
                     changed.enter_context(
                         control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"])
                     )
-            written = file.parent / f"{os.getpid()}.part"
-            written.write_text(
-                json.dumps({"control": number, "memory": memory(runner, draft), **counts, **serving(models)})
-            )
-            written.rename(file.parent / f"said.{os.getpid()}.json")
+            written = Path(directory) / f"{os.getpid()}.part"
+            written.parent.mkdir(exist_ok=True)
+            written.write_text(json.dumps({"memory": memory(runner, draft), **counts, **serving(models)}))
+            written.rename(written.with_suffix(".json"))
 
     scheduler.Scheduler = Controlled
     scheduler.ScheduleBatch.retract_decode = counted

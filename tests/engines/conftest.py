@@ -1,6 +1,5 @@
 """One engine start per configuration and session, shared by every test that asks for it."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -10,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from qnext_plugin.engines import process
+from qnext_plugin.engines.config import ENGINES, EngineConfig
+from qnext_plugin.engines.process import EngineFailed
+from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.runner import EngineFailed, Run, Start, passes
-from qnext_plugin.verify.scenarios import CONFIGS, ENGINES, SCENARIOS, pairs, tokens
+from qnext_plugin.verify.runner import Run, Start, passes
+from qnext_plugin.verify.scenarios import tokens
 from tests.support.checkpoints import write_checkpoint
 from tests.support.installed import ENGINE, MUTANTS
+from tests.support.matrix import CONFIGS, MATRIX, SCENARIOS, scenarios_of
 from tests.support.serving import Server, crowded
 
 os.environ |= {
@@ -32,6 +34,10 @@ os.environ |= {
 whole = cache(Whole)  # transformers, once for each checkpoint and dtype
 
 SAMPLES, TOKENS = 20_000, 5
+SAMPLING_ARGUMENTS = {
+    "vllm": {"max_num_seqs": 512},
+    "sglang": {"max_running_requests": 256, "max_mamba_cache_size": 264, "skip_tokenizer_init": False},
+}[ENGINE]
 REGEX = "([a-d][0-9]){12}"
 SAMPLING_MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"
 
@@ -63,17 +69,17 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
     root = tmp_path_factory.mktemp(ENGINE)
 
     @cache
-    def outcome(config: str) -> Start | AssertionError:
-        start = Start(ENGINE, checkpoint(CONFIGS[config].checkpoint), CONFIGS[config], runs(config), root / config)
+    def outcome(config: str) -> Start | EngineFailed:
+        start = Start(ENGINE, checkpoint(MATRIX[config].checkpoint), CONFIGS[config], runs(config), root / config)
         try:
             start.run(timeout=600)
         except EngineFailed as e:
-            return AssertionError(str(e))
+            return e
         return start
 
     def served(config: str) -> Start:
         result = outcome(config)
-        if isinstance(result, AssertionError):
+        if isinstance(result, EngineFailed):
             raise result
         return result
 
@@ -82,9 +88,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
 
 def runs(config: str) -> list[Run]:
     """The scenarios of a configuration, if it says so again on the warm cache, then its mutants."""
-    names = [scenario for name, scenario in pairs(ENGINE) if name == config]
     broken = [mutant for mutant in MUTANTS if mutant.config == config]
-    return passes(CONFIGS[config], {name: SCENARIOS[name] for name in names}) + [
+    return passes(CONFIGS[config], scenarios_of(config)) + [
         Run(mutant.name, SCENARIOS[mutant.scenario], mutant.path) for mutant in broken
     ]
 
@@ -94,23 +99,19 @@ def samples(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
     """What was sampled with 0 and with 2 draft tokens, by mutant."""
     root, drawn = tmp_path_factory.mktemp("sampling"), {}
     for drafts in (0, 2):
-        spec, out, log = (root / f"{drafts}.{suffix}" for suffix in ("spec.json", "out.json", "log"))
-        spec.write_text(
-            json.dumps(
-                {
-                    "model": str(checkpoint("tiny")),
-                    "draft_tokens": drafts,
-                    "prompt": tokens(9, seed=5),
-                    "samples": SAMPLES,
-                    "tokens": TOKENS,
-                    "mutants": [SAMPLING_MUTANT] if drafts else [],
-                    "regex": REGEX,
-                }
+        config = EngineConfig(draft_tokens=drafts, num_blocks=8192)
+        model, directory = str(checkpoint("tiny")), root / f"{drafts}"
+        with started_engine(ENGINE, model, config, directory, arguments=SAMPLING_ARGUMENTS) as engine:
+            engine.ready(600)
+            drawn[drafts] = engine.call(
+                f"tests.workers.{ENGINE}_sampling:sample",
+                600,
+                prompt=tokens(9, seed=5),
+                samples=SAMPLES,
+                tokens=TOKENS,
+                mutants=[SAMPLING_MUTANT] if drafts else [],
+                regex=REGEX,
             )
-        )
-        command = ["-m", f"tests.workers.{ENGINE}_sampling", str(spec), str(out)]
-        assert process.run(command, log, timeout=600) == 0, process.tail(log)
-        drawn[drafts] = json.loads(out.read_text())
     return drawn
 
 

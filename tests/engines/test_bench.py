@@ -28,8 +28,8 @@ def qnext_bench(tmp_path, checkpoint, *options):
     return printed, json.loads((tmp_path / "json").read_text())
 
 
-def check_about(report, positive):
-    assert report.keys() >= ABOUT
+def check_about(report, kind, positive):
+    assert report.keys() >= ABOUT and report["kind"] == kind
     assert report["sides"] == SIDES and report["mtp"] == 2
     for name in ("start-up seconds", "first request seconds", "peak resident bytes"):
         assert all(len(report[name][side]) == 1 and report[name][side][0] > 0 for side in SIDES)
@@ -41,7 +41,7 @@ def check_about(report, positive):
 
 def test_offline(tmp_path, checkpoint):
     printed, report = qnext_bench(tmp_path, checkpoint, "--prefill", "2x96", "--batch", "1", "3")
-    check_about(report, ())
+    check_about(report, "offline", ())
     assert set(report["modules"]["ours"]) == {f"{ENGINE}_ext.model", f"{ENGINE}_ext.mtp"}
     for side in SIDES[1:]:
         assert report["modules"][side] and all(name.startswith(NATIVE[ENGINE]) for name in report["modules"][side])
@@ -60,6 +60,6 @@ def test_offline(tmp_path, checkpoint):
 
 def test_over_http(tmp_path, checkpoint):
     printed, report = qnext_bench(tmp_path, checkpoint, "--serve", "--batch", "3")
-    check_about(report, ("first token ms", "further token ms"))
+    check_about(report, "served", ("first token ms", "further token ms"))
     assert f"{ENGINE}_ext.model" in report["modules"]["ours"]
     assert list(report["workloads"]) == ["serve 3"] and "first token ms, ours" in printed

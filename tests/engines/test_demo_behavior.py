@@ -17,12 +17,12 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from qnext_plugin.engines import process
+from qnext_plugin.engines import server as engine_server
+from qnext_plugin.engines.config import EngineConfig, mtp_flags
 from qnext_plugin.verify.comparison import Result, check_conditions, compare
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query, Reference
 from qnext_plugin.verify.runner import Run, Start
-from qnext_plugin.verify.scenarios import EngineConfig
 from tests.support import demo
 from tests.support.demo import Messages, Prompt
 from tests.support.installed import ENGINE, MUTANTS
@@ -31,26 +31,22 @@ from tests.support.tolerances import LOGPROB_FLOAT32
 pytestmark = pytest.mark.engine
 
 MODEL = "demo"
-MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
 DRAFT_CLASS = {"vllm": "Qwen3NextMTP", "sglang": "Qwen3NextForCausalLMMTP"}
-COMMANDS = {
+FLAGS = {
     "vllm": [
-        *("vllm.entrypoints.cli.main", "serve", "{model}", "--enforce-eager", "--enable-prompt-tokens-details"),
+        *("--enforce-eager", "--enable-prompt-tokens-details"),
         *("--max-model-len", "8192", "--max-num-seqs", "8", "--max-num-batched-tokens", "640"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
-        *("--speculative-config", json.dumps(MTP)),
     ],
     "sglang": [
-        *("sglang.launch_server", "--model-path", "{model}", "--enable-cache-report"),
-        *("--context-length", "8192", "--max-running-requests", "8", "--chunked-prefill-size", "256"),
-        *("--max-mamba-cache-size", "64", "--speculative-algorithm", "NEXTN", "--speculative-num-steps", "2"),
-        *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "3"),
+        *("--enable-cache-report", "--context-length", "8192", "--max-running-requests", "8"),
+        *("--chunked-prefill-size", "256", "--max-mamba-cache-size", "64"),
         *("--tool-call-parser", "qwen", "--reasoning-parser", "qwen3"),
     ],
 }
 OFFLINE = {
-    "vllm": EngineConfig("demo", draft_tokens=2, prefix_caching=True, token_budget=512, num_blocks=120),
-    "sglang": EngineConfig("demo", draft_tokens=2, prefix_caching=True, token_budget=256),
+    "vllm": EngineConfig(draft_tokens=2, prefix_caching=True, token_budget=512, num_blocks=120),
+    "sglang": EngineConfig(draft_tokens=2, prefix_caching=True, token_budget=256),
 }
 INSTRUCT, THINKING = ({"chat_template_kwargs": {"enable_thinking": on}} for on in (False, True))
 
@@ -75,22 +71,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, checkpoint):
-    log, port = tmp_path_factory.mktemp("demo") / "log", process.free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [part.format(model=checkpoint("demo")) if "{model}" in part else part for part in COMMANDS[ENGINE]]
-
-    def healthy() -> bool:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-    options = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
-    with process.started(["-m", *command, *options], log) as running:
-        process.wait_until(healthy, running, log, timeout=300)
-        with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=180) as client:
-            yield Server(url, log.read_text(), client)
+    log = tmp_path_factory.mktemp("demo") / "log"
+    flags = ["--served-model-name", MODEL, *FLAGS[ENGINE], *mtp_flags(ENGINE, 2)]
+    with (
+        engine_server.serving(ENGINE, str(checkpoint("demo")), flags, log) as running,
+        OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=180) as client,
+    ):
+        yield Server(running.url, log.read_text(), client)
 
 
 def together(ask: Callable[[Any], Any], prompts: Iterable[Any]) -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qnext_plugin.engines.config import mtp_flags
 from tests.support.installed import ENGINE
 
 pytestmark = pytest.mark.engine
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.engine
 ADAPTER = f"{ENGINE}_ext"
 COMMAND = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
 NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.srt.models.qwen3_next."}
-DRAFT = {"vllm": ["--speculative-config", '{"method":"qwen3_next_mtp","num_speculative_tokens":2}'], "sglang": []}
+DRAFT = {"vllm": mtp_flags("vllm", 2), "sglang": []}
 ANOTHER_DRAFT = {
     "vllm": ["--speculative-config", '{"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'],
     "sglang": ["--speculative-algorithm", "NGRAM"],
@@ -79,7 +80,7 @@ def test_names_our_classes_and_the_kernels_that_then_serve(checkpoint, serve):
     if ENGINE == "vllm":
         assert not any("--block-size" in risk for risk, _ in report["risks"]), "nobody asked for a block size"
         assert report["classes"]["draft"] == "vllm_ext.mtp.Qwen3NextMTP"
-        ran = dict(line.split(": ") for line in serve("bfloat16-mtp2").kernels)
+        ran = dict(line.split(": ") for line in serve("bfloat16-mtp2").serving["kernels"])
         assert {"prefill", "verify"} <= ran.keys()
         assert ran == {phase: report["kernels"][phase][0] for phase in ran}
 

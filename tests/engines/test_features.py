@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextForCausalLM, Qwen3NextForSequenceClassification
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.engines import process
+from qnext_plugin.engines.who_serves import check_log
 from qnext_plugin.verify.scenarios import tokens
 from tests.support.installed import ENGINE
 from tests.support.tolerances import SERVED_TENSOR_FLOAT32, assert_close
+from tests.support.workers import call
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
@@ -60,11 +61,10 @@ def write_classifier(directory, base):
 @pytest.fixture(scope="module")
 def answered(root):
     found = {}
-    for step in {"vllm": [[]], "sglang": [["generation"], ["embeddings"]]}[ENGINE]:
-        command = ["-m", f"tests.workers.{ENGINE}_features", str(root), str(root / "out.pt"), *step]
-        log = root / f"{''.join(step)}.log"
-        assert process.run(command, log, timeout=900) == 0, process.tail(log)
-        assert f"Qwen3NextForCausalLM is served by {ENGINE}_ext.model" in log.read_text()
+    for step in {"vllm": [{}], "sglang": [{"step": "generation"}, {"step": "embeddings"}]}[ENGINE]:
+        directory, out = root / f"worker-{len(found)}", root / "out.pt"
+        call(f"{ENGINE}_features:run", directory, directory=str(root), out_file=str(out), **step)
+        check_log(ENGINE, False, directory / "log")
         found |= torch.load(root / "out.pt")
     assert isinstance(found["tokens"], list), found
     return found

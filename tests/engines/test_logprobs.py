@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.reference import ReferenceModel
-from qnext_plugin.verify.comparison import Difference, Result, check_conditions, check_warm, compare, rounding
-from qnext_plugin.verify.scenarios import CONFIGS, SCENARIOS, configs
+from qnext_plugin.verify.comparison import Difference, Result, Unsteady, check_conditions, check_warm, compare, rounding
 from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
 from tests.engines.conftest import runs, whole
 from tests.support.installed import ENGINE, MUTANTS
+from tests.support.matrix import CONFIGS, MATRIX, SCENARIOS, configs
 
 pytestmark = pytest.mark.engine
 
@@ -34,7 +34,7 @@ def check_happened(config, key, result):
 def test_float32(serve, checkpoint, config, scenario):
     result = serve(config)[scenario]
     asked = check_happened(config, scenario, result)
-    expected = whole(checkpoint(CONFIGS[config].checkpoint))
+    expected = whole(checkpoint(MATRIX[config].checkpoint))
     difference = compare(result, expected, TOLERANCE, asked.top_k)
     print(f"{config} {scenario}: {difference.max:.2g} at {difference.worst}")
     assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"
@@ -46,7 +46,7 @@ def test_float32(serve, checkpoint, config, scenario):
 def test_bfloat16_is_as_close_as_transformers(serve, checkpoint, config, scenario):
     result = serve(config)[scenario]
     check_happened(config, scenario, result)
-    directory = checkpoint(CONFIGS[config].checkpoint)
+    directory = checkpoint(MATRIX[config].checkpoint)
     ours, theirs = (
         compare(result, whole(directory)),
         rounding(result, whole(directory), whole(directory, torch.bfloat16)),
@@ -57,7 +57,7 @@ def test_bfloat16_is_as_close_as_transformers(serve, checkpoint, config, scenari
 
 @pytest.mark.parametrize("config", [config for config, scenario in FLOAT32 if scenario == "draft_logits"])
 def test_draft_computes_what_the_oracle_does(serve, checkpoint, config):
-    difference = compare_draft(serve(config)["draft_logits"], checkpoint(CONFIGS[config].checkpoint))
+    difference = compare_draft(serve(config)["draft_logits"], checkpoint(MATRIX[config].checkpoint))
     print(f"{config} draft: {difference.max:.2g} at {difference.worst}")
     assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"
 
@@ -83,7 +83,7 @@ def compare_draft(result: Result, checkpoint: Path) -> Difference:
 
 @pytest.mark.parametrize("config", configs(ENGINE))
 def test_expected_kernels_ran(serve, config):
-    assert serve(config).kernels == expected_kernels(ENGINE, CONFIGS[config])
+    assert serve(config).serving["kernels"] == expected_kernels(ENGINE, CONFIGS[config])
 
 
 def expected_kernels(engine, config):
@@ -113,7 +113,7 @@ def expected_kernels(engine, config):
 def test_mutant_is_caught(serve, checkpoint, mutant):
     """And by the scenario that names it: unbroken, in the same engine, that one passes above."""
     assert (mutant.config, mutant.scenario) in FLOAT32
-    result, directory = serve(mutant.config)[mutant.name], checkpoint(CONFIGS[mutant.config].checkpoint)
+    result, directory = serve(mutant.config)[mutant.name], checkpoint(MATRIX[mutant.config].checkpoint)
     asked = SCENARIOS[mutant.scenario]
     if asked.draft_logits:
         difference = compare_draft(result, directory)
@@ -130,7 +130,7 @@ def test_mutant_is_caught(serve, checkpoint, mutant):
 
 
 def one_seed_two_answers(mutant, result):
-    with pytest.raises(AssertionError, match="another answer to the same seed"):
+    with pytest.raises(Unsteady, match="another answer to the same seed"):
         check_conditions(SCENARIOS[mutant.scenario], CONFIGS[mutant.config], result)
     return True
 

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from qnext_plugin.checkpoint.layouts import KINDS, ungroup
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.engines.config import mtp_arguments, mtp_flags
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.support.adapters import PREFIX, WEIGHTS, save, write_adapter, write_merged
 from tests.support.installed import ENGINE
-from tests.support.serving import MTP, serving
+from tests.support.serving import serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
@@ -41,26 +42,27 @@ SIZES = {
 }
 COMMAND = {
     "vllm": [
-        *("-m", "vllm.entrypoints.cli.main", "serve", "{model}", "--max-model-len", "512", "--enforce-eager"),
+        *("--max-model-len", "512", "--enforce-eager"),
         *("--block-size", "32", "--num-gpu-blocks-override", "64", "--max-num-seqs", "8"),
         *("--max-num-batched-tokens", "64", "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "3"),
         *("--max-lora-rank", "8"),
     ],
     "sglang": [
-        *("-m", "sglang.launch_server", "--model-path", "{model}", "--context-length", "512"),
+        *("--context-length", "512"),
         *("--max-total-tokens", "4096", "--max-running-requests", "8", "--max-mamba-cache-size", "40"),
         *("--chunked-prefill-size", "64", "--max-loras-per-batch", "3", "--max-lora-rank", "8"),
     ],
 }[ENGINE]
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+LOCAL_ARGMAX = {"use_local_argmax_reduction": True}
 WITH_MTP_ON_TWO_RANKS = {
     "vllm": [
-        *("--speculative-config", json.dumps(MTP | {"use_local_argmax_reduction": True})),
+        *("--speculative-config", json.dumps(mtp_arguments("vllm", 2)["speculative_config"] | LOCAL_ARGMAX)),
         *("--tensor-parallel-size", "2"),
     ],
     "sglang": [
-        *("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "2", "--speculative-eagle-topk", "1"),
-        *("--speculative-num-draft-tokens", "3", "--tp-size", "2"),
+        *mtp_flags("sglang", 2),
+        *("--tp-size", "2"),
     ],
 }[ENGINE]
 PATHS = {"vllm": "--lora-modules", "sglang": "--lora-paths"}[ENGINE]

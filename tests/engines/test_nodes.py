@@ -3,7 +3,6 @@
 It has a network of its own, joined to this one by a pair of virtual interfaces, and no shared memory with it.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -15,18 +14,19 @@ import pytest
 import torch
 
 from qnext_plugin.engines import process
+from qnext_plugin.engines.config import mtp_flags
+from qnext_plugin.engines.server import COMMANDS, is_healthy
 from qnext_plugin.verify.comparison import Completion, Result, compare
 from qnext_plugin.verify.scenarios import tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.conftest import whole
 from tests.support.installed import ENGINE
-from tests.support.serving import MTP, Server
+from tests.support.serving import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 PROMPTS = tuple(tokens(length, seed=length) for length in (1, 7, 40, 130, 300))
-DRAFTS = ("--speculative-num-steps", "2", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "3")
 
 
 def ip(*words: str) -> None:
@@ -56,15 +56,15 @@ def link() -> Iterator[tuple[str, str, str]]:
 
 def command(model: str, node: int, master_port: int, port: int) -> list[str]:
     if ENGINE == "vllm":
-        words = ["-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m"]
+        words = [*COMMANDS[ENGINE], model, "--served-model-name", "m"]
         words += ["--max-model-len", "512", "--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "64"]
-        words += ["--tensor-parallel-size", "2", "--speculative-config", json.dumps(MTP)]
+        words += ["--tensor-parallel-size", "2", *mtp_flags("vllm", 2)]
         words += ["--master-addr", ADDRESSES[0], "--master-port", str(master_port)]
         words += ["--headless"] if node else ["--host", "127.0.0.1", "--port", str(port)]
     else:
-        words = ["-m", "sglang.launch_server", "--model-path", model, "--context-length", "512", "--tp-size", "2"]
+        words = [*COMMANDS[ENGINE], model, "--context-length", "512", "--tp-size", "2"]
         words += ["--max-total-tokens", "4096", "--max-running-requests", "8", "--max-mamba-cache-size", "40"]
-        words += ["--speculative-algorithm", "NEXTN", *DRAFTS, "--dist-init-addr", f"{ADDRESSES[0]}:{master_port}"]
+        words += [*mtp_flags("sglang", 2), "--dist-init-addr", f"{ADDRESSES[0]}:{master_port}"]
         words += ["--host", "127.0.0.1", "--port", str(port)]
     return [*words, "--dtype", "float32", "--nnodes", "2", "--node-rank", str(node)]
 
@@ -82,12 +82,6 @@ def test_two_nodes_answer_as_transformers(tmp_path, checkpoint, link):
     logs = [tmp_path / f"node{node}" for node in range(2)]
     url = f"http://127.0.0.1:{ports[1]}"
 
-    def healthy() -> bool:
-        try:
-            return httpx.get(f"{url}/health", timeout=5).status_code == 200
-        except httpx.HTTPError:
-            return False
-
     with ExitStack() as nodes:
         started = []
         for node, log in enumerate(logs):
@@ -95,8 +89,8 @@ def test_two_nodes_answer_as_transformers(tmp_path, checkpoint, link):
             env |= {"GLOO_SOCKET_IFNAME": interfaces[node], "SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
             words = command(model, node, *ports)
             started.append(nodes.enter_context(process.started(apart(name, words) if node else words, log, env)))
-        process.wait_until(healthy, started[0], logs[0], timeout=400)
-        server = Server(ENGINE, url, logs[0], started[0].pid)
+        process.wait_until(lambda: is_healthy(url), started[0], logs[0], timeout=400)
+        server = Server(ENGINE, url, logs[0], started[0])
         completions = []
         for prompt in PROMPTS:
             request = server.request(prompt, max_tokens=24, temperature=0)

@@ -5,10 +5,11 @@ import torch
 
 from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.engines.config import MAX_MODEL_LEN
 from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache, default_state_dtype
 from qnext_plugin.plan.sizes import Serving
-from qnext_plugin.verify.scenarios import CONFIGS, MAX_MODEL_LEN, configs
 from tests.support.installed import ENGINE
+from tests.support.matrix import CONFIGS, MATRIX, configs
 
 pytestmark = pytest.mark.engine
 
@@ -22,13 +23,13 @@ def within(found: float, foretold: float) -> bool:
 
 @pytest.fixture
 def case(request, serve, checkpoint):
-    config, directory = CONFIGS[request.param], checkpoint(CONFIGS[request.param].checkpoint)
+    config, directory = CONFIGS[request.param], checkpoint(MATRIX[request.param].checkpoint)
     dtype = getattr(torch, config.dtype)
     model = QNextConfig.from_pretrained(directory)
     serving = Serving(model, config.tensor_parallel, config.draft_tokens, dtype)
     weights = sum(serving.weights(read_headers(directory)).values())
     assert weights == sum(serving.weights().values()), "the headers say something else than config.json"
-    return config, serving, weights, serve(request.param).memory
+    return config, serving, weights, serve(request.param).serving["memory"]
 
 
 @pytest.mark.skipif(ENGINE != "vllm", reason="vLLM's cache")

@@ -7,12 +7,12 @@ from safetensors.torch import load_file, save_file
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.engines import process
+from qnext_plugin.engines.config import mtp_flags
+from qnext_plugin.engines.server import command
 
 pytestmark = pytest.mark.engine
 
 SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
-NEXTN = ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
-NEXTN += ["--speculative-num-draft-tokens", "2"]
 A_LOG = "model.layers.0.linear_attn.A_log"
 
 
@@ -58,7 +58,9 @@ CASES = [
         ["tensor parallel size 3 does not divide linear_num_key_heads 2; choose one of [1, 2]"],
         id="tensor-parallel",
     ),
-    pytest.param(draft_missing, NEXTN, ["missing 29: mtp.fc.weight", "download or convert"], id="draft-missing"),
+    pytest.param(
+        draft_missing, mtp_flags("sglang", 1), ["missing 29: mtp.fc.weight", "download or convert"], id="draft-missing"
+    ),
     pytest.param(
         nothing,
         ["--speculative-algorithm", "NGRAM"],
@@ -73,8 +75,8 @@ def test_server_exits_with_the_reason(tmp_path, edit, options, words):
     directory, log = tmp_path / "checkpoint", tmp_path / "log"
     write_random_checkpoint(directory, dtype="float32", overrides=SMALL)
     edit(directory)
-    command = ["-m", "sglang.launch_server", "--model-path", str(directory), "--port", str(process.free_port())]
-    assert process.run([*command, "--dtype", "float32", *options], log) != 0
+    flags = ["--dtype", "float32", *options]
+    assert process.run(command("sglang", str(directory), process.free_port(), flags), log) != 0
     text = log.read_text()
     for word in words:
         assert word in text, process.tail(log)

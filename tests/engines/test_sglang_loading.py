@@ -3,9 +3,9 @@
 import pytest
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
-from qnext_plugin.engines import process
 from tests.support.reads import check_reads
-from tests.support.shards import OUTER_RANKS, RANKS, make, said
+from tests.support.shards import OUTER_RANKS, RANKS, make
+from tests.support.workers import call
 from tests.workers.sglang_loading import READ, WAYS
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
@@ -33,10 +33,7 @@ def loaded(tmp_path_factory):
     """By checkpoint and rank, the layers that hold their weights as stored; every parameter has been compared."""
     root = tmp_path_factory.mktemp("loading")
     make(root)
-    log = root / "log"
-    status = process.run(["-m", "tests.workers.sglang_loading", str(root)], log, timeout=1800)
-    assert status == 0, process.tail(log)
-    return said(log)
+    return call("sglang_loading:check", root.with_name("loading-worker"), timeout=1800, root=str(root))
 
 
 @pytest.mark.parametrize("name", READ)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
-from qnext_plugin.engines import process
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.comparison import Result, check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
+from qnext_plugin.verify.scenarios import Scenario, tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.test_logprobs import compare_draft
 from tests.support.quantized import SCENARIO, dequantized, write
@@ -25,8 +26,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 TOLERANCE = SERVED_LOGPROB_FLOAT32["sglang"]
 # What the draft computes is compared itself: a wrong one is corrected by the model, and not seen otherwise.
-DRAFT = Scenario(((tokens(61, seed=7),),), configs=(), drafts="cycle", draft_logits=True)
-CONFIG = EngineConfig("", draft_tokens=2)
+DRAFT = Scenario(((tokens(61, seed=7),),), drafts="cycle", draft_logits=True)
+CONFIG = EngineConfig(draft_tokens=2)
 BFLOAT16 = replace(CONFIG, dtype="bfloat16")
 # Four experts, each twice, in no order, as a load balancer leaves them.
 PHYSICAL = [2, 0, 3, 2, 1, 3, 0, 1]
@@ -57,18 +58,18 @@ def served(checkpoints):
     @cache
     def start(name: str) -> tuple[dict[str, list[Result]], str]:
         (forms, config), root = STARTS[name], checkpoints / name.replace(" ", "-")
-        root.mkdir()
         scenarios = (SCENARIO, DRAFT) if config.dtype == "float32" else (SCENARIO,)
-        spec = {
-            "models": [str(checkpoints / form) for form in forms],
-            "config": asdict(config),
-            "scenarios": [asdict(scenario) for scenario in scenarios],
-        }
-        (root / "spec.json").write_text(json.dumps(spec))
-        command = ["-m", "tests.workers.sglang_several", str(root / "spec.json"), str(root)]
-        status = process.run(command, root / "log", timeout=600)
-        assert status == 0, process.tail(root / "log")
-        assert json.loads((root / "modules.json").read_text()) == ["sglang_ext.model", "sglang_ext.mtp"]
+        models = [str(checkpoints / form) for form in forms]
+        with started_engine("sglang", models[0], config, root) as engine:
+            engine.ready(600)
+            assert engine.serving(60)["modules"] == ["sglang_ext.model", "sglang_ext.mtp"]
+            engine.call(
+                "tests.workers.sglang_several:serve",
+                600,
+                models=models,
+                scenarios=[asdict(scenario) for scenario in scenarios],
+                directory=str(root),
+            )
         results = {
             form: [Result.load(root / f"{n}.{i}.safetensors") for i in range(len(scenarios))]
             for n, form in enumerate(forms)

@@ -1,13 +1,13 @@
 """The HTTP server with default arguments, through the `openai` client."""
 
 import re
-import urllib.request
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from qnext_plugin.engines import process
+from qnext_plugin.engines import server
+from qnext_plugin.engines.config import mtp_flags
 
 pytestmark = pytest.mark.engine
 
@@ -16,11 +16,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 WHOLE = {"extra_body": {"ignore_eos": True}}  # as long as asked for, whatever random weights sample
 
 
-NEXTN = ["--speculative-algo", "NEXTN", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1"]
-NEXTN += ["--speculative-num-draft-tokens", "4"]
-
-
-@pytest.fixture(scope="module", params=[[], NEXTN], ids=["plain", "nextn"])
+@pytest.fixture(scope="module", params=[[], mtp_flags("sglang", 3)], ids=["plain", "nextn"])
 def drafts(request):
     return request.param
 
@@ -32,20 +28,9 @@ def log(drafts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(drafts, checkpoint, log):
-    port = process.free_port()
-    command = ["-m", "sglang.launch_server", "--model-path", str(checkpoint("bfloat16")), *drafts]
-    options = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
-
-    def ready():
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-    with process.started([*command, *options], log) as server:
-        process.wait_until(ready, server, log)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    flags = [*drafts, "--served-model-name", MODEL]
+    with server.serving("sglang", str(checkpoint("bfloat16")), flags, log) as running:
+        yield OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def test_scheduler_says_which_classes_serve(client, drafts, log):

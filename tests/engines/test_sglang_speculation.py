@@ -4,15 +4,14 @@ import re
 
 import pytest
 
-from qnext_plugin.engines import process
 from tests.engines.conftest import REGEX
+from tests.support.workers import call
 
 pytestmark = pytest.mark.engine
 
 
 def test_cpu_kernels_equal_the_interpreted_ones(tmp_path):
-    log = tmp_path / "log"
-    assert process.run(["-m", "tests.workers.sglang_leaves"], log, {"TRITON_INTERPRET": "1"}) == 0, process.tail(log)
+    call("sglang_leaves:check", tmp_path / "worker", env={"TRITON_INTERPRET": "1"})
 
 
 def test_grammar_holds_over_accepted_drafts(samples):
@@ -23,4 +22,4 @@ def test_grammar_holds_over_accepted_drafts(samples):
 
 
 def test_no_request_waits_for_a_compiler(serve):
-    assert serve("mtp3").compiled == 0
+    assert serve("mtp3").serving["compiled"] == 0

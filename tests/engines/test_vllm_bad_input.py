@@ -9,11 +9,14 @@ from safetensors.torch import load_file, save_file
 from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.engines import process
+from qnext_plugin.engines.config import mtp_arguments, mtp_flags
+from qnext_plugin.engines.server import command
+from tests.support.workers import call
 
 pytestmark = pytest.mark.engine
 
 SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
-MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 1}
+MTP = mtp_arguments("vllm", 1)
 MIXER = "model.layers.0.linear_attn"
 
 
@@ -120,7 +123,7 @@ CASES = {
     ),
     "draft missing": (
         _tensors(_remove_draft),
-        {"speculative_config": MTP},
+        MTP,
         ["missing", "mtp.fc.weight", "mtp.layers.0."],
     ),
     "half a draft": (
@@ -145,7 +148,7 @@ CASES = {
     ),
     "quantized, draft missing": (
         _quantized(_tensors(_remove_draft)),
-        {"dtype": "bfloat16", "speculative_config": MTP},
+        {"dtype": "bfloat16"} | MTP,
         ["missing", "mtp.fc.weight", "mtp.layers.0."],
     ),
     "another kind of speculation": (
@@ -172,10 +175,7 @@ def errors(tmp_path_factory, good):
         shutil.copytree(good, directory)
         edit(directory)
         spec[name] = {"model": str(directory), "args": args}
-    (root / "spec.json").write_text(json.dumps(spec))
-    command = ["-m", "tests.workers.vllm_bad_input", str(root / "spec.json"), str(root / "out.json")]
-    assert process.run(command, root / "log") == 0, process.tail(root / "log")
-    return json.loads((root / "out.json").read_text())
+    return call("vllm_bad_input:errors", root / "worker", cases=spec)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -199,7 +199,7 @@ def test_engine_does_not_start(errors, case):
         ),
         pytest.param(
             lambda directory: None,
-            ["--pipeline-parallel-size", "2", "--no-enable-prefix-caching", "--speculative-config", json.dumps(MTP)],
+            ["--pipeline-parallel-size", "2", "--no-enable-prefix-caching", *mtp_flags("vllm", 1)],
             "add --scheduler-cls vllm_ext.scheduler.PipelineDraftScheduler",
             id="pipeline-parallel-mtp",
         ),
@@ -211,8 +211,7 @@ def test_server_exits_with_the_reason(tmp_path, edit, options, words):
     write_random_checkpoint(directory, dtype="float32", overrides=SMALL | heads)
     edit(directory)
     options = [*options, "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    command = ["-m", "vllm.entrypoints.cli.main", "serve", str(directory), "--port", str(process.free_port()), *options]
-    assert process.run(command, log) != 0
+    assert process.run(command("vllm", str(directory), process.free_port(), options), log) != 0
     text = log.read_text()
     assert words in text, process.tail(log)
     assert "Application startup complete" not in text

@@ -7,15 +7,16 @@ from importlib.util import find_spec
 import pytest
 
 from qnext_plugin.engines import process
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import check_conditions, compare
 from qnext_plugin.verify.runner import Run, Start
-from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.engines.conftest import whole
+from tests.support.matrix import SCENARIOS
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
-MTP = EngineConfig("tiny", draft_tokens=2, num_blocks=64)
+MTP = EngineConfig(draft_tokens=2, num_blocks=64)
 SCENARIO = SCENARIOS["drafts_in_every_pattern"]
 # Ranks work in step, so each has as many batches; of other sizes, so that they have to exchange unequal parts.
 OTHER = replace(SCENARIO, batches=tuple(batch[:1:-1] for batch in SCENARIO.batches))

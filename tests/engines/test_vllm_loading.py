@@ -7,11 +7,11 @@ import pytest
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.engines import process
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import CHECKPOINTS
 from tests.support.reads import check_reads
-from tests.support.shards import make, said
+from tests.support.shards import make
+from tests.support.workers import call
 from tests.workers.vllm_loading import READ, WAYS
 
 pytestmark = pytest.mark.engine
@@ -33,10 +33,7 @@ def loaded(tmp_path_factory):
     make(root)
     every_linear = r"model\..*\.(linear_attn|self_attn|mlp|shared_expert)\.\w+"
     write_adapter(root / "adapter", root / "plain", every_linear, rank=5, alpha=7)
-    log = root / "log"
-    status = process.run(["-m", "tests.workers.vllm_loading", str(root)], log, timeout=900)
-    assert status == 0, process.tail(log)
-    return said(log)
+    return call("vllm_loading:check", root.with_name("loading-worker"), root=str(root))
 
 
 @pytest.mark.parametrize("name", READ)
@@ -80,10 +77,9 @@ def test_what_is_quantized_is_what_the_headers_say(loaded, name):
 
 def test_what_is_derived_from_weights_follows_them(tmp_path, checkpoint):
     """Packed experts, convolutions and linears, and a tied head."""
-    names, pairs, log = ("tiny", "odd-b", "bfloat16"), [], tmp_path / "log"
+    names, pairs = ("tiny", "odd-b", "bfloat16"), []
     for name in names:
         dtype = "bfloat16" if name == "bfloat16" else "float32"
         write_random_checkpoint(tmp_path / name, dtype=dtype, seed=7, overrides=CHECKPOINTS[name])
-        pairs += [str(checkpoint(name)), str(tmp_path / name)]
-    assert process.run(["-m", "tests.workers.vllm_modules", *pairs], log) == 0, process.tail(log)
-    assert log.read_text().count("loaded again as expected") == len(names)
+        pairs.append((str(checkpoint(name)), str(tmp_path / name)))
+    assert call("vllm_modules:check", tmp_path / "worker", pairs=pairs) == len(names)

@@ -8,9 +8,10 @@ from transformers import AutoConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEmbedding
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import compare
 from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
+from qnext_plugin.verify.scenarios import Scenario, tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.support.several import case, serve
 
@@ -20,8 +21,8 @@ TRAINED = 512
 SMALL = {"num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
 # One head, so that attention over 200,000 tokens takes a CPU a minute; dimensions that the C++ kernels take.
 NARROW = {"num_hidden_layers": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "num_experts": 2}
-CONFIG = EngineConfig("", token_budget=256, num_blocks=256)
-LONG = EngineConfig("", dtype="bfloat16", token_budget=2048)
+CONFIG = EngineConfig(token_budget=256, num_blocks=256)
+LONG = EngineConfig(dtype="bfloat16", token_budget=2048)
 
 
 def yarn(factor, original=TRAINED):
@@ -34,7 +35,7 @@ def complete(parameters):
 
 
 def prompts(*lengths):
-    return Scenario((tuple(tokens(length, seed=length) for length in lengths),), configs=(), max_tokens=(8,))
+    return Scenario((tuple(tokens(length, seed=length) for length in lengths),), max_tokens=(8,))
 
 
 def with_config(directory, target, **changes):

@@ -1,10 +1,9 @@
 """A layer's forward pass stays within a budget of operators that only move activations, on CPU in bfloat16, eager."""
 
-import json
-
 import pytest
 
-from qnext_plugin.engines import process
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.engines.remote import started_engine
 from vllm_ext.cpu.gemm import packs
 
 # As measured when they were last changed. Conversions count: a norm in eager mode makes two, to float32 and back.
@@ -24,13 +23,12 @@ SMALL = ["gate", "in_proj_ba", "shared_expert_gate"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, checkpoint):
-    tmp_path = tmp_path_factory.mktemp("operators")
-    out, log = tmp_path / "out.json", tmp_path / "log"
-    status = process.run(["-m", "tests.workers.vllm_operators", str(checkpoint("bfloat16")), str(out)], log)
-    assert status == 0, process.tail(log)
-    found = json.loads(out.read_text())
-    assert found["serving"]["modules"] == ["vllm_ext.model"]
-    return found
+    directory = tmp_path_factory.mktemp("operators") / "engine"
+    config = EngineConfig(dtype="bfloat16")
+    with started_engine("vllm", str(checkpoint("bfloat16")), config, directory) as engine:
+        engine.ready(400)
+        found = engine.call("tests.workers.vllm_operators:count", 400)
+        return found | {"serving": engine.serving(60)}
 
 
 def test_layers_move_no_more_than_their_budget(found):

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.scenarios import EngineConfig
 from tests.support.quantized import SCENARIO, dequantized, write
 from tests.support.several import case, serve
 from tests.support.tolerances import LOGPROB_QUANTIZED_RATIO
 
 pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
-CONFIG = EngineConfig("", dtype="bfloat16", draft_tokens=2, num_blocks=64)
+CONFIG = EngineConfig(dtype="bfloat16", draft_tokens=2, num_blocks=64)
 PARALLEL = {
     "TP 2": replace(CONFIG, tensor_parallel=2),
     "EP 2": replace(CONFIG, tensor_parallel=2, expert_parallel=True),

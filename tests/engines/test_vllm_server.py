@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import torch
 from openai import OpenAI
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.engines import process
+from qnext_plugin.engines import process, server
+from qnext_plugin.engines.config import mtp_flags
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.engine
 TRAINED_LENGTH, SERVED_LENGTH = 256, 1000
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED_LENGTH}
 CONFIG = {"max_position_embeddings": TRAINED_LENGTH}
-MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
 EXACT = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(SERVED_LENGTH)]
 TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 RECOMMENDED = {"temperature": 0.7, "top_p": 0.8, "presence_penalty": 1.5, "extra_body": {"top_k": 20, "min_p": 0}}
@@ -74,24 +73,13 @@ def written(tmp_path_factory):
 def serve(tmp_path):
     @contextmanager
     def serving(model: Path, *options: str, **env: str) -> Iterator[Server]:
-        port, log = process.free_port(), tmp_path / "serve.log"
-        url = f"http://127.0.0.1:{port}"
-        command = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port), *options]
-
-        def healthy() -> bool:
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                    return answer.status == 200
-            except OSError:
-                return False
-
-        with process.started(command, log, env) as server:
-            process.wait_until(healthy, server, log, timeout=400)
-            with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=180) as client:
-                yield Server(str(model), url, log, client)
-            server.send_signal(signal.SIGINT)
-            assert server.wait(60) == 0, process.tail(log)
-            assert_gone(server.pid)
+        log = tmp_path / "serve.log"
+        with server.serving("vllm", str(model), options, log, env=env) as running:
+            with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=180) as client:
+                yield Server(str(model), running.url, log, client)
+            running.process.send_signal(signal.SIGINT)
+            assert running.process.wait(60) == 0, process.tail(log)
+            assert_gone(running.process.pid)
 
     return serving
 
@@ -116,7 +104,7 @@ def test_plain(written, serve):
 
 
 def test_mtp_past_the_trained_length(written, serve):
-    flags = ["--tensor-parallel-size", "2", "--speculative-config", json.dumps(MTP), *TOOLS]
+    flags = ["--tensor-parallel-size", "2", *mtp_flags("vllm", 2), *TOOLS]
     with serve(written / "plain", *flags, *EXACT, **LONGER) as server:
         classes = ("Qwen3NextForCausalLM", "vllm_ext.model"), ("Qwen3NextMTP", "vllm_ext.mtp")
         assert server.who_serves() >= {(f"Worker_TP{i}", *served) for i in (0, 1) for served in classes}

@@ -14,7 +14,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qnext_plugin.checkpoint.make_demo import DIRECTORY
-from qnext_plugin.verify.scenarios import MAX_MODEL_LEN, Scenario
+from qnext_plugin.engines.config import MAX_MODEL_LEN
+from qnext_plugin.verify.scenarios import Scenario
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
@@ -107,7 +108,6 @@ def _user(text: str) -> dict[str, Any]:
 RECALLED = recall(MAX_MODEL_LEN - 100, 12, early=True)
 RECALL = Scenario(
     tuple(tuple(prompt.ids for prompt in turn) for turn in zip(*RECALLED, strict=True)),
-    configs=(),
     max_tokens=(8,),
     hits=tuple((1, i) for i in range(len(RECALLED))),
 )

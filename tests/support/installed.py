@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from qnext_plugin.verify.scenarios import ENGINES
+from qnext_plugin.engines.config import ENGINES
 from tests.mutants import Mutant
 
 ENGINE = next((engine for engine in ENGINES if find_spec(engine)), "")

@@ -22,7 +22,7 @@ SIZES = {
     "shared_expert_intermediate_size": 128,
     "max_position_embeddings": 1024,
 }
-SCENARIO = Scenario((tuple(tokens(length, seed=length) for length in (1, 7, 40, 130)),), configs=(), drafts="cycle")
+SCENARIO = Scenario((tuple(tokens(length, seed=length) for length in (1, 7, 40, 130)),), drafts="cycle")
 
 
 def write(root: Path) -> None:

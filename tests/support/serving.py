@@ -1,8 +1,6 @@
 """A small server under pressure: short steps, a cache that runs out, and drafts where the engine has them."""
 
-import json
 import os
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,20 +9,20 @@ from typing import Any
 
 import httpx
 
-from qnext_plugin.engines import process
+from qnext_plugin.engines import server
+from qnext_plugin.engines.config import mtp_flags
+from qnext_plugin.engines.who_serves import check_log
 
 MAX_LEN = 512
-MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
-COMMANDS = {
+FLAGS = {
     "vllm": [
-        *("-m", "vllm.entrypoints.cli.main", "serve", "{model}", "--max-model-len", str(MAX_LEN)),
-        *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "40", "--max-num-seqs", "8"),
-        *("--max-num-batched-tokens", "64", "--speculative-config", json.dumps(MTP)),
+        *("--max-model-len", str(MAX_LEN), "--enforce-eager", "--block-size", "32"),
+        *("--num-gpu-blocks-override", "40", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"),
+        *mtp_flags("vllm", 2),
     ],
     "sglang": [
-        *("-m", "sglang.launch_server", "--model-path", "{model}", "--context-length", str(MAX_LEN)),
-        *("--max-total-tokens", "1300", "--max-running-requests", "8", "--max-mamba-cache-size", "40"),
-        *("--chunked-prefill-size", "64", "--enable-metrics"),
+        *("--context-length", str(MAX_LEN), "--max-total-tokens", "1300", "--max-running-requests", "8"),
+        *("--max-mamba-cache-size", "40", "--chunked-prefill-size", "64", "--enable-metrics"),
     ],
 }
 ENVIRONMENT = {
@@ -58,12 +56,8 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Server:
-    engine: str
-    url: str
-    log: Path
-    group: int
+class Server(server.Server):
+    """A server whose log-probabilities are asked for."""
 
     def request(self, prompt: tuple[int, ...], max_tokens: int, temperature: float, **more: Any) -> dict[str, Any]:
         """Keyword arguments of a POST that asks for ``max_tokens`` more ids and their log-probabilities."""
@@ -98,33 +92,21 @@ class Server:
                 fields = stat.read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            if int(fields[2]) == self.group:
+            if int(fields[2]) == self.process.pid:
                 total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         return total
 
 
 @contextmanager
 def crowded(engine: str, model: Path, log: Path) -> Iterator[Server]:
-    with serving(engine, COMMANDS[engine], model, log, ENVIRONMENT) as server:
-        yield server
+    with serving(engine, FLAGS[engine], model, log, ENVIRONMENT) as running:
+        yield running
 
 
 @contextmanager
-def serving(engine: str, command: Sequence[str], model: Path, log: Path, env: Mapping[str, str]) -> Iterator[Server]:
-    """Run ``command``, with the model for ``{model}``, until it answers."""
-    port = process.free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [word.format(model=model) if word == "{model}" else word for word in command]
-    command += ["--dtype", "float32", "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
-
-    def healthy() -> bool:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    with process.started(command, log, env) as server:
-        process.wait_until(healthy, server, log, timeout=400)
-        assert "is served by" in log.read_text(errors="replace"), process.tail(log)
-        yield Server(engine, url, log, server.pid)
+def serving(engine: str, flags: Sequence[str], model: Path, log: Path, env: Mapping[str, str]) -> Iterator[Server]:
+    """Serve a model in float32 under the name ``m``, by our classes."""
+    flags = [*flags, "--dtype", "float32", "--served-model-name", "m"]
+    with server.serving(engine, str(model), flags, log, env=env) as running:
+        check_log(engine, False, log)
+        yield Server(running.engine, running.url, log, running.process)

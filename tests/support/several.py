@@ -1,15 +1,15 @@
 """The test's side of ``vllm_several``."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qnext_plugin.engines import process
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import Result
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario
+from qnext_plugin.verify.scenarios import Scenario
+from tests.support.workers import call
 
 
 def case(model: Path, config: EngineConfig, scenarios: tuple[Scenario, ...], **args: Any) -> dict[str, Any]:
@@ -22,14 +22,12 @@ def case(model: Path, config: EngineConfig, scenarios: tuple[Scenario, ...], **a
 
 
 def serve(
-    directory: Path, cases: Mapping[str, Any], env: Mapping[str, str] = MappingProxyType({}), timeout: float = 900
+    directory: Path, cases: dict[str, Any], env: Mapping[str, str] = MappingProxyType({}), timeout: float = 900
 ) -> dict[str, Any]:
     """What the engines answered, by case."""
-    spec, out, log = (directory / name for name in ("spec.json", "out.json", "log"))
-    spec.write_text(json.dumps(cases))
-    status = process.run(["-m", "tests.workers.vllm_several", str(spec), str(out)], log, env=env, timeout=timeout)
-    assert status == 0, process.tail(log)
-    answered = json.loads(out.read_text())
+    answered: dict[str, Any] = call(
+        "vllm_several:serve", directory / "worker", timeout=timeout, env=env, cases=cases, directory=str(directory)
+    )
     for of in answered.values():
         of["results"] = [Result.load(directory / file) for file in of.get("results", [])]
     return answered

@@ -170,13 +170,3 @@ def make(root: Path, formats: Iterable[str] = FORMATS) -> None:
                 raw["quantization_config"][key] = ["model.layers.0.self_attn", "re:nothing.like.this"]
         raw["quantization_config"].pop("dynamic", None)
         file.write_text(json.dumps(raw))
-
-
-def said(log: Path) -> dict[str, Any]:
-    """By checkpoint, what the lines of a log that begin with ``loaded`` say; ``read`` before it for those that do."""
-    found = {}
-    for line in log.read_text().splitlines():
-        word, _, rest = line.partition(" {")
-        if word in ("loaded", "read"):
-            found |= {f"{word} {name}".removeprefix("loaded "): of for name, of in json.loads("{" + rest).items()}
-    return found

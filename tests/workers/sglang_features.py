@@ -1,12 +1,6 @@
-"""What trainers and poolers ask of SGLang: ``python -m tests.workers.sglang_features DIRECTORY OUT.pt STEP``.
-
-``DIRECTORY`` has the checkpoint ``base`` and ``prompts.json``. ``STEP`` is ``generation`` or ``embeddings``. ``OUT``
-maps the names of what was asked to lists of one tensor, or what holds some, for each prompt.
-"""
+"""What trainers and poolers ask of SGLang."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from sglang_ext.tools.verify import Engine
+from qnext_plugin.engines.config import EngineConfig
+from sglang_ext.tools.engine import Engine
 
 LAYERS = (1, 3)
 """Whose inputs an EAGLE3 draft would read: the outputs of those before."""
@@ -24,7 +18,7 @@ GREEDY = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
 def start(model: Path, token_budget: int, **more: Any) -> Engine:
-    served = Engine(str(model), EngineConfig("", token_budget=token_budget, max_model_len=512), **more)
+    served = Engine(str(model), EngineConfig(token_budget=token_budget, max_model_len=512), **more)
     assert served.serving()["modules"] == ["sglang_ext.model"]
     return served
 
@@ -92,13 +86,11 @@ def embeddings(root: Path, prompts: list[list[int]]) -> dict[str, Any]:
     return {"embeddings, base": [torch.tensor(answer["embedding"]) for answer in answers], "unknown token": refusal}
 
 
-def main(directory: str, out_file: str, step: str) -> None:
+def run(directory: str, out_file: str, step: str) -> None:
+    """Ask ``generation`` or ``embeddings`` of the checkpoint ``base`` in ``directory``, on its ``prompts.json``.
+
+    ``out_file`` maps the names of what was asked to lists of one tensor, or what holds some, for each prompt.
+    """
     root = Path(directory)
     prompts = json.loads((root / "prompts.json").read_text())
     torch.save({"generation": generation, "embeddings": embeddings}[step](root, prompts), out_file)
-    sys.stdout.flush()
-    os._exit(0)  # as in sglang_several
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

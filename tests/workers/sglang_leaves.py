@@ -172,7 +172,8 @@ def check_output_gate() -> None:
     torch.testing.assert_close(found, want)
 
 
-if __name__ == "__main__":
+def check() -> None:
+    """All of the above; needs ``TRITON_INTERPRET=1`` in the environment."""
     torch.manual_seed(0)
     check_trees()
     check_slots()

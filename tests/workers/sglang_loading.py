@@ -1,11 +1,10 @@
-"""Load checkpoints as every rank of larger groups would: ``python -m tests.workers.sglang_loading ROOT``.
+"""Checkpoints loaded as every rank of larger groups would load them, in one process, and nothing runs.
 
-As ``vllm_loading``, with SGLang's own way from ``config.json`` to the model: on this CPU, where every layer is
-dequantized, and then as SGLang would on a GPU of compute capability 9, where layers are served as stored. Nothing runs.
+That is SGLang's own way from ``config.json`` to the model: on this CPU, where every layer is dequantized, and then as
+SGLang would on a GPU of compute capability 9, where layers are served as stored.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -153,15 +152,20 @@ def read(directory: Path, quantized: bool) -> dict[str, Any]:
     return found
 
 
-def main(root: str) -> None:
+def check(root: str) -> dict[str, Any]:
+    """By checkpoint below ``root``, for every rank which layers are served as stored; ``read NAME`` for what is read.
+
+    An assertion names the parameter whose shard is not the expected one.
+    """
+    found: dict[str, Any] = {}
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     for directory, tensors, quantization in checkpoints(Path(root)):
         torch.set_default_dtype(torch.bfloat16 if quantization else torch.float32)
         if directory.name in READ:
-            print("read", json.dumps({directory.name: read(directory, bool(quantization))}), flush=True)
-        print("loaded", json.dumps({directory.name: load(directory, tensors, quantization)}), flush=True)
+            found[f"read {directory.name}"] = read(directory, bool(quantization))
+        found[directory.name] = load(directory, tensors, quantization)
         if quantization:
             method = quantization["quant_method"]
             # These store scales in float16, which SGLang converts to the type it serves in.
@@ -172,8 +176,5 @@ def main(root: str) -> None:
                     loaded = load(directory, tensors, quantization, "marlin" if method == "modelopt" else "auto")
                 except NotImplementedError as e:
                     loaded = {"refused": str(e)}
-            print("loaded", json.dumps({f"{directory.name}, as on a GPU": loaded}), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+            found[f"{directory.name}, as on a GPU"] = loaded
+    return found

@@ -1,37 +1,30 @@
-"""New weights for a running SGLang, by every way in: ``python -m tests.workers.sglang_reload SPEC.json OUT.json``.
+"""New weights for a running SGLang, by every way in."""
 
-``SPEC`` and ``OUT`` as in ``vllm_reload``.
-"""
-
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
-from sglang_ext.tools.verify import Engine
-
-CONFIG = EngineConfig("tiny", prefix_caching=True)
+from sglang_ext.tools.engine import Engine
+from tests.support.matrix import SCENARIOS
 
 
 def weights(directory: str, **changes: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return sorted((load_file(Path(directory) / "model.safetensors") | changes).items())
 
 
-def main(spec_file: str, out_file: str) -> None:
-    spec = json.loads(Path(spec_file).read_text())
-    served = Engine(spec["old"], CONFIG)
+def answer(engine: Engine, directory: str, step: str) -> None:
+    engine.run(SCENARIOS["short"], reset=True).save(Path(directory) / f"{step}.short.safetensors")
+
+
+def reload(served: Engine, checkpoints: dict[str, str], directory: str) -> dict[str, str]:
+    """As in ``vllm_reload``; a mix of old and new weights is loaded at the end, so that nothing can be asked then."""
     engine = served.engine
-    assert served.serving()["modules"] == ["sglang_ext.model"]
-    out: dict[str, Any] = {"errors": {}}
+    errors: dict[str, str] = {}
 
     def note(step: str) -> None:
-        served.run(SCENARIOS["short"], reset=True).save(Path(out_file).parent / f"{step}.short.safetensors")
+        answer(served, directory, step)
 
     def disk(directory: str) -> str:
         success, message, *_ = engine.update_weights_from_disk(directory)
@@ -49,33 +42,27 @@ def main(spec_file: str, out_file: str) -> None:
         return ""
 
     note("fresh")
-    assert not disk(spec["new"])
+    assert not disk(checkpoints["new"])
     note("disk")
-    old = weights(spec["old"])
+    old = weights(checkpoints["old"])
     assert not tensors(old[: len(old) // 2], old[len(old) // 2 :])
     note("tensors")
     k_proj, misshapen = "model.layers.3.self_attn.k_proj.weight", torch.zeros(3, 5)
     refused: dict[str, Callable[[], str]] = {
-        "disk missing": lambda: disk(spec["missing"]),
-        "disk misshapen": lambda: disk(spec["misshapen"]),
-        "tensors misshapen": lambda: tensors(weights(spec["new"], **{k_proj: misshapen})),
-        "tensors unknown": lambda: tensors([*weights(spec["new"]), ("model.layers.3.self_attn.surprise", misshapen)]),
+        "disk missing": lambda: disk(checkpoints["missing"]),
+        "disk misshapen": lambda: disk(checkpoints["misshapen"]),
+        "tensors misshapen": lambda: tensors(weights(checkpoints["new"], **{k_proj: misshapen})),
+        "tensors unknown": lambda: tensors(
+            [*weights(checkpoints["new"]), ("model.layers.3.self_attn.surprise", misshapen)]
+        ),
     }
     for name, call in refused.items():
-        out["errors"][name] = call()
+        errors[name] = call()
         note(name)
     # A later part that does not fit comes too late: some of the tensors are new already.
-    new = weights(spec["new"])
-    out["errors"]["late"] = tensors(new[: len(new) // 2], [(k_proj, misshapen)])
-    assert not disk(spec["new"])
+    new = weights(checkpoints["new"])
+    errors["late"] = tensors(new[: len(new) // 2], [(k_proj, misshapen)])
+    assert not disk(checkpoints["new"])
     note("recovered")
-    out["errors"]["late again"] = tensors(old[: len(old) // 2], [(k_proj, misshapen)])
-    Path(out_file).write_text(json.dumps(out))
-    print("a mix of old and new weights is asked", flush=True)
-    note("mix")  # ends the server
-    print("it served", flush=True)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    errors["late again"] = tensors(old[: len(old) // 2], [(k_proj, misshapen)])
+    return errors

@@ -1,37 +1,22 @@
-"""Draw samples from one SGLang engine: ``python -m tests.workers.sglang_sampling SPEC.json OUT.json``.
+"""Samples of one SGLang engine."""
 
-``SPEC`` and ``OUT`` as in ``vllm_sampling``. With drafts, ``SPEC`` has a ``regex`` too, and ``OUT`` a ``grammar``: the
-``answers`` to it, greedy, two with the model's own drafts and two with right ones, and the share of steps that
-``accepted`` all of those.
-"""
-
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from sglang_ext.tools.verify import Engine
+from sglang_ext.tools.engine import Engine
 
 # SGLang applies penalties to the tokens of earlier steps only, so that with drafts they are not the same.
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
-REQUESTS = 256
 
 
-def main(spec_file: str, out_file: str) -> None:
-    spec = json.loads(Path(spec_file).read_text())
-    prompt, drafts = spec["prompt"], spec["draft_tokens"]
-    engine = Engine(
-        spec["model"],
-        EngineConfig(spec["model"], draft_tokens=drafts),
-        max_running_requests=REQUESTS,
-        max_mamba_cache_size=REQUESTS + 8,
-        skip_tokenizer_init=False,
-    )
+def sample(
+    engine: Engine, prompt: list[int], samples: int, tokens: int, mutants: list[str], regex: str
+) -> dict[str, Any]:
+    """As ``vllm_sampling``; with drafts there is a ``grammar`` too: the ``answers`` to ``regex``, greedy, two with the
+    model's own drafts and two with right ones, and the share of steps that ``accepted`` all of those."""
+    drafts = engine.config.draft_tokens
 
     def generate(samples: int, **sampling: Any) -> list[dict[str, Any]]:
-        params = {"max_new_tokens": spec["tokens"], "ignore_eos": True, **sampling}
+        params = {"max_new_tokens": tokens, "ignore_eos": True, **sampling}
         return list(engine.engine.generate(input_ids=[prompt] * samples, sampling_params=params))
 
     def draw(samples: int, **sampling: Any) -> list[list[int]]:
@@ -45,24 +30,18 @@ def main(spec_file: str, out_file: str) -> None:
     (likely,) = draw(1, temperature=0)
     engine.drafts_as("right", [prompt + likely])
     before = engine.counts()
-    out: dict[str, Any] = {"": draw(spec["samples"], **SAMPLING)}
+    out: dict[str, Any] = {"": draw(samples, **SAMPLING)}
     if drafts:
         out["accepted"] = accepted(before, 1)
-    for name in spec["mutants"]:
+    for name in mutants:
         with engine.broken(name):
-            out[name] = draw(spec["samples"] // 4, **SAMPLING)
+            out[name] = draw(samples // 4, **SAMPLING)
     if drafts:
         engine.drafts_as("own", [])
-        grammar = {"regex": spec["regex"], "max_new_tokens": 24, "temperature": 0}
+        grammar = {"regex": regex, "max_new_tokens": 24, "temperature": 0}
         own = generate(2, **grammar)
         engine.drafts_as("right", [prompt + own[0]["output_ids"]])
         before = engine.counts()
         answers = [output["text"] for output in own + generate(2, **grammar)]
         out["grammar"] = {"answers": answers, "accepted": accepted(before, drafts)}
-    Path(out_file).write_text(json.dumps(out))
-    sys.stdout.flush()
-    os._exit(0)  # as in sglang_ext.tools.verify
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return out

@@ -1,32 +1,18 @@
-"""Serve a checkpoint, then others in the same engine: ``python -m tests.workers.sglang_several SPEC.json OUT``.
+"""A checkpoint served, then others in the same engine."""
 
-``SPEC`` holds ``models`` (directories: the first one is started with, the others are loaded over it one by one),
-``config`` (fields of an ``EngineConfig``) and ``scenarios`` (fields of each ``Scenario``). ``OUT/modules.json``
-receives the modules of the serving classes, ``OUT/<model>.<scenario>.safetensors`` what was answered, both by number.
-"""
-
-import json
-import os
-import sys
 from pathlib import Path
+from typing import Any
 
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario
-from sglang_ext.tools.verify import Engine
+from qnext_plugin.verify.scenarios import Scenario
+from sglang_ext.tools.engine import Engine
 
 
-def main(spec_file: str, out: str) -> None:
-    spec = json.loads(Path(spec_file).read_text())
-    served = Engine(spec["models"][0], EngineConfig(**spec["config"]))
-    (Path(out) / "modules.json").write_text(json.dumps(served.serving()["modules"]))
-    for n, model in enumerate(spec["models"]):
+def serve(engine: Engine, models: list[str], scenarios: list[dict[str, Any]], directory: str) -> None:
+    """Answer ``scenarios``, each given by its fields, with the first of ``models``, which the engine has loaded, and
+    with each of the others loaded over it, into ``DIRECTORY/<model>.<scenario>.safetensors``, both by number."""
+    for n, model in enumerate(models):
         if n:
-            success, message, *_ = served.engine.update_weights_from_disk(model)
+            success, message, *_ = engine.engine.update_weights_from_disk(model)
             assert success, message
-        for i, scenario in enumerate(spec["scenarios"]):
-            served.run(Scenario(**scenario), reset=True).save(Path(out) / f"{n}.{i}.safetensors")
-    sys.stdout.flush()
-    os._exit(0)  # shutting it down can wait for ever; the caller ends the whole process group
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        for i, scenario in enumerate(scenarios):
+            engine.run(Scenario(**scenario), reset=True).save(Path(directory) / f"{n}.{i}.safetensors")

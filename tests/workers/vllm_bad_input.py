@@ -1,38 +1,25 @@
-"""Start engines that must not start: ``python -m tests.workers.vllm_bad_input SPEC.json OUT.json``.
-
-``SPEC`` maps names to ``{"model": directory, "args": {...}}``; ``OUT`` maps them to the error's text, or to null where
-the engine started.
-"""
+"""Engines that must not start."""
 
 import gc
-import json
-import os
-import sys
-from pathlib import Path
+from typing import Any
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from vllm_ext.tools.verify import engine_args
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from qnext_plugin.engines.config import EngineConfig
+from vllm_ext.tools.engine import engine_args
 
 
-def main(spec_file: str, out_file: str) -> None:
+def errors(cases: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    """The text of the error of each case, a ``model`` directory and further ``args``; None where the engine started."""
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    errors = {}
-    for name, case in json.loads(Path(spec_file).read_text()).items():
+    found: dict[str, str | None] = {}
+    for name, case in cases.items():
         print(f"--- {name}", flush=True)
-        args = engine_args(case["model"], EngineConfig("")) | case["args"]
         try:
-            vllm.LLM(**args)
-            errors[name] = None
+            vllm.LLM(**engine_args(case["model"], EngineConfig(), **case["args"]))
+            found[name] = None
         except Exception as e:
-            errors[name] = str(e)
+            found[name] = str(e)
         gc.collect()
         cleanup_dist_env_and_memory()
-    Path(out_file).write_text(json.dumps(errors))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return found

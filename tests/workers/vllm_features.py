@@ -1,12 +1,7 @@
-"""What trainers and poolers ask of vLLM: ``python -m tests.workers.vllm_features DIRECTORY OUT.pt``.
-
-``DIRECTORY`` has the checkpoints ``base``, ``tied`` and ``classifier`` and ``prompts.json``. ``OUT`` maps the names of
-what was asked to tensors, mostly a list of one for each prompt, or to the text of an error.
-"""
+"""What trainers and poolers ask of vLLM."""
 
 import gc
 import json
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +10,8 @@ from typing import Any
 
 import torch
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from vllm_ext.tools.verify import engine_args
+from qnext_plugin.engines.config import EngineConfig
+from vllm_ext.tools.engine import engine_args
 
 LAYERS = (0, 2, 4)
 """Whose inputs an EAGLE3 draft would read."""
@@ -25,11 +20,8 @@ LAYERS = (0, 2, 4)
 def start(model: Path, **more: Any) -> Any:
     from vllm import LLM
 
-    args = engine_args(str(model), EngineConfig("", num_blocks=48)) | {
-        "max_model_len": 512,
-        "skip_tokenizer_init": False,
-    }
-    llm = LLM(**args | more)
+    config = EngineConfig(num_blocks=48, max_model_len=512)
+    llm = LLM(**engine_args(str(model), config, skip_tokenizer_init=False, **more))
     model_class = type(worker(llm).model_runner.model)
     assert any(cls.__module__ == "vllm_ext.model" for cls in model_class.__mro__), model_class.__mro__
     return llm
@@ -87,7 +79,12 @@ def refused(root: Path, **asked: bool) -> dict[str, Any]:
     return {}
 
 
-def main(directory: str, out_file: str) -> None:
+def run(directory: str, out_file: str) -> None:
+    """Ask everything of the checkpoints ``base``, ``tied`` and ``classifier``, on the prompts in ``prompts.json``.
+
+    ``out_file`` maps the names of what was asked to tensors, mostly a list of one for each prompt, or to the text of an
+    error.
+    """
     from vllm.distributed import cleanup_dist_env_and_memory
 
     root, out = Path(directory), {}
@@ -110,7 +107,3 @@ def main(directory: str, out_file: str) -> None:
         gc.collect()
         cleanup_dist_env_and_memory()
         torch.save(out, out_file)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,11 +1,5 @@
-"""Load checkpoints as every rank of larger groups would, in one process: ``python -m tests.workers.vllm_loading ROOT``.
+"""Checkpoints loaded as every rank of larger groups would load them, in one process."""
 
-For each checkpoint below ``ROOT``, with what it must hold in its dequantized form, a line of JSON says for every rank
-which layers are served as stored. Exits with an assertion naming the parameter whose shard is not the expected one.
-"""
-
-import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.engines.config import mtp_arguments
 from tests.support.adapters import added
 from tests.support.dequantized import dequantized
 from tests.support.reads import Reads
@@ -105,10 +100,8 @@ def configuration(directory: Path) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-    mtp = {"method": "qwen3_next_mtp", "num_speculative_tokens": 1}
-    return EngineArgs(
-        model=str(directory), dtype=dtype, skip_tokenizer_init=True, speculative_config=mtp
-    ).create_engine_config()
+    args = EngineArgs(model=str(directory), dtype=dtype, skip_tokenizer_init=True, **mtp_arguments("vllm", 1))
+    return args.create_engine_config()
 
 
 def read(directory: Path, quantized: bool) -> dict[str, Any]:
@@ -173,7 +166,12 @@ def rearranged(model: nn.Module, old: list[int]) -> list[int]:
     return new
 
 
-def main(root: str) -> None:
+def check(root: str) -> dict[str, Any]:
+    """By checkpoint below ``root``, for every rank which layers are served as stored; ``read NAME`` for what is read.
+
+    An assertion names the parameter whose shard is not the expected one.
+    """
+    found: dict[str, Any] = {}
     from vllm import _custom_ops
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -184,7 +182,7 @@ def main(root: str) -> None:
     for name in READ:
         torch.set_default_dtype(torch.float32 if name == "plain" else torch.bfloat16)
         directory = Path(root) / name
-        print("read", json.dumps({name: read(directory, name != "plain")}), flush=True)
+        found[f"read {name}"] = read(directory, name != "plain")
     # As on a CPU that has every kernel of vLLM's: what is loaded is what counts here, nothing runs.
     with (
         patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True),
@@ -194,8 +192,5 @@ def main(root: str) -> None:
             # GPTQ and AWQ store scales in float16, which vLLM converts to the type it serves in.
             half = torch.float16 if quantization.get("quant_method") in ("gptq", "awq") else torch.bfloat16
             torch.set_default_dtype(half if quantization else torch.float32)
-            print("loaded", json.dumps({directory.name: load(directory, tensors, quantization)}), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+            found[directory.name] = load(directory, tensors, quantization)
+    return found

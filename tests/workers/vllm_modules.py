@@ -1,11 +1,6 @@
-"""Whether a model that was loaded again is, module by module, one that was loaded afresh.
-
-``python -m tests.workers.vllm_modules OLD NEW [OLD NEW ...]``, pairs of checkpoints; exits with an assertion that names
-what differs. Besides parameters that is what vLLM and the model derive from them: packed copies.
-"""
+"""Whether a model that was loaded again is, module by module, one that was loaded afresh."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +28,11 @@ def differences(ours: nn.Module, fresh: nn.Module) -> list[str]:
     return different
 
 
-def main(*checkpoints: str) -> None:
+def check(pairs: list[tuple[str, str]]) -> int:
+    """Of each pair of checkpoints the second, loaded over the first; an assertion names what differs.
+
+    Besides parameters that is what vLLM and the model derive from them: packed copies. Returns the number of pairs.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
@@ -53,14 +52,10 @@ def main(*checkpoints: str) -> None:
                 initialize_model_parallel()
             return config, get_model(vllm_config=config)
 
-    for old, new in zip(checkpoints[::2], checkpoints[1::2], strict=True):
+    for old, new in pairs:
         (config, model), (_, other), (_, fresh) = load(old), load(old), load(new)
         assert not differences(model, other) and differences(model, fresh)
         with set_current_vllm_config(config):
             reload_weights(config, model, None, new, True)
         assert not differences(model, fresh), differences(model, fresh)
-        print(f"{old}: loaded again as expected", flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return len(pairs)

@@ -1,21 +1,14 @@
-"""Operators of a layer's forward pass that only move data: ``python -m tests.workers.vllm_operators MODEL OUT.json``.
+"""Operators of a layer's forward pass that only move data."""
 
-``OUT`` has the largest number of them in a layer, by the layer's mixer, for a prompt and for a decode step, what
-multiplies by the weights of which modules, and the type of the router's logits. Conversions between data types count:
-they are copies too.
-"""
-
-import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario, tokens
-from vllm_ext.tools.verify import Engine
+from qnext_plugin.verify.scenarios import Scenario, tokens
+from vllm_ext.tools.engine import Engine
 
 MOVES = {"aten::copy_", "aten::cat", "aten::index", "aten::index_select", "aten::_index_put_impl_"}
 PROMPT, BATCH = 150, 7
@@ -33,8 +26,12 @@ def layer_of(event: Any) -> str | None:
     return event.name if event else None
 
 
-def main(model: str, out: str) -> None:
-    engine = Engine(model, EngineConfig("", dtype="bfloat16"))
+def count(engine: Engine) -> dict[str, Any]:
+    """The largest number of moves in a layer, by the layer's mixer, for a prompt and for a decode step, what multiplies
+    by the weights of which modules, and the type of the router's logits.
+
+    Conversions between data types count: they are copies too.
+    """
     layers = engine.worker.model_runner.model.model.layers
     hidden_size = engine.worker.model_runner.model.config.hidden_size
     for i, layer in enumerate(layers):
@@ -47,7 +44,7 @@ def main(model: str, out: str) -> None:
     found: dict[str, dict[str, int]] = {}
     batches = {"prefill": ((tokens(PROMPT, seed=1),), 1), "decode": (tuple(tokens(1, i) for i in range(BATCH)), 2)}
     for phase, (batch, max_tokens) in batches.items():
-        scenario = Scenario((batch,), configs=(), max_tokens=(max_tokens,))
+        scenario = Scenario((batch,), max_tokens=(max_tokens,))
         engine.generate(batch, scenario)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as events:
             engine.generate(batch, scenario)
@@ -67,10 +64,6 @@ def main(model: str, out: str) -> None:
     for name, module in engine.worker.model_runner.model.named_modules():
         if hasattr(module, "quant_method"):
             methods.setdefault(type(module.quant_method).__name__, set()).add(name.rpartition(".")[2])
-    report = {"serving": engine.serving(), "moves": found, "methods": {m: sorted(n) for m, n in methods.items()}}
+    report: dict[str, Any] = {"moves": found, "methods": {m: sorted(n) for m, n in methods.items()}}
     report["router"] = str(layers[0].mlp.gate(torch.ones(1, hidden_size, dtype=torch.bfloat16))[0].dtype)
-    Path(out).write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return report

@@ -1,11 +1,5 @@
-"""New weights for a running engine, by every way in: ``python -m tests.workers.vllm_reload SPEC.json OUT.json``.
+"""New weights for a running vLLM, by every way in."""
 
-``SPEC`` maps names of checkpoints to directories. ``OUT`` has the errors of the steps that have to fail; beside it are
-the answers after each step, ``STEP.SCENARIO.safetensors``.
-"""
-
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +15,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
-from vllm_ext.tools.inside import serving_modules
-from vllm_ext.tools.verify import Engine
+from qnext_plugin.engines.config import EngineConfig
+from tests.support.matrix import SCENARIOS
+from vllm_ext.tools.engine import Engine
 
 Weights = list[tuple[str, torch.Tensor]]
-CONFIG = EngineConfig("tiny", draft_tokens=3, num_blocks=64)
+CONFIG = EngineConfig(draft_tokens=3, num_blocks=64)
 
 
 @dataclass
@@ -111,20 +105,22 @@ def error(call: Callable[[], object]) -> str:
     return ""
 
 
-def run(spec: dict[str, str], scratch: Path) -> dict[str, Any]:
+def reload(checkpoints: dict[str, str], directory: str) -> dict[str, str]:
+    """The texts of the errors of the steps that have to fail; what the model answers after each step is in
+    ``DIRECTORY/STEP.SCENARIO.safetensors``. ``checkpoints`` are directories by name."""
     WeightTransferEngineFactory.register_engine("file", FileTransfer)
-    engine = Engine(spec["old"], CONFIG, weight_transfer_config=WeightTransferConfig(backend="file"))
-    modules = set().union(*engine.llm.collective_rpc(serving_modules))
-    assert modules == {"vllm_ext.model", "vllm_ext.mtp"}, modules
-    model, old, new = Running(engine, scratch), weights(spec["old"]), weights(spec["new"])
+    engine = Engine(checkpoints["old"], CONFIG, weight_transfer_config=WeightTransferConfig(backend="file"))
+    modules = engine.serving()["modules"]
+    assert modules == ["vllm_ext.model", "vllm_ext.mtp"], modules
+    model, old, new = Running(engine, Path(directory)), weights(checkpoints["old"]), weights(checkpoints["new"])
     k_proj = "model.layers.3.self_attn.k_proj.weight"
-    out: dict[str, Any] = {"errors": {}}
+    errors: dict[str, str] = {}
 
     def note(step: str, *scenarios: str) -> None:
         model.answer(step, *(scenarios or ("short",)))
 
     note("fresh", "short", "draft_logits")
-    model.disk(spec["new"])
+    model.disk(checkpoints["new"])
     note("disk")
     model.direct(old)
     model.direct(old, draft=True)
@@ -135,34 +131,25 @@ def run(spec: dict[str, str], scratch: Path) -> dict[str, Any]:
 
     misshapen = torch.zeros(3, 5)
     refused: dict[str, Callable[[], None]] = {
-        "disk missing": lambda: model.disk(spec["missing"]),
-        "disk misshapen": lambda: model.disk(spec["misshapen"]),
-        "transfer misshapen": lambda: model.transfer([weights(spec["old"], **{k_proj: misshapen})]),
+        "disk missing": lambda: model.disk(checkpoints["missing"]),
+        "disk misshapen": lambda: model.disk(checkpoints["misshapen"]),
+        "transfer misshapen": lambda: model.transfer([weights(checkpoints["old"], **{k_proj: misshapen})]),
         "draft misshapen": lambda: model.transfer([[("mtp.fc.weight", misshapen)]], draft=True),
-        "direct misshapen": lambda: model.direct(weights(spec["old"], **{k_proj: misshapen})),
+        "direct misshapen": lambda: model.direct(weights(checkpoints["old"], **{k_proj: misshapen})),
         "direct unknown": lambda: model.direct([*old, ("model.layers.3.self_attn.surprise", misshapen)]),
-        "direct part": lambda: model.direct(weights(spec["old"], **{k_proj: None})),
+        "direct part": lambda: model.direct(weights(checkpoints["old"], **{k_proj: None})),
     }
     for name, call in refused.items():
-        out["errors"][name] = error(call)
+        errors[name] = error(call)
         note(name)
     # A later part that does not fit comes too late: some of the modules are new already.
     first, *_ = thirds(old)
     late = [first, [(k_proj, misshapen)]]
-    out["errors"]["late"] = error(lambda: model.transfer(late))
-    out["errors"]["after late"] = error(lambda: engine.llm.collective_rpc(logits))
+    errors["late"] = error(lambda: model.transfer(late))
+    errors["after late"] = error(lambda: engine.llm.collective_rpc(logits))
     model.direct(old)
     note("recovered")
     # Nor can one of three projections that vLLM packs together be new alone.
     model.transfer([[item for item in new if item[0] == k_proj]])
-    out["errors"]["after part"] = error(lambda: note("part"))
-    return out
-
-
-def main(spec_file: str, out_file: str) -> None:
-    out = run(json.loads(Path(spec_file).read_text()), Path(out_file).parent)
-    Path(out_file).write_text(json.dumps(out))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    errors["after part"] = error(lambda: note("part"))
+    return errors

@@ -1,49 +1,36 @@
-"""Draw samples from one vLLM engine: ``python -m tests.workers.vllm_sampling SPEC.json OUT.json``.
+"""Samples of one vLLM engine."""
 
-``SPEC`` holds ``model``, ``draft_tokens``, ``prompt``, ``samples``, ``tokens`` and ``mutants`` (``module:function``);
-``OUT`` maps ``""`` and each mutant to ``[samples, tokens]`` token ids, and ``accepted`` to the share of accepted first
-drafts.
-"""
-
-import json
 import pkgutil
-import sys
-from pathlib import Path
+from typing import Any
 
-from qnext_plugin.verify.scenarios import EngineConfig
-from vllm_ext.tools.inside import set_drafts
-from vllm_ext.tools.verify import Engine
+from vllm_ext.tools.engine import Engine
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.0}
 
 
-def main(spec_file: str, out_file: str) -> None:
-    spec = json.loads(Path(spec_file).read_text())
-    config = EngineConfig(spec["model"], draft_tokens=spec["draft_tokens"], num_blocks=8192)
-    engine = Engine(spec["model"], config, max_num_seqs=512)
+def sample(
+    engine: Engine, prompt: list[int], samples: int, tokens: int, mutants: list[str], regex: str
+) -> dict[str, Any]:
+    """Under ``""`` and each mutant, a ``module:function``, token ids ``[samples, tokens]``, a quarter of them for a
+    mutant. With drafts also the share of first ones that were ``accepted``; ``regex`` is for the other engine."""
     from vllm import SamplingParams
 
-    prompt = {"prompt_token_ids": spec["prompt"]}
-
     def draw(samples: int, **sampling: float) -> list[list[int]]:
-        params = SamplingParams(max_tokens=spec["tokens"], ignore_eos=True, detokenize=False, **sampling)
-        outputs = engine.llm.generate([prompt] * samples, params, use_tqdm=False)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, **sampling)
+        outputs = engine.llm.generate([{"prompt_token_ids": prompt}] * samples, params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     (likely,) = draw(1, temperature=0)
-    if spec["draft_tokens"]:
-        engine.llm.collective_rpc(set_drafts, args=([spec["prompt"] + likely], "right"))
+    drafts = engine.config.draft_tokens
+    if drafts:
+        engine.drafts_as("right", [prompt + likely])
     before = engine.counts()
-    out: dict[str, object] = {"": draw(spec["samples"], **SAMPLING)}
-    if spec["draft_tokens"]:
+    out: dict[str, Any] = {"": draw(samples, **SAMPLING)}
+    if drafts:
         after = engine.counts()
         steps = after["num_drafts"] - before["num_drafts"]
         out["accepted"] = (after["num_accepted"][0] - before["num_accepted"][0]) / steps
-    for name in spec["mutants"]:
+    for name in mutants:
         with pkgutil.resolve_name(name)(engine.worker):
-            out[name] = draw(spec["samples"] // 4, **SAMPLING)
-    Path(out_file).write_text(json.dumps(out))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+            out[name] = draw(samples // 4, **SAMPLING)
+    return out

@@ -1,23 +1,14 @@
-"""Serve checkpoints one after the other in one process: ``python -m tests.workers.vllm_several SPEC.json OUT.json``.
-
-``SPEC`` maps names to ``{"model", "config", "args", "scenarios"}``: a checkpoint directory, fields of an
-``EngineConfig``, further arguments of ``vllm.LLM`` and fields of each ``Scenario``. ``OUT`` maps them to the modules of
-the serving classes, the layers served as stored and those dequantized while loading, and for each scenario the name of
-the file of its result beside ``OUT`` and the largest resident memory so far in bytes; or to ``error`` where the engine
-did not start.
-"""
+"""Checkpoints served one after the other in one process."""
 
 import gc
-import json
 import resource
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.verify.scenarios import EngineConfig, Scenario
-from vllm_ext.tools.inside import serving_modules
-from vllm_ext.tools.verify import Engine
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.verify.scenarios import Scenario
+from vllm_ext.tools.engine import Engine
 
 
 def layers(worker: Any) -> dict[str, list[str]]:
@@ -49,24 +40,29 @@ def rope_rows(worker: Any) -> dict[str, list[float]]:
 ROPE_POSITIONS = (0, 1, 511, 512, 1023, 262_143, 262_144, 524_287, 1_000_003, 1_009_999)
 
 
-def main(spec_file: str, out_file: str) -> None:
+def serve(cases: dict[str, dict[str, Any]], directory: str) -> dict[str, Any]:
+    """By case the ``modules`` of the serving classes, the ``layers`` by how they are served, and ``rope`` rows.
+
+    A case is a ``model`` directory, fields of an ``EngineConfig``, further ``args`` of ``vllm.LLM`` and fields of each
+    of its ``scenarios``. For each of these there is the name in ``results`` of a file in ``directory``, and the largest
+    resident ``memory`` so far in bytes. Where the engine did not start there is only an ``error``.
+    """
     from vllm.distributed import cleanup_dist_env_and_memory
 
     out: dict[str, Any] = {}
-    for n, (name, case) in enumerate(json.loads(Path(spec_file).read_text()).items()):
+    for n, (name, case) in enumerate(cases.items()):
         print(f"--- {name}", flush=True)
         try:
             engine = Engine(case["model"], EngineConfig(**case["config"]), **case["args"])
-            modules = set().union(*engine.llm.collective_rpc(serving_modules))
             out[name] = {
-                "modules": sorted(modules),
+                "modules": engine.serving()["modules"],
                 "layers": engine.llm.collective_rpc(layers)[-1],
                 "rope": engine.llm.collective_rpc(rope_rows)[-1],
             }
             out[name]["results"], out[name]["memory"] = [], []
             for i, scenario in enumerate(case["scenarios"]):
                 out[name]["results"].append(f"{n}.{i}.safetensors")
-                engine.run(Scenario(**scenario), reset=True).save(Path(out_file).parent / out[name]["results"][-1])
+                engine.run(Scenario(**scenario), reset=True).save(Path(directory) / out[name]["results"][-1])
                 out[name]["memory"].append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             del engine
         except Exception as e:
@@ -74,8 +70,4 @@ def main(spec_file: str, out_file: str) -> None:
             out[name] = {"error": f"{type(e).__name__}: {e}"}
         gc.collect()
         cleanup_dist_env_and_memory()
-        Path(out_file).write_text(json.dumps(out))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return out

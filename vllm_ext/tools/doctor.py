@@ -1,13 +1,12 @@
-"""What vLLM would serve here: ``python -m vllm_ext.tools.doctor OUT.json MODEL [VLLM FLAGS]``.
+"""What vLLM would serve here: ``report`` is called in a process of its own by ``qnext doctor``.
 
-``qnext doctor`` runs it. Every question is put to vLLM itself, after it has loaded its plugins as it does to serve.
+Every question is put to vLLM itself, after it has loaded its plugins as it does to serve.
 """
 
-import sys
 from functools import partial
 from typing import Any
 
-from qnext_plugin.engines.probe import write_report
+from qnext_plugin.engines.probe import make_report
 
 ARCHITECTURES = {"target": "Qwen3NextForCausalLM", "draft": "Qwen3NextMTP"}
 
@@ -160,6 +159,7 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
     return found
 
 
-if __name__ == "__main__":
-    HOOKS = ("vllm.general_plugins",)
-    write_report("vllm_ext", "vllm", HOOKS, ("VLLM_PLUGINS",), serving_classes, examine, sys.argv[1:])
+def report(model: str, flags: list[str]) -> dict[str, Any]:
+    """What ``qnext doctor`` shows; it never raises."""
+    hooks, switches = ("vllm.general_plugins",), ("VLLM_PLUGINS",)
+    return make_report("vllm_ext", "vllm", hooks, switches, serving_classes, examine, model, flags)

@@ -1,4 +1,4 @@
-"""Run scenarios in one SGLang engine: ``python -m sglang_ext.tools.verify SPEC.json OUT``; see ``verify.worker``."""
+"""An SGLang engine that runs scenarios and measures, held by the process of ``qnext_plugin.engines.worker``."""
 
 import argparse
 import json
@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
+from qnext_plugin.bench.worker import Answered
+from qnext_plugin.engines.config import EngineConfig, mtp_arguments
 from qnext_plugin.verify.comparison import Completion, Result
-from qnext_plugin.verify.scenarios import SAMPLING, EngineConfig, Prompt, Scenario
-from qnext_plugin.verify.worker import Worker, main, num_logprobs, top
-from sglang_ext.tools.inside import CONTROL, run_scheduler
+from qnext_plugin.verify.scenarios import SAMPLING, Prompt, Scenario
+from qnext_plugin.verify.worker import Worker, num_logprobs, top
+from sglang_ext.tools.inside import run_scheduler
 
 BLOCK_SIZE = 64  # tokens between the states that SGLang can keep of a prefill
 
 
-def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
-    """Keyword arguments of ``sglang.Engine``."""
+def engine_args(model: str, config: EngineConfig, **more: Any) -> dict[str, Any]:
+    """Keyword arguments of ``sglang.Engine``, ``more`` of them included. The flags of ``config`` win."""
     args: dict[str, Any] = {
         "model_path": model,
         "dtype": config.dtype,
@@ -41,17 +43,10 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
     }
     if config.prefix_caching:
         args["mamba_radix_cache_strategy"] = config.snapshots
-    if config.draft_tokens:
-        drafts = config.tree or config.draft_tokens + 1
-        # SGLang keeps room for a step's drafts behind the last position that a request may ask for.
-        args["context_length"] += drafts
-        args |= {
-            "speculative_algorithm": "NEXTN",
-            "speculative_num_steps": config.draft_tokens,
-            "speculative_eagle_topk": 2 if config.tree else 1,
-            "speculative_num_draft_tokens": drafts,
-        }
-    return args | given(config.flags)
+    drafts = mtp_arguments("sglang", config.draft_tokens, config.tree)
+    # SGLang keeps room for a step's drafts behind the last position that a request may ask for.
+    args["context_length"] += drafts.get("speculative_num_draft_tokens", 0)
+    return args | drafts | more | given(config.flags)
 
 
 def given(flags: Sequence[str]) -> dict[str, Any]:
@@ -70,6 +65,11 @@ def distributions(rows: list[list[tuple[float, int, Any]]], k: int) -> list[tupl
     return [top({token: logprob for logprob, token, _ in row}, k) for row in rows]
 
 
+def start(model: str, config: dict[str, Any], arguments: dict[str, Any]) -> "Engine":
+    """The engine of a process that others call; ``config`` are the fields of an ``EngineConfig``."""
+    return Engine(model, EngineConfig(**config), **arguments)
+
+
 class Engine(Worker):
     block_size = BLOCK_SIZE
     seeded = False  # only in SGLang's deterministic mode, which has kernels of its own
@@ -82,8 +82,7 @@ class Engine(Worker):
             run_scheduler_process_func = staticmethod(run_scheduler)
 
         self.config = config
-        self.control_file = Path(tempfile.mkdtemp()) / "control"
-        os.environ[CONTROL] = str(self.control_file)
+        self.scratch = Path(tempfile.mkdtemp())
         os.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"  # before temperature
         self.controls = 0
         if config.num_tokens:
@@ -99,25 +98,21 @@ class Engine(Worker):
             from sglang.srt.arg_groups import speculative_hook
 
             speculative_hook._disable_overlap_schedule_for_cpu = lambda server_args: None
-        args = engine_args(model, config) | more
+        args = engine_args(model, config, **more)
         self.engine = Controlled(**args)
         self.ranks = args["tp_size"] * args["pp_size"]
         self.num_logprobs = num_logprobs(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
 
-    def control(self, **wanted: Any) -> list[dict[str, Any]]:
-        """Tell every scheduler process what to change from now on; returns what they say, see ``verify_inside``."""
+    def control(self, **change: Any) -> list[dict[str, Any]]:
+        """Tell every scheduler process what to change from now on; returns what each answers, see ``inside``."""
         self.controls += 1
-        self.control_file.write_text(json.dumps({"control": self.controls, **wanted}))
-        self.engine.collective_rpc("qnext_control")
-        deadline = time.monotonic() + 60
-        while len(said := self._said()) < self.ranks:
-            assert time.monotonic() < deadline, f"{len(said)} of {self.ranks} processes answered"
+        directory, deadline = self.scratch / str(self.controls), time.monotonic() + 60
+        self.engine.collective_rpc("qnext_control", directory=str(directory), change=change)
+        while len(files := list(directory.glob("*.json"))) < self.ranks:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(files)} of {self.ranks} scheduler processes answered within 60 s")
             time.sleep(0.05)
-        return said
-
-    def _said(self) -> list[dict[str, Any]]:
-        files = self.control_file.parent.glob("said.*.json")
-        return [one for one in (json.loads(file.read_text()) for file in files) if one["control"] == self.controls]
+        return [json.loads(file.read_text()) for file in files]
 
     def serving(self) -> dict[str, Any]:
         said = self.control()
@@ -190,8 +185,14 @@ class Engine(Worker):
         for name in names:
             self.engine.tokenizer_manager.abort_request(name)
         finish = {chunk["index"]: chunk["meta_info"]["finish_reason"] for chunk in stream}
-        assert all(reason["type"] == "abort" for reason in finish.values()), finish
+        if any(reason["type"] != "abort" for reason in finish.values()):
+            raise RuntimeError(f"SGLang did not abort every request: {finish}")
 
-
-if __name__ == "__main__":
-    main(Engine)
+    def answer(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Answered:
+        sampling = {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+        requests = [list(prompt) for prompt in prompts]
+        begin = time.perf_counter()
+        outputs = self.engine.generate(input_ids=requests, sampling_params=sampling)
+        seconds = time.perf_counter() - begin
+        steps = sum(output["meta_info"].get("spec_verify_ct", 0) for output in outputs)
+        return Answered(seconds, [list(output["output_ids"]) for output in outputs], steps)

@@ -1,8 +1,9 @@
-"""Run scenarios in one vLLM engine: ``python -m vllm_ext.tools.verify SPEC.json OUT``; see ``verify.worker``."""
+"""A vLLM engine that runs scenarios and measures, held by the process of ``qnext_plugin.engines.worker``."""
 
 import argparse
 import os
 import pkgutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,17 +11,19 @@ from typing import Any
 
 import torch
 
+from qnext_plugin.bench.worker import Answered
+from qnext_plugin.engines.config import VLLM_BLOCK_SIZE, EngineConfig, mtp_arguments
 from qnext_plugin.verify.comparison import Completion, Result
-from qnext_plugin.verify.scenarios import SAMPLING, EngineConfig, Prompt, Scenario
-from qnext_plugin.verify.worker import Worker, main, num_logprobs, top
+from qnext_plugin.verify.scenarios import SAMPLING, Prompt, Scenario
+from qnext_plugin.verify.worker import Worker, num_logprobs, top
 from vllm_ext.tools.inside import kernels_ran, record_draft, runner_module, serving_modules, set_drafts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions we run in workers
 
 
-def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
-    """Keyword arguments of ``vllm.LLM``."""
+def engine_args(model: str, config: EngineConfig, **more: Any) -> dict[str, Any]:
+    """Keyword arguments of ``vllm.LLM``, ``more`` of them included. The flags of ``config`` win."""
     args = {
         "model": model,
         "dtype": config.dtype,
@@ -38,16 +41,11 @@ def engine_args(model: str, config: EngineConfig) -> dict[str, Any]:
         "enable_expert_parallel": config.expert_parallel,
         "distributed_executor_backend": config.executor,
     }
-    if config.draft_tokens:
-        args["speculative_config"] = {
-            "method": "qwen3_next_mtp",
-            "num_speculative_tokens": config.draft_tokens,
-        }
     if config.draft_tokens and config.pipeline_parallel > 1:
         args["scheduler_cls"] = "vllm_ext.scheduler.PipelineDraftScheduler"
     if config.prefix_caching:
-        args["block_size"] = 32  # rounded up by vLLM until an attention page holds a recurrent state
-    return args | given(config.flags)
+        args["block_size"] = VLLM_BLOCK_SIZE
+    return args | mtp_arguments("vllm", config.draft_tokens) | more | given(config.flags)
 
 
 def given(flags: Sequence[str]) -> dict[str, Any]:
@@ -67,6 +65,11 @@ def distributions(flat: Any, k: int, start: int = 0) -> list[tuple[list[int], li
     return [top(dict(zip(flat.token_ids[a:b], flat.logprobs[a:b], strict=True)), k) for a, b in spans]
 
 
+def start(model: str, config: dict[str, Any], arguments: dict[str, Any]) -> "Engine":
+    """The engine of a process that others call; ``config`` are the fields of an ``EngineConfig``."""
+    return Engine(model, EngineConfig(**config), **arguments)
+
+
 class Engine(Worker):
     def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
         """``more``: further keyword arguments of ``vllm.LLM``."""
@@ -75,9 +78,13 @@ class Engine(Worker):
         self.config = config
         if config.stages:
             os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, config.stages))
-        self.llm = LLM(**engine_args(model, config) | more)
+        self.llm = LLM(**engine_args(model, config, **more))
         self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
         self.num_logprobs = num_logprobs(self.llm.llm_engine.model_config.get_vocab_size())
+
+    @property
+    def ranks(self) -> int:
+        return int(self.llm.llm_engine.vllm_config.parallel_config.world_size)
 
     @property
     def worker(self) -> Any:
@@ -171,6 +178,14 @@ class Engine(Worker):
             engine.step()
         engine.abort_request(ids)
 
+    def answer(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Answered:
+        from vllm import SamplingParams
 
-if __name__ == "__main__":
-    main(Engine)
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        steps = self.counts()["num_drafts"]
+        begin = time.perf_counter()
+        outputs = self.llm.generate(requests, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+        return Answered(seconds, token_ids, self.counts()["num_drafts"] - steps)

@@ -1,0 +1,89 @@
+"""The engine starts that tests share, and the scenarios that each answers: those of ``qnext verify`` and more."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qnext_plugin.engines.config import ENGINES, MAX_MODEL_LEN, EngineConfig
+from qnext_plugin.verify.scenarios import Scenario, scenarios, tokens
+from qnext_plugin.verify.starts import CASES
+
+SCENARIOS = scenarios() | {
+    "drafts_to_the_last_position": Scenario(
+        # On these prompts no two experts tie for the last place, where rounding decides in any implementation.
+        (tuple(tokens(MAX_MODEL_LEN - 24 - i, seed=70 + i) for i in range(3)),),
+        drafts="cycle",
+    ),
+    "draft_logits": Scenario(((tokens(61, seed=7),),), drafts="cycle", draft_logits=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One start of each of ``engines``."""
+
+    config: EngineConfig
+    scenarios: tuple[str, ...]
+    checkpoint: str = "tiny"
+    engines: tuple[str, ...] = ("vllm",)
+
+
+def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "tiny", **sizes: Any) -> Case:
+    """As ``qnext verify`` starts it, with the sizes of a small checkpoint."""
+    return Case(replace(CASES[name].config, **sizes), CASES[name].scenarios, checkpoint, engines)
+
+
+_DRAFTS = CASES["mtp3-compiled"].scenarios
+_PLAIN = ("mixed_lengths",)
+_BFLOAT16 = EngineConfig(dtype="bfloat16")
+MATRIX = {
+    "eager": _shared("eager", num_blocks=48),
+    "compiled": _shared("compiled", ("vllm",), num_blocks=48),
+    "chunked": _shared("chunked", num_blocks=48),
+    "prefix": _shared("prefix", num_blocks=640),
+    "prefix-no-buffer": _shared("prefix-no-buffer", ("sglang",)),
+    "starved": _shared("starved", num_blocks=44),
+    "tp2": Case(
+        EngineConfig(prefix_caching=True, tensor_parallel=2, num_blocks=160), (*_PLAIN, "multi_turn"), engines=ENGINES
+    ),
+    "mtp1": Case(EngineConfig(draft_tokens=1, num_blocks=48), (*_DRAFTS, "aborts")),
+    "mtp1-no-buffer": Case(
+        EngineConfig(draft_tokens=1, prefix_caching=True, snapshots="no_buffer"),
+        (*_DRAFTS, "draft_logits", "aborts", "slot_reuse", "multi_turn"),
+        "odd-b",
+        ("sglang",),
+    ),
+    "mtp2": _shared("mtp2", ("vllm",), num_blocks=640),
+    "mtp2-starved": _shared("mtp2-starved", num_blocks=52),
+    "mtp3": Case(
+        EngineConfig(draft_tokens=3, num_blocks=64),
+        (*_DRAFTS, "drafts_of_the_model", "drafts_to_the_last_position", "draft_logits"),
+        engines=ENGINES,
+    ),
+    "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
+    "mtp3-compiled": _shared("mtp3-compiled", ("vllm",), num_blocks=64),
+    "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, engines=ENGINES),
+    "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),
+    "pp2-mtp2": Case(
+        EngineConfig(draft_tokens=2, pipeline_parallel=2, stages=(5, 3), num_blocks=64), _DRAFTS, engines=ENGINES
+    ),
+    "ep2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, expert_parallel=True, num_blocks=64), _DRAFTS),
+    **{name: Case(EngineConfig(), _PLAIN, name, ENGINES) for name in ("odd-a", "odd-b", "odd-c", "odd-d")},
+    "bfloat16": Case(_BFLOAT16, (*_PLAIN, "short"), "bfloat16", ENGINES),
+    "bfloat16-mtp2": Case(replace(_BFLOAT16, draft_tokens=2), (*_DRAFTS, "short"), "bfloat16"),
+    "bfloat16-ep2-mtp2": Case(
+        replace(_BFLOAT16, draft_tokens=2, tensor_parallel=2, expert_parallel=True), _DRAFTS, "bfloat16"
+    ),
+    "bfloat16-compiled": Case(
+        replace(_BFLOAT16, compiled=True, prefix_caching=True), (*_PLAIN, "prefix_aba"), "bfloat16"
+    ),
+}
+CONFIGS = {name: case.config for name, case in MATRIX.items()}
+
+
+def configs(engine: str) -> list[str]:
+    return [name for name, case in MATRIX.items() if engine in case.engines]
+
+
+def scenarios_of(config: str) -> dict[str, Scenario]:
+    """What a start answers, by name; not ``text``, for which ``SCENARIOS`` has no prompts."""
+    return {name: scenario for name, scenario in SCENARIOS.items() if name in MATRIX[config].scenarios}
