@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.verify.scenarios import MAX_MODEL_LEN
+from qnext_plugin.engines.config import MAX_MODEL_LEN
 from tests.gpu.results import pytest_addoption, pytest_configure, pytest_runtest_call  # noqa: F401  hooks
 
 ROOT = Path(__file__).parents[2]

@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.verify.comparison import check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.runner import EngineFailed, Run, Start
-from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig, Scenario, tokens
+from qnext_plugin.verify.runner import Run, Start
+from qnext_plugin.verify.scenarios import Scenario, tokens
 from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
 from tests.gpu.results import deadline
 from tests.support.installed import ENGINE
+from tests.support.matrix import SCENARIOS
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +34,7 @@ TIMEOUT = 400.0
 
 PROMPTS = tuple(tokens(length, seed=length) for length in (1, 7, 40, 130, 300, 700))
 ASKED = {
-    "mixed": Scenario((PROMPTS,), configs=()),
+    "mixed": Scenario((PROMPTS,)),
     "reuse": SCENARIOS["slot_reuse"],
     "prefix_aba": SCENARIOS["prefix_aba"],
     "multi_turn": SCENARIOS["multi_turn"],
@@ -72,7 +75,7 @@ def vllm(
     env = {"VLLM_USE_V2_MODEL_RUNNER": str(int(v2))}
     if config["dtype"] == "float32":
         env["TRITON_F32_DEFAULT"] = "ieee"  # Triton's own attention and experts would round to TF32
-    return name, Case(checkpoint, EngineConfig("", flags=flags, **config), scenarios, v2, quick, kernels, env)
+    return name, Case(checkpoint, EngineConfig(flags=flags, **config), scenarios, v2, quick, kernels, env)
 
 
 REAL = {"checkpoint": "80b", "dtype": "bfloat16"}
@@ -101,7 +104,7 @@ CASES: dict[str, dict[str, Case]] = {
             vllm("bf16 v1 FlashInfer prefill", "mixed", v2=False, backend="auto", **REAL),
         ]
     ),
-    "sglang": {"bf16": Case("80b", EngineConfig("", dtype="bfloat16"), ("mixed", "reuse"), quick=True)},
+    "sglang": {"bf16": Case("80b", EngineConfig(dtype="bfloat16"), ("mixed", "reuse"), quick=True)},
 }[ENGINE]  # fmt: skip
 
 
@@ -160,7 +163,7 @@ def test_classes_and_kernels_that_serve(
     case, (start, failure) = CASES[name], started(name)
     assert start.seconds, failure
     record_property("start_seconds", start.seconds["start"])
-    serving = json.loads((start.directory / "serving.json").read_text())
+    serving = start.serving
     for key, value in serving.items():
         record_property(key, value)
     if ENGINE == "sglang":
