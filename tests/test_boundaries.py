@@ -94,3 +94,22 @@ def test_adapter_uses_nothing_of_the_native_model(adapter: str) -> None:
         if word.startswith(NATIVE_MODULES) or word in NATIVE_CLASSES
     ]
     assert not imported + named
+
+
+ABOVE = {
+    "plan": ("engines", "verify", "bench", "cli"),
+    "engines": ("plan", "verify", "bench", "cli"),
+    "verify": ("bench", "cli"),
+    "bench": ("cli",),
+}
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_a_room_imports_nothing_above_it(room: str) -> None:
+    found = [
+        (file, name)
+        for file, tree in parsed(f"qnext_plugin/{room}").items()
+        for name in imports(tree)
+        if any(is_within(name, f"qnext_plugin.{above}") for above in ABOVE[room])
+    ]
+    assert not found
