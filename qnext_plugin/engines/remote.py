@@ -23,7 +23,7 @@ class Remote:
         self._child, self._directory, self._sent = child, directory, 0
         self.log, self.pid = log, child.pid
 
-    def send(self, name: str, hold: bool = False, **arguments: Any) -> int:
+    def send(self, name: str, /, hold: bool = False, **arguments: Any) -> int:
         """Ask for a call of ``name``, a ``module:name``, and do not wait; returns the number to ``receive``.
 
         With ``hold`` its result becomes the first argument of every later call.
@@ -46,7 +46,7 @@ class Remote:
         answer = json.loads(file.read_text())
         return answer["result"], answer["finished"]
 
-    def call(self, name: str, timeout: float, **arguments: Any) -> Any:
+    def call(self, name: str, timeout: float, /, **arguments: Any) -> Any:
         """``send``, then what ``receive`` returns."""
         return self.receive(self.send(name, **arguments), timeout)[0]
 

@@ -9,7 +9,13 @@ from qnext_plugin.engines import remote
 
 
 def call(
-    name: str, directory: Path, *, timeout: float = 900, env: Mapping[str, str] = MappingProxyType({}), **arguments: Any
+    name: str,
+    directory: Path,
+    /,
+    *,
+    timeout: float = 900,
+    env: Mapping[str, str] = MappingProxyType({}),
+    **arguments: Any,
 ) -> Any:
     """What ``tests.workers.NAME``, a ``module:function``, returns; its log is in the new ``directory``."""
     with remote.started(directory, env) as worker:
