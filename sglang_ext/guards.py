@@ -28,15 +28,15 @@ def guard_weight_updates() -> None:
         return original(updater, *args, **kwargs)
 
     def from_disk(original: Around, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
-        from sglang_ext.quantization import loading_from, read_stored
+        from sglang_ext.quantization import loading_from, read_checkpoint
 
         try:
+            checkpoint = read_checkpoint(model_path)
             if loading(updater) is not None:
-                loading(updater).begin(model_path)
-            stored = read_stored(model_path)
+                loading(updater).begin(checkpoint)
         except ValueError as e:
             return False, f"{e}; the old weights serve on"
-        with loading_from(stored):
+        with loading_from(checkpoint):
             return original(updater, model_path, *args, **kwargs)
 
     def from_tensor(original: Around, *args: Any, **kwargs: Any) -> Any:

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qnext_plugin.checkpoint.formats import dequantize
 from qnext_plugin.checkpoint.layouts import ungroup
 from qnext_plugin.checkpoint.make_quantized import FORMATS, IGNORE, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.checkpoint.quantization import dequantize
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
 from tests.support.dequantized import dequantized
 
