@@ -4,7 +4,6 @@
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from qnext_plugin.engines.probe import write_report
@@ -49,16 +48,15 @@ def serving_classes() -> dict[str, str]:
 
 def check(hf_config: Any, args: Any) -> None:
     """What the model asks of a configuration before it reads a weight."""
-    from qnext_plugin.checkpoint.headers import read_headers
-    from qnext_plugin.checkpoint.schema import check_coverage
+    from qnext_plugin.checkpoint.stored import read_served
     from sglang_ext.compat import check_platform
     from sglang_ext.config import qnext_config
 
     check_platform()
     config = qnext_config(hf_config, args.tp_size)
-    directory = Path(args.model_path)
-    if any(directory.glob("*.safetensors")):
-        check_coverage(config, read_headers(directory), mtp="required" if args.speculative_algorithm else "optional")
+    checkpoint = read_served(args.model_path, args.revision, args.load_format, args.download_dir)
+    if checkpoint.headers is not None:
+        checkpoint.check(config, mtp="required" if args.speculative_algorithm else "optional")
 
 
 def kernels(args: Any, dtype: Any) -> dict[str, tuple[str, str]]:
