@@ -1,7 +1,5 @@
 """Softmax attention with per-head QK norm, partial RoPE and a sigmoid output gate."""
 
-from functools import partial
-
 import torch
 from sglang.kernels.ops.elementwise.elementwise import fused_sigmoid_mul
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -15,7 +13,6 @@ from torch import nn
 
 from qnext_plugin.config import QNextConfig
 from sglang_ext.norm import ZeroCenteredRMSNorm
-from sglang_ext.quantization import build
 
 
 class GatedAttention(nn.Module):
@@ -33,25 +30,25 @@ class GatedAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // tp_size
         self.num_kv_heads = max(1, config.num_key_value_heads // tp_size)
-        qkv_proj = partial(
-            QKVParallelLinear,
+        self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             config.head_dim,
             2 * config.num_attention_heads,
             config.num_key_value_heads,
             bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=add_prefix("qkv_proj", prefix),
             parallel_group="attn_tp",
         )
-        o_proj = partial(
-            RowParallelLinear,
+        self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
             bias=config.attention_bias,
             reduce_results=False,
+            quant_config=quant_config,
+            prefix=add_prefix("o_proj", prefix),
             parallel_group="attn_tp",
         )
-        self.qkv_proj = build(qkv_proj, config, quant_config, add_prefix("qkv_proj", prefix))
-        self.o_proj = build(o_proj, config, quant_config, add_prefix("o_proj", prefix))
         self.q_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(

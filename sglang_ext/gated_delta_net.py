@@ -1,7 +1,5 @@
 """Gated DeltaNet on SGLang's hybrid state pool, its weights flat: ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
 
-from functools import partial
-
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
@@ -17,7 +15,6 @@ from qnext_plugin.checkpoint.layouts import section_sizes
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
 from sglang_ext.compat import ON_CPU, is_prefill_alone
 from sglang_ext.norm import RMSNormGated
-from sglang_ext.quantization import build
 
 
 class CausalConv1d(nn.Module):
@@ -47,21 +44,37 @@ class GatedDeltaNet(nn.Module):
         dims = config.gdn
         self.dims = dims.shard(tp_size)
 
-        def linear(name: str, layer_class: type[nn.Module], *sizes: int | list[int], **args: bool) -> nn.Module:
-            make = partial(layer_class, *sizes, bias=False, parallel_group="attn_tp", **args)
-            return build(make, config, quant_config, add_prefix(name, prefix))
-
-        hidden_size = config.hidden_size
-        qkvz, ba = (list(section_sizes(dims, kind)) for kind in ("qkvz", "ba"))
-        self.in_proj_qkvz = linear("in_proj_qkvz", MergedColumnParallelLinear, hidden_size, qkvz)
-        self.in_proj_ba = linear("in_proj_ba", MergedColumnParallelLinear, hidden_size, ba)
+        self.in_proj_qkvz = MergedColumnParallelLinear(
+            config.hidden_size,
+            list(section_sizes(dims, "qkvz")),
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("in_proj_qkvz", prefix),
+            parallel_group="attn_tp",
+        )
+        self.in_proj_ba = MergedColumnParallelLinear(
+            config.hidden_size,
+            list(section_sizes(dims, "ba")),
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("in_proj_ba", prefix),
+            parallel_group="attn_tp",
+        )
         self.conv1d = CausalConv1d(dims, tp_rank, tp_size)
         self.A_log = nn.Parameter(torch.empty(self.dims.num_v_heads, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(self.dims.num_v_heads), requires_grad=False)
         for param in (self.A_log, self.dt_bias):
             param.weight_loader = sharded_weight_loader(0, parallel_group="attn_tp")
         self.norm = RMSNormGated(dims.head_v_dim, eps=config.rms_norm_eps)
-        self.out_proj = linear("out_proj", RowParallelLinear, dims.value_dim, hidden_size, reduce_results=False)
+        self.out_proj = RowParallelLinear(
+            dims.value_dim,
+            config.hidden_size,
+            bias=False,
+            reduce_results=False,
+            quant_config=quant_config,
+            prefix=add_prefix("out_proj", prefix),
+            parallel_group="attn_tp",
+        )
         self.unpacks_in_decode = is_cuda() and envs.SGLANG_ENABLE_GDN_DECODE_FUSED_PROJ_CONV.get()
         self.attn = RadixLinearAttention(
             layer_id=layer_idx,

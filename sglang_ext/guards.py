@@ -23,15 +23,15 @@ def begin_weight_update(original: Around, updater: Any, *args: Any, **kwargs: An
 
 def update_weights_from_disk(original: Around, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
     """``WeightUpdater.update_weights_from_disk`` that asks a model of ours before it changes anything."""
-    from sglang_ext.quantization import loading_from, read_stored
+    from sglang_ext.quantization import loading_from, read_checkpoint
 
     try:
+        checkpoint = read_checkpoint(model_path)
         if (loading := _loading(updater)) is not None:
-            loading.begin(model_path)
-        stored = read_stored(model_path)
+            loading.begin(checkpoint)
     except ValueError as e:
         return False, f"{e}; the old weights serve on"
-    with loading_from(stored):
+    with loading_from(checkpoint):
         return original(updater, model_path, *args, **kwargs)
 
 

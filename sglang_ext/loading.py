@@ -6,7 +6,6 @@ nothing, and a model left with a mix of old and new weights stops serving.
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -14,8 +13,8 @@ from sglang.srt.runtime_context import get_model
 
 from qnext_plugin.checkpoint.headers import TensorInfo, describe
 from qnext_plugin.checkpoint.schema import UpdateCheck, check_coverage, check_stream
+from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
-from sglang_ext.weights import check_checkpoint, check_directory
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -27,11 +26,13 @@ class Copy(Protocol):
 
 
 class Loading:
-    def __init__(self, config: QNextConfig, mtp: Literal["required", "optional"]) -> None:
+    def __init__(self, config: QNextConfig, checkpoint: Checkpoint, mtp: Literal["required", "optional"]) -> None:
         self._config, self._mtp = config, mtp
         # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
         self._first = get_model().load_format != "dummy"
-        self._whole_stream = self._first and not check_checkpoint(config, mtp)
+        self._whole_stream = self._first and checkpoint.headers is None
+        if self._first and not self._whole_stream:
+            checkpoint.check(config, mtp)
         self._changed = False  # by the update that is going on
         self._seen: dict[str, TensorInfo] | None = None  # since one failed half-way
         self._reason = ""
@@ -40,10 +41,10 @@ class Loading:
     def _check(self) -> UpdateCheck:
         return UpdateCheck(self._config)
 
-    def begin(self, directory: str | None = None) -> None:
-        """An update begins: of tensors to come, or of a local checkpoint; ``ValueError`` where that does not fit."""
-        if directory is not None and any(Path(directory).glob("*.safetensors")):
-            check_directory(self._config, Path(directory), self._mtp)
+    def begin(self, checkpoint: Checkpoint | None = None) -> None:
+        """An update begins: of tensors to come, or of a checkpoint; ``ValueError`` where that does not fit."""
+        if checkpoint is not None and checkpoint.headers is not None:
+            checkpoint.check(self._config, self._mtp)
         self._changed = False
 
     def check_complete(self) -> None:

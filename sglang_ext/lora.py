@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from qnext_plugin.checkpoint.layouts import KINDS, section_sizes, ungroup
 from qnext_plugin.checkpoint.listing import listing
 from qnext_plugin.checkpoint.lora import check_adapter
+from qnext_plugin.checkpoint.merged import EXPERTS, layer_of, packed_modules
 from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import QNextConfig
 from sglang_ext.compat import ON_CPU
 
 PREFIX = "base_model.model."
 # SGLang stacks these, and expects most of a group where it finds one.
-GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-EXPERT = ("gate_proj", "up_proj", "down_proj")
+GROUPS = packed_modules(grouped=False)
 
 
 def hidden_dim(config: QNextConfig, module: str, layer_idx: int, tp_size: int) -> tuple[int, int]:
@@ -110,9 +110,9 @@ def prepare(config: QNextConfig, model: nn.Module, adapter: LoRAAdapter, tensors
         if kind == "ba":  # an A for each section, as SGLang repeats that of in_proj_qkvz itself
             a = a.repeat(2, 1)
         put(adapter, module, a, b)
-        group = next((group for group in GROUPS.values() if last in group), ())
+        group = next((group for group in GROUPS.values() if last in group), [])
         if ".experts." in module:
-            group = EXPERT
+            group = list(EXPERTS)
         for other in (f"{outer}.{part}" for part in group):
             if other not in pairs:
                 rows, inputs = weights[f"{other}.weight"]
@@ -132,15 +132,11 @@ def check_served(model: nn.Module, modules: Iterable[str]) -> None:
     """``ValueError`` for modules that a server which has started adapts none of: SGLang would leave them out."""
     layers = dict(model.named_modules())
     adapted = {name for name, layer in layers.items() if isinstance(layer, BaseLayerWithLoRA)}
-    stacked = {part: name for name, group in GROUPS.items() for part in group}
-
-    def layer_of(module: str) -> tuple[str, str]:
-        block, experts, _ = module.partition(".experts.")
-        outer, _, last = module.rpartition(".")
-        return (block, f"{block}.experts") if experts else (outer, f"{outer}.{stacked.get(last, last)}")
-
-    places = {module: layer_of(module) for module in modules}
-    missing = [module for module, (block, layer) in places.items() if block in layers and layer not in adapted]
+    missing = [
+        module
+        for module in modules
+        if (layer := layer_of(module)).rpartition(".")[0] in layers and layer not in adapted
+    ]
     if adapted and missing:
         raise ValueError(
             f"{listing('adapter changes what this server was not started to adapt, modules', missing)}; name them in "

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qnext_plugin import __version__
+from qnext_plugin.checkpoint.merged import MERGED, packed_modules
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext import compat, guards
 from sglang_ext.compat import ON_CPU
@@ -35,16 +35,11 @@ from sglang_ext.kernels import plain_weights, register_cpu_kernels
 from sglang_ext.loading import Loading
 from sglang_ext.lora import hidden_dim, prepare
 from sglang_ext.norm import ZeroCenteredRMSNorm
-from sglang_ext.quantization import build, report
+from sglang_ext.quantization import being_loaded, layer_quantization, read_checkpoint, report
 from sglang_ext.sparse_moe import MLP, SparseMoeBlock
 from sglang_ext.weights import load_weights
 
 logger = logging.getLogger(__name__)
-
-PACKED_MODULES = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-}
 
 
 def stages(config: QNextConfig, layer_idx: int) -> tuple[Any, Any]:
@@ -153,7 +148,7 @@ class Qwen3NextModel(nn.Module):
 
 class Qwen3NextForCausalLM(nn.Module):
     fall_back_to_pt_during_load = False
-    packed_modules_mapping = PACKED_MODULES
+    packed_modules_mapping = packed_modules(grouped=False)
 
     def __init__(
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -166,10 +161,12 @@ class Qwen3NextForCausalLM(nn.Module):
         self.config = config
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
         guards.vocab_size = self.qnext_config.vocab_size
-        self.loading = Loading(self.qnext_config, mtp="required" if drafts else "optional")
+        self.checkpoint = read_checkpoint()
+        self.loading = Loading(self.qnext_config, self.checkpoint, mtp="required" if drafts else "optional")
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config
+        quant_config = layer_quantization(self.checkpoint, self.qnext_config, quant_config)
         self.pp_group = get_parallel().pp_group
         self.model = Qwen3NextModel(self.qnext_config, quant_config, add_prefix("model", prefix))
         if not self.pp_group.is_last_rank:
@@ -177,13 +174,13 @@ class Qwen3NextForCausalLM(nn.Module):
         elif self.qnext_config.tie_word_embeddings and self.pp_group.is_first_rank:
             self.lm_head = self.model.embed_tokens
         else:
-            lm_head = partial(
-                ParallelLMHead,
+            self.lm_head = ParallelLMHead(
                 self.qnext_config.vocab_size,
                 self.qnext_config.hidden_size,
+                quant_config=quant_config,
+                prefix=add_prefix("lm_head", prefix),
                 use_attn_tp_group=get_parallel().enable_dp_lm_head,
             )
-            self.lm_head = build(lm_head, self.qnext_config, quant_config, add_prefix("lm_head", prefix))
         self.logits_processor = LogitsProcessor(config)
         self.pooler = Pooler(pooling_type=PoolingType.LAST, normalize=True)
         self.routed_experts_weights = LazyValue(
@@ -193,7 +190,7 @@ class Qwen3NextForCausalLM(nn.Module):
                 if isinstance(self.model.layers[idx].mlp, SparseMoeBlock)
             }
         )
-        report(self, draft=False)
+        report(self, self.checkpoint, draft=False)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, type(self).__module__)
 
     @property
@@ -229,9 +226,11 @@ class Qwen3NextForCausalLM(nn.Module):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch, aux_hidden_states or None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        self.checkpoint = being_loaded(self.checkpoint)
+
         def copy(weights: Iterable[tuple[str, torch.Tensor]], *, complete: bool) -> set[str]:
             with plain_weights(self):
-                return load_weights(self, self.qnext_config, weights, complete=complete)
+                return load_weights(self, self.qnext_config, self.checkpoint, weights, complete=complete)
 
         return self.loading.load(weights, copy)
 
@@ -257,8 +256,8 @@ class Qwen3NextForCausalLM(nn.Module):
 
     def get_stacked_multiply(self, module_name: str) -> int:
         """How many ``lora_A`` SGLang keeps for one of our modules."""
-        stacked = {"in_proj_qkvz": 4, "in_proj_ba": 2, "qkv_proj": 3, "gate_up_proj": 2, "gate_up_proj_moe": 2}
-        return stacked.get(module_name, 1)
+        merged = MERGED.get(module_name.removesuffix("_moe"))
+        return 1 if merged is None else merged.num_sections
 
     def should_apply_lora(self, module_name: str) -> bool:
         """Not on a CPU to routed experts, for which SGLang has Triton kernels only."""

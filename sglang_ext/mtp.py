@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qnext_plugin import __version__
+from qnext_plugin.checkpoint.merged import packed_modules
 from qnext_plugin.config import QNextConfig
 from sglang_ext import compat
 from sglang_ext.config import draft_config, qnext_config
 from sglang_ext.kernels import plain_weights
-from sglang_ext.model import PACKED_MODULES, Qwen3NextModel
+from sglang_ext.model import Qwen3NextModel
 from sglang_ext.norm import ZeroCenteredRMSNorm
-from sglang_ext.quantization import build, report
+from sglang_ext.quantization import being_loaded, layer_quantization, read_checkpoint, report
 from sglang_ext.weights import load_draft_weights
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,13 @@ class MultiTokenPredictor(Qwen3NextModel):
         super().__init__(draft_config(config), quant_config, prefix)
         self.pre_fc_norm_embedding = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.pre_fc_norm_hidden = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        fc = partial(ReplicatedLinear, 2 * config.hidden_size, config.hidden_size, bias=False)
-        self.fc = build(fc, config, quant_config, add_prefix("fc", prefix))
+        self.fc = ReplicatedLinear(
+            2 * config.hidden_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("fc", prefix),
+        )
 
     def forward(
         self,
@@ -65,7 +70,7 @@ class MultiTokenPredictor(Qwen3NextModel):
 
 class Qwen3NextForCausalLMMTP(nn.Module):
     fall_back_to_pt_during_load = False
-    packed_modules_mapping = PACKED_MODULES
+    packed_modules_mapping = packed_modules(grouped=False)
 
     def __init__(
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -79,6 +84,8 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.quant_config = quant_config  # SGLang reads the type of the key-value cache from it
         # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
         self._complete = get_model().load_format != "dummy"
+        self.checkpoint = read_checkpoint()
+        quant_config = layer_quantization(self.checkpoint, self.qnext_config, quant_config)
         self.model = MultiTokenPredictor(self.qnext_config, quant_config, add_prefix("mtp", prefix))
         self.lm_head = ParallelLMHead(
             self.qnext_config.vocab_size,
@@ -87,7 +94,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
             use_attn_tp_group=get_parallel().enable_dp_lm_head,
         )
         self.logits_processor = LogitsProcessor(config)
-        report(self, draft=True)
+        report(self, self.checkpoint, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLMMTP is served by %s", __version__, type(self).__module__)
 
     @torch.no_grad()
@@ -103,8 +110,9 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         complete, self._complete = self._complete, False
+        self.checkpoint = being_loaded(self.checkpoint)
         with plain_weights(self.model):
-            return load_draft_weights(self, self.qnext_config, weights, complete=complete)
+            return load_draft_weights(self, self.qnext_config, self.checkpoint, weights, complete=complete)
 
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.embed_tokens.weight, self.lm_head.weight

@@ -5,40 +5,29 @@ every one: SGLang's package from PyPI has no quantized kernels for it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
-from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
-from sglang.srt.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from sglang.srt.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from sglang.srt.runtime_context import get_model, get_parallel
 from torch import nn
 
 from qnext_plugin.checkpoint import quantized_layers
-from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
-from qnext_plugin.checkpoint.metadata import read_metadata
-from qnext_plugin.checkpoint.quantization import Leaves, stored_modules
-from qnext_plugin.checkpoint.quantized_layers import obstacle, quantized_parts
-from qnext_plugin.config import QNextConfig, read_config
+from qnext_plugin.checkpoint.quantization import Leaves
+from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
+from qnext_plugin.checkpoint.stored import MODELOPT_FILE, Checkpoint, read_served
+from qnext_plugin.config import QNextConfig
 from sglang_ext.compat import ON_CPU, uses_expert_location
 
 logger = logging.getLogger(__name__)
-
-_MODELOPT = "hf_quant_config.json"  # where ModelOpt writes what others write in config.json
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A quantized checkpoint: the tensors of every module, and what it says of its own quantization."""
-
-    modules: Mapping[str, Leaves]
-    config: Mapping[str, Any]
 
 
 class DequantizedConfig(QuantizationConfig):
@@ -56,7 +45,7 @@ class DequantizedConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return [_MODELOPT]
+        return [MODELOPT_FILE]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "DequantizedConfig":
@@ -69,103 +58,127 @@ class DequantizedConfig(QuantizationConfig):
         return []
 
 
-_updates: list[Stored | None] = []
+_updates: list[Checkpoint] = []
 
 
 @contextmanager
-def loading_from(stored: Stored | None) -> Iterator[None]:
-    """Meanwhile the weights that are loaded are those of another checkpoint, of one that is not quantized if None."""
-    _updates.append(stored)
+def loading_from(checkpoint: Checkpoint) -> Iterator[None]:
+    """Meanwhile the weights that are loaded are those of another checkpoint."""
+    _updates.append(checkpoint)
     try:
         yield
     finally:
         _updates.pop()
 
 
-def stored_quantized() -> Stored | None:
-    """The checkpoint that is loaded, if it is quantized and its headers can be had, local or on the hub."""
-    if _updates:
-        return _updates[-1]
+def being_loaded(served: Checkpoint) -> Checkpoint:
+    """The checkpoint that weights come from: an update's, or the one that is ``served``."""
+    return _updates[-1] if _updates else served
+
+
+def read_checkpoint(path: str | None = None) -> Checkpoint:
+    """The checkpoint that is to be loaded: the server's, or the one at ``path`` on its way in as an update."""
     model = get_model()
-    return _served(model.model_path, model.revision) if model.load_format in ("auto", "safetensors", "dummy") else None
+    if path is not None:
+        return read_served(path, None, "auto", model.download_dir)
+    return read_served(model.model_path, model.revision, model.load_format, model.download_dir)
 
 
-def read_stored(model: str, revision: str | None = None) -> Stored | None:
-    """A checkpoint, local or on the hub, if it is quantized and its headers can be had."""
-    directory = Path(model)
-    headers: Mapping[str, TensorInfo] | None
-    if directory.is_dir():
-        config = quantization_config(directory)
-        headers = read_headers(directory) if config and any(directory.glob("*.safetensors")) else None
-    else:
-        try:
-            metadata = read_metadata(model, revision)
-        except OSError:
-            return None
-        config, headers = metadata.config.get("quantization_config"), metadata.headers
-    return None if config is None or headers is None else Stored(stored_modules(headers), config)
+def layer_quantization(
+    checkpoint: Checkpoint, config: QNextConfig, quant_config: QuantizationConfig | None
+) -> QuantizationConfig | None:
+    """The ``quant_config`` for our layers: SGLang's own, unless it is known how the checkpoint stores each of them.
 
-
-def quantization_config(directory: Path) -> Mapping[str, Any] | None:
-    """What a local checkpoint says of its own quantization."""
-    for name, key in (("config.json", "quantization_config"), (_MODELOPT, "quantization")):
-        raw = read_config(directory / name) if (directory / name).exists() else {}
-        if key in raw:
-            return raw[key] if key == "quantization_config" else raw
-    return None
-
-
-_served = cache(read_stored)
-
-
-def build(
-    make: Callable[..., nn.Module], config: QNextConfig, quant_config: QuantizationConfig | None, prefix: str
-) -> nn.Module:
-    """``make(prefix=, quant_config=)`` as the checkpoint stores the layer, or plain where it cannot be served so."""
+    ``ValueError`` on a CPU where it is not: no layer could be dequantized.
+    """
     if quant_config is None:
-        return make(prefix=prefix, quant_config=None)
-    stored = stored_quantized()
-    if stored is None:
+        return None
+    if checkpoint.quantized is None:
         if ON_CPU:
             raise ValueError(
                 "no quantized safetensors checkpoint found, expected one: on a CPU weights are dequantized while "
                 "loading and never quantized; download it and give its directory, or drop --quantization"
             )
-        return make(prefix=prefix, quant_config=quant_config)
-    parts = quantized_parts(prefix, config, stored.modules)
-    if not parts:
-        return make(prefix=prefix, quant_config=None)
-    tp_size = get_parallel().tp_size if ".mlp." in prefix else get_parallel().attn_tp_size
-    return quantized_layers.build(
-        partial(make, prefix=prefix),
+        return quant_config
+    return view_of(
         quant_config,
-        "SGLang has no kernel for it on this CPU" if ON_CPU else obstacle(parts, config, stored.config, tp_size),
-        is_plain,
-        engine="SGLang",
-        must_be_stored=prefix.endswith(".experts"),
+        ByCheckpoint,
+        checkpoint=checkpoint,
+        config_of_model=config,
+        engine_config=without_exclusions(quant_config),
     )
+
+
+class ByCheckpoint:
+    """Answers for each layer from the checkpoint; comes before the class of SGLang's own configuration."""
+
+    checkpoint: Checkpoint
+    config_of_model: QNextConfig
+    engine_config: QuantizationConfig
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase | VocabParallelEmbedding | FusedMoE):
+            return self.engine_config.get_quant_method(layer, prefix)
+        parts = self.checkpoint.parts(prefix, self.config_of_model.num_experts)
+        if not parts:
+            return plain_method(layer)
+        return choose_method(
+            SGLANG,
+            layer,
+            self.obstacle(parts, prefix),
+            partial(self.engine_config.get_quant_method, layer, prefix),
+            quantization=self.engine_config.get_name(),
+            must_be_stored=isinstance(layer, FusedMoE),
+        )
+
+    def obstacle(self, parts: Mapping[str, Leaves], prefix: str) -> str | None:
+        if ON_CPU:
+            return "SGLang has no kernel for it on this CPU"
+        tp_size = get_parallel().tp_size if ".mlp." in prefix else get_parallel().attn_tp_size
+        return self.checkpoint.obstacle(parts, self.config_of_model, tp_size)
+
+
+def plain_method(layer: nn.Module) -> QuantizeMethodBase | None:
+    """SGLang's method for a layer whose weight is floating-point; None for experts, which make it themselves."""
+    if isinstance(layer, FusedMoE):
+        return None
+    return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
+
+
+def is_plain_method(method: Any) -> bool:
+    return isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod | UnquantizedFusedMoEMethod)
+
+
+SGLANG = Engine("SGLang", is_plain_method, plain_method, lambda layer: {"weight_loader": layer.weight_loader})
+
+
+def experts_quantization(quant_config: QuantizationConfig | None, prefix: str) -> QuantizationConfig | None:
+    """The ``quant_config`` for a layer's experts: None where they are stored plain.
+
+    SGLang's layers of experts ask the configuration itself what they hold, not only the method that it gives them.
+    """
+    if isinstance(quant_config, ByCheckpoint):
+        parts = quant_config.checkpoint.parts(prefix, quant_config.config_of_model.num_experts)
+        return quant_config if parts else None
+    return quant_config
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer's weights are floating-point."""
     method = getattr(layer, "quant_method", None)
-    return method is None or isinstance(
-        method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod | UnquantizedFusedMoEMethod
-    )
+    return method is None or is_plain_method(method)
 
 
-def report(model: nn.Module, *, draft: bool) -> None:
+def report(model: nn.Module, checkpoint: Checkpoint, *, draft: bool) -> None:
     """Log which modules are dequantized while loading, by reason."""
-    stored = stored_quantized()
-    for line in quantized_layers.reports(stored.modules if stored else {}, model, is_plain, draft=draft):
+    for line in quantized_layers.reports(checkpoint, dict(model.named_modules()), is_plain, draft=draft):
         logger.info(line)
 
 
-def dequantized(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+def dequantized(
+    weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module, checkpoint: Checkpoint
+) -> Iterable[tuple[str, torch.Tensor]]:
     """Turn the stored tensors of each module whose layer of ``model`` is plain into one weight; pass the others on."""
-    stored = stored_quantized()
-    if stored is None:
-        return weights
 
     def has_expert(experts: nn.Module, expert: int) -> bool:
         location = get_global_expert_location_metadata()
@@ -177,5 +190,5 @@ def dequantized(weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -
         )
         return any(first <= copy < first + experts.num_local_experts for copy in copies)
 
-    dtype = torch.get_default_dtype()
-    return quantized_layers.dequantized(weights, stored.modules, stored.config, model, is_plain, has_expert, dtype)
+    layers, dtype = dict(model.named_modules()), torch.get_default_dtype()
+    return quantized_layers.dequantized(weights, checkpoint, layers, is_plain, has_expert, dtype)

@@ -3,8 +3,6 @@
 Both return this rank's share of the output (a partial sum), which the layer's boundary completes.
 """
 
-from functools import partial
-
 import torch
 from sglang.kernels.ops.elementwise.elementwise import fused_gate_sigmoid_mul_add
 from sglang.srt.layers.activation import SiluAndMul
@@ -24,7 +22,7 @@ from torch import nn
 
 from qnext_plugin.config import QNextConfig
 from sglang_ext.compat import bind_topk
-from sglang_ext.quantization import build
+from sglang_ext.quantization import experts_quantization
 
 
 class MLP(nn.Module):
@@ -40,23 +38,23 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         parallel_group = "replicated" if replicated else "tp"
-        gate_up_proj = partial(
-            MergedColumnParallelLinear,
+        self.gate_up_proj = MergedColumnParallelLinear(
             config.hidden_size,
             [intermediate_size] * 2,
             bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("gate_up_proj", prefix),
             parallel_group=parallel_group,
         )
-        down_proj = partial(
-            RowParallelLinear,
+        self.down_proj = RowParallelLinear(
             intermediate_size,
             config.hidden_size,
             bias=False,
             reduce_results=False,
+            quant_config=quant_config,
+            prefix=add_prefix("down_proj", prefix),
             parallel_group=parallel_group,
         )
-        self.gate_up_proj = build(gate_up_proj, config, quant_config, add_prefix("gate_up_proj", prefix))
-        self.down_proj = build(down_proj, config, quant_config, add_prefix("down_proj", prefix))
         self.act_fn = SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,8 +82,7 @@ class SparseMoeBlock(nn.Module):
             config.hidden_size, config.num_experts, bias=False, quant_config=None, prefix=add_prefix("gate", prefix)
         )
         self.topk = TopK(top_k=config.num_experts_per_tok, renormalize=config.norm_topk_prob, layer_id=layer_idx)
-        experts = partial(
-            get_moe_impl_class(quant_config),
+        self.experts = get_moe_impl_class(quant_config)(
             layer_id=layer_idx,
             top_k=config.num_experts_per_tok,
             # The load balancer has no spare experts in a draft.
@@ -98,8 +95,9 @@ class SparseMoeBlock(nn.Module):
             ),
             # The shared expert's gate reads the input afterwards.
             inplace=False,
+            quant_config=experts_quantization(quant_config, add_prefix("experts", prefix)),
+            prefix=add_prefix("experts", prefix),
         )
-        self.experts = build(experts, config, quant_config, add_prefix("experts", prefix))
         bind_topk(self.topk, self.experts)
         # Where each rank routes tokens of its own, its output is complete, not a partial sum.
         self.shared_expert = MLP(

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qnext_plugin.checkpoint.formats import DECODERS, dequantize, stored_format
 from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.checkpoint.quantization import (
     check_quantization,
-    dequantize,
     is_quantized,
     layout_method,
     storage,
@@ -74,6 +74,7 @@ def test_a_format_is_complete_and_in_the_published_form(quantized, source, name)
     check_quantization(headers, config["quantization_config"])
     modules = stored_modules(headers)
     assert storage(modules[f"{LINEAR}.in_proj_qkvz"]) == STORED[name]
+    assert stored_format(modules[f"{LINEAR}.in_proj_qkvz"]) == FORMATS[name].decoder in DECODERS
     for plain in (f"{LINEAR}.in_proj_ba", "mtp.fc", "lm_head", "model.layers.1.mlp.gate", "model.norm"):
         assert storage(modules[plain]) == "weight BF16"
     without = {key: value for key, value in config.items() if key != "quantization_config"}

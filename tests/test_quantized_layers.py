@@ -1,6 +1,5 @@
 """Which layers can be served as stored, and the dequantized weights of the others."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,19 +7,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.checkpoint.quantization import stored_modules
+from qnext_plugin.checkpoint.merged import MERGED, layer_name, layer_of, modules_of, packed_modules
 from qnext_plugin.checkpoint.quantized_layers import (
-    build,
+    Engine,
+    choose_method,
     dequantized,
-    layer_name,
-    obstacle,
-    quantized_parts,
     reports,
+    view_of,
     without_exclusions,
 )
+from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.config import QNextConfig
 from tests.support import dequantized as oracle
 
@@ -59,8 +57,8 @@ def checkpoint(tmp_path_factory):
     ],
 )
 def test_obstacles(checkpoint, prefix, tp_size, reason):
-    config, modules = QNextConfig.from_pretrained(checkpoint), stored_modules(read_headers(checkpoint))
-    found = obstacle(quantized_parts(prefix, config, modules), config, {"quant_method": "fp8"}, tp_size)
+    config, stored = QNextConfig.from_pretrained(checkpoint), read_checkpoint(str(checkpoint))
+    found = stored.obstacle(stored.parts(prefix, config.num_experts), config, tp_size)
     assert found is None if reason is None else reason in found
 
 
@@ -69,6 +67,16 @@ def test_layers_hold_modules():
     assert layer_name("mtp.layers.0.mlp.experts.17.down_proj") == "model.layers.0.mlp.experts"
     assert layer_name("model.layers.0.linear_attn.in_proj_z") == "model.layers.0.linear_attn.in_proj_qkvz"
     assert layer_name("lm_head") == "lm_head" and layer_name("mtp.fc") == "model.fc"
+    for last, merged in MERGED.items():
+        for part in merged.parts:
+            assert f"mtp.x.{part}" in modules_of(f"mtp.x.{last}", 0)
+            assert layer_of(f"mtp.x.{part}") == f"mtp.x.{last}"
+    assert modules_of("x.experts", 2)[3:] == ["x.experts.1.gate_proj", "x.experts.1.up_proj", "x.experts.1.down_proj"]
+    assert packed_modules(grouped=False) == {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    assert packed_modules(grouped=True)["in_proj_qkvz"] == ["in_proj_qkvz"]
 
 
 def model_of(layers):
@@ -93,10 +101,9 @@ def is_plain(layer):
 def stream(checkpoint, plain, has_expert, left_out=()):
     model = model_of({"model.layers.0.linear_attn.in_proj_qkvz": None} | dict.fromkeys(plain))
     del model.get_submodule("model.layers.0.linear_attn.in_proj_qkvz").is_plain
-    modules = stored_modules(read_headers(checkpoint))
-    config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     tensors = {n: t for n, t in load_file(checkpoint / "model.safetensors").items() if n not in left_out}
-    return dict(dequantized(tensors.items(), modules, config, model, is_plain, has_expert, torch.bfloat16))
+    stored, layers = read_checkpoint(str(checkpoint)), dict(model.named_modules())
+    return dict(dequantized(tensors.items(), stored, layers, is_plain, has_expert, torch.bfloat16))
 
 
 def test_only_plain_layers_are_dequantized_and_only_experts_of_this_rank(checkpoint):
@@ -116,9 +123,8 @@ def test_a_part_of_a_module_is_not_dropped_in_silence(checkpoint):
 
 
 def test_one_line_for_each_reason(checkpoint):
-    modules = stored_modules(read_headers(checkpoint))
     model = model_of({EXPERTS: "no kernel", "model.layers.0.linear_attn.in_proj_ba": "rows"})
-    lines = reports(modules, model, is_plain, draft=False)
+    lines = reports(read_checkpoint(str(checkpoint)), dict(model.named_modules()), is_plain, draft=False)
     assert sorted(lines) == [
         "dequantized while loading: model.layers.0.linear_attn.in_proj_ba (rows)",
         "dequantized while loading: model.layers.0.mlp.experts.{0..2}.down_proj; "
@@ -126,42 +132,112 @@ def test_one_line_for_each_reason(checkpoint):
     ]
 
 
+class Method:
+    """A quantization method of an engine, which holds floating-point weights if ``plain``."""
+
+    def __init__(self, plain=False, refusal=None):
+        self.plain, self.refusal = plain, refusal
+
+    def create_weights(self, layer, size, weight_loader):
+        layer.scheme, layer.weight = "half made", nn.Parameter(torch.empty(size))
+        layer.weight.weight_loader = weight_loader
+        if self.refusal:
+            raise self.refusal
+
+
+ENGINE = Engine("Engine", lambda method: method.plain, lambda layer: Method(plain=True), lambda _: {"weight_loader": 2})
+OUT_OF_MEMORY = torch.OutOfMemoryError("memory")
+MISTAKE = KeyError("a mistake")
+
+
+def constructed(choose, reason=None, must_be_stored=False):
+    layer = nn.Module()
+    options = {"quantization": "fp8", "must_be_stored": must_be_stored}
+    layer.quant_method = choose_method(ENGINE, layer, reason, choose, **options)
+    layer.quant_method.create_weights(layer, 3, weight_loader=1)
+    return layer
+
+
+def raising(error):
+    raise error
+
+
 @pytest.mark.parametrize(
-    ("given", "error", "plain", "said"),
+    ("choose", "reason", "said"),
     [
-        (None, None, False, None),
-        ("rows", None, False, "rows"),
-        (None, None, True, "Engine has no fp8 method for it"),
-        (None, NotImplementedError("no\n kernel"), False, "Engine: no kernel"),
+        (Method, None, None),
+        (Method, "rows", "rows"),
+        (lambda: Method(plain=True), None, "Engine has no fp8 method for it"),
+        (lambda: None, None, "Engine has no fp8 method for it"),
+        (lambda: raising(NotImplementedError("no\n kernel")), None, "Engine: no kernel"),
+        (lambda: Method(refusal=ValueError("too\nsmall")), None, "Engine: too small"),
     ],
 )
-def test_a_layer_is_served_as_stored_or_says_why_not(given, error, plain, said):
-    config = SimpleNamespace(ignore=["lm_head"], get_name=lambda: "fp8")
+def test_a_layer_is_served_as_stored_or_says_why_not(choose, reason, said):
+    layer = constructed(choose, reason)
+    assert getattr(layer, "dequantized", None) == said
+    assert layer.quant_method.plain == (said is not None)
+    assert "create_weights" not in vars(layer.quant_method)
+    assert len(layer._parameters) == 1
 
-    def make(quant_config):
-        if quant_config and error:
-            raise error
-        assert quant_config is None or quant_config.ignore == []
-        layer = nn.Module()
-        if plain or quant_config is None:
-            layer.is_plain = True
-        return layer
 
-    layer = build(make, config, given, is_plain, engine="Engine", must_be_stored=False)
-    assert (getattr(layer, "dequantized", None), is_plain(layer)) == (said, said is not None)
-    if error:
-        with pytest.raises(NotImplementedError):
-            build(make, config, given, is_plain, engine="Engine", must_be_stored=True)
+def test_nothing_is_left_of_a_refused_method():
+    layer = constructed(lambda: Method(refusal=ValueError("too small")))
+    assert layer.weight.weight_loader == 2, "a plain layer has its own loader"
+    layer = nn.Module()
+    method = choose_method(
+        Engine("Engine", lambda _: False, lambda layer: SimpleNamespace(create_weights=lambda *_, **__: None)),
+        *(layer, None, lambda: Method(refusal=ValueError())),
+        quantization="fp8",
+        must_be_stored=False,
+    )
+    method.create_weights(layer, 3, weight_loader=1)
+    assert not layer._parameters and not hasattr(layer, "scheme")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("error", "must_be_stored"), [(ValueError("no"), True), (OUT_OF_MEMORY, False), (MISTAKE, False)]
+)
+def test_what_is_no_refusal_or_may_not_be_refused_is_raised(at_once, error, must_be_stored):
+    with pytest.raises(type(error)):
+        constructed(lambda: raising(error) if at_once else Method(refusal=error), must_be_stored=must_be_stored)
+
+
+def test_a_view_has_the_type_and_the_name_of_the_engines_configuration():
+    class Fp8Config:
+        def __init__(self):
+            self.block, self.answers = 128, "engine's"
+
+        def get_name(self):
+            return "fp8"
+
+        def get_quant_method(self):
+            return self.answers
+
+    class Ours:
+        def get_quant_method(self):
+            return f"ours for {self.layer}"
+
+    config = Fp8Config()
+    view = view_of(config, Ours, layer=3)
+    assert isinstance(view, Fp8Config) and type(view).__name__ == "Fp8Config"
+    assert (view.get_name(), view.block, view.get_quant_method()) == ("fp8", 128, "ours for 3")
+    assert type(config) is Fp8Config and config.get_quant_method() == "engine's" and not hasattr(config, "layer")
 
 
 def test_exclusions_are_undone_on_a_copy():
     settings = {"-:lm_head": {}, ".*mlp.*": {"bits": 8}}
-    config = SimpleNamespace(ignore=["lm_head"], dynamic=settings, lm_head_quantized=False, group_size=32)
+    full = {"modules_to_not_convert": ["mlp"], "bits": 4}
+    config = SimpleNamespace(
+        ignore=["lm_head"], dynamic=settings, lm_head_quantized=False, group_size=32, full_config=full
+    )
     view = without_exclusions(config)
     assert vars(view) == {
         "ignore": [],
         "dynamic": {".*mlp.*": {"bits": 8}},
         "lm_head_quantized": True,
         "group_size": 32,
+        "full_config": {"bits": 4},
     }
     assert config.ignore == ["lm_head"] and not config.lm_head_quantized

@@ -23,6 +23,14 @@ def has_fused_mtp_decode() -> bool:
     return hasattr(torch.ops._C, "fused_gdn_decode_post_conv_mtp")
 
 
+def has_cpu_wna16() -> bool:
+    """Whether the CPU operators of this build have the product with weights of four bits: the AVX2 build does not.
+
+    Can go when vLLM 0.33's ``CPUWNA16LinearKernel.can_implement`` asks for it.
+    """
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
 class KeepsBlockSize(VerifyAndUpdateConfig):
     """Keeps vLLM from cutting prompts elsewhere than at the ends of its cache's blocks.
 

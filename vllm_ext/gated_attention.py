@@ -1,7 +1,5 @@
 """Softmax attention with per-head QK norm, partial RoPE and a sigmoid output gate."""
 
-from functools import partial
-
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -9,12 +7,12 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_qk_norm_rope import fused_qk_rmsnorm_rope_gate
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
 from vllm_ext.norm import ZeroCenteredRMSNorm
-from vllm_ext.quantization import build
 
 
 class GatedAttention(nn.Module):
@@ -24,28 +22,30 @@ class GatedAttention(nn.Module):
     both are views of it.
     """
 
-    def __init__(self, config: QNextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self, config: QNextConfig, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // tp_size
         self.num_kv_heads = max(1, config.num_key_value_heads // tp_size)
-        qkv_proj = partial(
-            QKVParallelLinear,
+        self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             config.head_dim,
             2 * config.num_attention_heads,
             config.num_key_value_heads,
             bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
         )
-        o_proj = partial(
-            RowParallelLinear,
+        self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
             bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
         )
-        self.qkv_proj = build(qkv_proj, config, vllm_config, f"{prefix}.qkv_proj")
-        self.o_proj = build(o_proj, config, vllm_config, f"{prefix}.o_proj")
         self.q_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
@@ -60,7 +60,7 @@ class GatedAttention(nn.Module):
             config.head_dim**-0.5,
             num_kv_heads=self.num_kv_heads,
             cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
+            quant_config=quant_config,
             prefix=f"{prefix}.attn",
         )
         self.fused_prologue = current_platform.is_cuda() and vllm_config.model_config.dtype in (

@@ -1,7 +1,5 @@
 """Gated DeltaNet on vLLM's mamba-style state cache, its weights flat: ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
 
-from functools import partial
-
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -10,6 +8,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNormGated
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name
@@ -19,7 +18,6 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from qnext_plugin.checkpoint.layouts import section_sizes
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
 from vllm_ext.kernels import select_kernels
-from vllm_ext.quantization import build
 from vllm_ext.state import state_dtypes, state_shapes
 
 
@@ -45,7 +43,9 @@ class GatedDeltaNet(nn.Module, MambaBase):
     they come out of their GEMMs; everything between them and ``out_proj`` happens in the selected kernels.
     """
 
-    def __init__(self, config: QNextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self, config: QNextConfig, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
         super().__init__()
         self.prefix = prefix
         self.tp_size = get_tensor_model_parallel_world_size()
@@ -57,13 +57,20 @@ class GatedDeltaNet(nn.Module, MambaBase):
         self.head_k_dim, self.head_v_dim = dims.head_k_dim, dims.head_v_dim
         self.conv_kernel_size = dims.conv_kernel_size
 
-        def linear(name: str, layer_class: type[nn.Module], *sizes: int | list[int]) -> nn.Module:
-            return build(partial(layer_class, *sizes, bias=False), config, vllm_config, f"{prefix}.{name}")
-
-        hidden_size = config.hidden_size
-        qkvz, ba = (list(section_sizes(dims, kind)) for kind in ("qkvz", "ba"))
-        self.in_proj_qkvz = linear("in_proj_qkvz", MergedColumnParallelLinear, hidden_size, qkvz)
-        self.in_proj_ba = linear("in_proj_ba", MergedColumnParallelLinear, hidden_size, ba)
+        self.in_proj_qkvz = MergedColumnParallelLinear(
+            config.hidden_size,
+            list(section_sizes(dims, "qkvz")),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.in_proj_qkvz",
+        )
+        self.in_proj_ba = MergedColumnParallelLinear(
+            config.hidden_size,
+            list(section_sizes(dims, "ba")),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.in_proj_ba",
+        )
         self.conv1d = CausalConv1d(dims, tp_rank, self.tp_size)
         self.A_log = nn.Parameter(torch.empty(self.dims.num_v_heads, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(self.dims.num_v_heads), requires_grad=False)
@@ -76,7 +83,9 @@ class GatedDeltaNet(nn.Module, MambaBase):
             activation="silu",
             device=current_platform.current_device(),
         )
-        self.out_proj = linear("out_proj", RowParallelLinear, dims.value_dim, hidden_size)
+        self.out_proj = RowParallelLinear(
+            dims.value_dim, config.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
+        )
 
         self._state_shapes = state_shapes(dims, self.tp_size, vllm_config.num_speculative_tokens)
         self._state_dtypes = state_dtypes(vllm_config)

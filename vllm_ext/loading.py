@@ -15,8 +15,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.schema import UpdateCheck, check_stream, expected_tensors
+from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
 from vllm_ext.compat import ReloadSession
+from vllm_ext.quantization import read_checkpoint
 from vllm_ext.weights import check_checkpoint, is_draft, is_trunk, unit
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -30,15 +32,17 @@ class Loading:
         model: nn.Module,
         config: QNextConfig,
         vllm_config: VllmConfig,
+        checkpoint: Checkpoint,
         mtp: Literal["required", "optional"] = "optional",
     ) -> None:
         self._model, self._config, self._vllm_config, self._mtp = model, config, vllm_config, mtp
+        self.checkpoint = checkpoint  # the one that is served, or being loaded
         # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
         self._first = vllm_config.load_config.load_format != "dummy"
         self._takes = is_draft if mtp == "required" else is_trunk
         # Of the experts the loader may pass on this rank's only.
         self._some_experts = vllm_config.parallel_config.enable_ep_weight_filter
-        self._whole_stream = not (check_checkpoint(config, vllm_config, mtp) or self._some_experts)
+        self._whole_stream = not (check_checkpoint(checkpoint, config, vllm_config, mtp) or self._some_experts)
         self._served_path = vllm_config.model_config.model
         self._incomplete: dict[str, set[str]] = {}  # modules that wait for new weights, and what came for each
         self._reason = ""
@@ -87,14 +91,15 @@ class Loading:
         if opened_here or session.untouched:
             for arrived in self._incomplete.values():
                 arrived.clear()
-        self._passed_on = False
+        self._passed_on, served = False, self.checkpoint
         try:
             if isinstance(weights, list | tuple):
                 self._check(weights)
                 if opened_here:
                     self._check_whole_modules(name for name, _ in weights)
             else:
-                check_checkpoint(self._config, self._vllm_config)
+                self.checkpoint = read_checkpoint(self._vllm_config)
+                check_checkpoint(self.checkpoint, self._config, self._vllm_config)
             if opened_here:
                 session.open()
             loaded = copy(self._watch(weights, track=session.is_open))
@@ -103,7 +108,7 @@ class Loading:
             self._served_path = self._vllm_config.model_config.model
         except Exception as e:
             # vLLM keeps the path that it was given, for later updates too.
-            self._vllm_config.model_config.model = self._served_path
+            self._vllm_config.model_config.model, self.checkpoint = self._served_path, served
             unchanged = session.abandon() if session.is_open else not self._passed_on
             if not unchanged:
                 self._incomplete, self._reason = {module: set() for module in self._forms[0]}, f" ({e})"

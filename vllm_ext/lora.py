@@ -14,7 +14,7 @@ from vllm.lora.utils import is_in_target_modules
 from qnext_plugin.checkpoint.layouts import KINDS, ungroup
 from qnext_plugin.checkpoint.listing import listing
 from qnext_plugin.checkpoint.lora import check_adapter
-from qnext_plugin.checkpoint.quantized_layers import layer_name
+from qnext_plugin.checkpoint.merged import layer_name
 from qnext_plugin.config import QNextConfig
 
 if TYPE_CHECKING:

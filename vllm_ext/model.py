@@ -1,7 +1,6 @@
 """Qwen3-Next for vLLM: decoder layer, trunk and causal LM."""
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import islice
 
 import torch
@@ -13,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import (
     EagleModelMixin,
@@ -33,6 +33,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from qnext_plugin import __version__
+from qnext_plugin.checkpoint.merged import packed_modules
 from qnext_plugin.config import FULL, QNextConfig
 from vllm_ext import compat
 from vllm_ext.config import check_speculation, qnext_config
@@ -42,7 +43,7 @@ from vllm_ext.kernels import choose_gemms, register_cpu_kernels
 from vllm_ext.loading import Loading
 from vllm_ext.lora import prepare
 from vllm_ext.norm import ZeroCenteredRMSNorm
-from vllm_ext.quantization import build, report
+from vllm_ext.quantization import layer_quantization, read_checkpoint, report
 from vllm_ext.sparse_moe import MLP, SparseMoeBlock
 from vllm_ext.state import state_dtypes, state_shapes
 from vllm_ext.weights import load_weights
@@ -53,18 +54,25 @@ logger = init_logger("vllm.qnext_plugin")
 
 class DecoderLayer(nn.Module):
     def __init__(
-        self, config: QNextConfig, vllm_config: VllmConfig, prefix: str, *, full_attention: bool, sparse: bool
+        self,
+        config: QNextConfig,
+        vllm_config: VllmConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        *,
+        full_attention: bool,
+        sparse: bool,
     ) -> None:
         super().__init__()
         self.full_attention = full_attention
         if self.full_attention:
-            self.self_attn = GatedAttention(config, vllm_config, prefix=f"{prefix}.self_attn")
+            self.self_attn = GatedAttention(config, vllm_config, quant_config, prefix=f"{prefix}.self_attn")
         else:
-            self.linear_attn = GatedDeltaNet(config, vllm_config, prefix=f"{prefix}.linear_attn")
+            self.linear_attn = GatedDeltaNet(config, vllm_config, quant_config, prefix=f"{prefix}.linear_attn")
         self.mlp = (
-            SparseMoeBlock(config, vllm_config, prefix=f"{prefix}.mlp")
+            SparseMoeBlock(config, vllm_config, quant_config, prefix=f"{prefix}.mlp")
             if sparse
-            else MLP(config, config.intermediate_size, vllm_config, prefix=f"{prefix}.mlp")
+            else MLP(config, config.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
         )
         self.input_layernorm = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -86,7 +94,7 @@ class DecoderLayer(nn.Module):
 
 @support_torch_compile
 class Qwen3NextModel(nn.Module, EagleModelMixin):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str = "") -> None:
         super().__init__()
         config = qnext_config(vllm_config)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
@@ -94,7 +102,7 @@ class Qwen3NextModel(nn.Module, EagleModelMixin):
         def make_layer(prefix: str) -> DecoderLayer:
             idx = extract_layer_index(prefix)
             full_attention, sparse = config.layer_types[idx] == FULL, config.is_sparse(idx)
-            return DecoderLayer(config, vllm_config, prefix, full_attention=full_attention, sparse=sparse)
+            return DecoderLayer(config, vllm_config, quant_config, prefix, full_attention=full_attention, sparse=sparse)
 
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
@@ -159,12 +167,7 @@ class ExpertBookkeeping(MixtureOfExperts):
 class Qwen3NextForCausalLM(
     nn.Module, HasInnerState, IsHybrid, ExpertBookkeeping, SupportsEagle3, SupportsLoRA, SupportsPP
 ):
-    packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-        "in_proj_qkvz": ["in_proj_qkvz"],
-        "in_proj_ba": ["in_proj_ba"],
-    }
+    packed_modules_mapping = packed_modules(grouped=True)
     lora_skip_prefixes = ["mtp."]  # noqa: RUF012  the draft is served without adapters
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -174,12 +177,20 @@ class Qwen3NextForCausalLM(
         register_cpu_kernels(vllm_config)
         self.config = vllm_config.model_config.hf_text_config  # vLLM's pooling and LoRA classes read it
         self.qnext_config = config = qnext_config(vllm_config)
-        self._loading = Loading(self, config, vllm_config)
+        checkpoint = read_checkpoint(vllm_config)
+        self._loading = Loading(self, config, vllm_config, checkpoint)
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
-        self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        quant_config = layer_quantization(checkpoint, config, vllm_config)
+        self.model = Qwen3NextModel(
+            vllm_config=vllm_config, quant_config=quant_config, prefix=maybe_prefix(prefix, "model")
+        )
         if get_pp_group().is_last_rank:
-            lm_head = partial(ParallelLMHead, config.vocab_size, config.hidden_size)
-            self.lm_head = build(lm_head, config, vllm_config, maybe_prefix(prefix, "lm_head"))
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:
@@ -188,7 +199,7 @@ class Qwen3NextForCausalLM(
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.describe_experts(self.model.layers)
         choose_gemms(self, config, vllm_config)
-        report(self, vllm_config, draft=False)
+        report(self, checkpoint, draft=False)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLM is served by %s", __version__, __name__)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -212,9 +223,10 @@ class Qwen3NextForCausalLM(
         return self._loading.is_unused(name)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return self._loading.load(
-            weights, lambda checked: load_weights(self, self.qnext_config, self.vllm_config, checked)
-        )
+        def copy(checked: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            return load_weights(self, self.qnext_config, self.vllm_config, self._loading.checkpoint, checked)
+
+        return self._loading.load(weights, copy)
 
     def prepare_adapter(self, adapter: LoRAModel) -> None:
         """Called with each LoRA adapter that vLLM has read, before it is used."""

@@ -1,7 +1,6 @@
 """The multi-token-prediction draft: one full-attention layer fed with the next token and the trunk's hidden state."""
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import nn
@@ -10,17 +9,19 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import maybe_prefix
 
 from qnext_plugin import __version__
+from qnext_plugin.checkpoint.merged import packed_modules
 from vllm_ext import compat
 from vllm_ext.config import qnext_config
 from vllm_ext.kernels import choose_draft_head, choose_gemms
 from vllm_ext.loading import Loading
 from vllm_ext.model import DecoderLayer, ExpertBookkeeping
 from vllm_ext.norm import ZeroCenteredRMSNorm
-from vllm_ext.quantization import build, report
+from vllm_ext.quantization import layer_quantization, read_checkpoint, report
 from vllm_ext.weights import load_draft_weights
 
 logger = init_logger("vllm.qnext_plugin")
@@ -34,20 +35,30 @@ class MultiTokenPredictor(nn.Module):
     steps. It runs on the last pipeline stage alone, so it always starts from embeddings.
     """
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str = "") -> None:
         super().__init__()
         config = qnext_config(vllm_config)
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, hidden_size)
         self.pre_fc_norm_embedding = ZeroCenteredRMSNorm(hidden_size, eps=eps)
         self.pre_fc_norm_hidden = ZeroCenteredRMSNorm(hidden_size, eps=eps)
-        fc = partial(
-            ColumnParallelLinear, 2 * hidden_size, hidden_size, gather_output=True, bias=False, return_bias=False
+        self.fc = ColumnParallelLinear(
+            2 * hidden_size,
+            hidden_size,
+            gather_output=True,
+            bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.fc",
         )
-        self.fc = build(fc, config, vllm_config, f"{prefix}.fc")
         self.layers = nn.ModuleList(
             DecoderLayer(
-                config, vllm_config, f"{prefix}.layers.{i}", full_attention=True, sparse=config.num_experts > 0
+                config,
+                vllm_config,
+                quant_config,
+                f"{prefix}.layers.{i}",
+                full_attention=True,
+                sparse=config.num_experts > 0,
             )
             for i in range(config.num_nextn_predict_layers)
         )
@@ -68,20 +79,25 @@ class MultiTokenPredictor(nn.Module):
 
 
 class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
-    packed_modules_mapping = {  # noqa: RUF012  declared by the engine's interface
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = packed_modules(grouped=False)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         compat.apply(vllm_config)
         self.config = qnext_config(vllm_config)
-        self._loading = Loading(self, self.config, vllm_config, mtp="required")
+        checkpoint = read_checkpoint(vllm_config)
+        self._loading = Loading(self, self.config, vllm_config, checkpoint, mtp="required")
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
-        self.model = MultiTokenPredictor(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp"))
-        lm_head = partial(ParallelLMHead, self.config.vocab_size, self.config.hidden_size)
-        self.lm_head = build(lm_head, self.config, vllm_config, maybe_prefix(prefix, "lm_head"))
+        quant_config = layer_quantization(checkpoint, self.config, vllm_config)
+        self.model = MultiTokenPredictor(
+            vllm_config=vllm_config, quant_config=quant_config, prefix=maybe_prefix(prefix, "mtp")
+        )
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size,
+            self.config.hidden_size,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
         if self.config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
@@ -89,7 +105,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         choose_gemms(self.model, self.config, vllm_config)
         if choose_draft_head(self.lm_head, self.config, vllm_config):
             self.has_own_lm_head = True  # otherwise vLLM puts the target's in the place of ours
-        report(self, vllm_config, draft=True)
+        report(self, checkpoint, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextMTP is served by %s", __version__, type(self).__module__)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -120,6 +136,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         return self._loading.is_unused(name)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return self._loading.load(
-            weights, lambda checked: load_draft_weights(self, self.config, self.vllm_config, checked)
-        )
+        def copy(checked: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            return load_draft_weights(self, self.config, self.vllm_config, self._loading.checkpoint, checked)
+
+        return self._loading.load(weights, copy)

@@ -4,9 +4,9 @@ A layer that cannot be served as stored has its weight dequantized while loading
 in different ways, packed words or blocks that straddle sections or ranks, and what vLLM has no kernel for.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,108 +14,137 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+    resolve_quant_method,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.platforms import current_platform
-from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from qnext_plugin.checkpoint import quantized_layers
-from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
-from qnext_plugin.checkpoint.quantization import Leaves, stored_modules
-from qnext_plugin.checkpoint.quantized_layers import obstacle, quantized_parts
+from qnext_plugin.checkpoint.formats import WORDS, stored_format
+from qnext_plugin.checkpoint.quantization import Leaves, is_quantized
+from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
+from qnext_plugin.checkpoint.stored import Checkpoint, read_served
 from qnext_plugin.config import QNextConfig
+from vllm_ext.compat import has_cpu_wna16
 
 logger = init_logger("vllm.qnext_plugin")
 
 
-def checkpoint_headers(vllm_config: VllmConfig) -> Mapping[str, TensorInfo] | None:
-    """The headers of a safetensors checkpoint, local or on the hub; None where they cannot be had."""
+def read_checkpoint(vllm_config: VllmConfig) -> Checkpoint:
+    """The checkpoint that is to be loaded. What it says of its quantization is vLLM's reading, with all overrides."""
     model, loading = vllm_config.model_config, vllm_config.load_config
-    return _headers(model.model, model.revision) if loading.load_format in ("auto", "safetensors", "dummy") else None
+    quantization = getattr(model.hf_config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, Mapping):
+        quantization = quantization.to_dict()
+    found = read_served(model.model, model.revision, loading.load_format, loading.download_dir)
+    return replace(found, quantization=quantization)
 
 
-@cache
-def _headers(model: str, revision: str | None) -> Mapping[str, TensorInfo] | None:
-    directory = Path(model)
-    if directory.exists():
-        return read_headers(directory) if any(directory.glob("*.safetensors")) else None
-    found = get_safetensors_params_metadata(model, revision=revision)
-    return {n: TensorInfo(tuple(t["shape"]), t["dtype"], Path(model)) for n, t in found.items()} or None
-
-
-@cache
-def _modules(model: str, revision: str | None) -> Mapping[str, Leaves]:
-    return stored_modules(_headers(model, revision) or {})
-
-
-def quantization_config(vllm_config: VllmConfig) -> Mapping[str, Any] | None:
-    """What the checkpoint says of its own quantization."""
-    config = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
-    return config if config is None or isinstance(config, Mapping) else config.to_dict()
-
-
-def stored_quantized(vllm_config: VllmConfig) -> Mapping[str, Leaves] | None:
-    """All modules of a checkpoint that is quantized; None where it is not, or its headers cannot be had."""
-    if quantization_config(vllm_config) is None or checkpoint_headers(vllm_config) is None:
-        return None
-    return _modules(vllm_config.model_config.model, vllm_config.model_config.revision)
-
-
-def build(make: Callable[..., nn.Module], config: QNextConfig, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """``make(prefix=, quant_config=)`` as the checkpoint stores the layer, or plain where it cannot be served so."""
-    quant_config, stored = vllm_config.quant_config, stored_quantized(vllm_config)
-    if quant_config is None or stored is None:
-        return make(prefix=prefix, quant_config=quant_config)
-    parts = quantized_parts(prefix, config, stored)
-    if not parts:
-        return make(prefix=prefix, quant_config=None)
-    tp_size = vllm_config.parallel_config.tensor_parallel_size
-    return quantized_layers.build(
-        partial(make, prefix=prefix),
-        quant_config,
-        obstacle(parts, config, quantization_config(vllm_config) or {}, tp_size),
-        is_plain,
-        engine="vLLM",
-        must_be_stored=prefix.endswith(".experts") and not current_platform.is_cpu(),
+def layer_quantization(
+    checkpoint: Checkpoint, config: QNextConfig, vllm_config: VllmConfig
+) -> QuantizationConfig | None:
+    """The ``quant_config`` for our layers: vLLM's own, unless it is known how the checkpoint stores each of them."""
+    engine_config = vllm_config.quant_config
+    if engine_config is None or checkpoint.quantized is None:
+        return engine_config
+    return view_of(
+        engine_config,
+        ByCheckpoint,
+        checkpoint=checkpoint,
+        config_of_model=config,
+        tp_size=vllm_config.parallel_config.tensor_parallel_size,
+        engine_config=without_exclusions(engine_config),
+        # It quantizes what is asked for by flags, after this has answered: only layers that are served as stored.
+        online_quantization_config=None,
     )
+
+
+class ByCheckpoint:
+    """Answers for each layer from the checkpoint; comes before the class of vLLM's own configuration."""
+
+    checkpoint: Checkpoint
+    config_of_model: QNextConfig
+    tp_size: int
+    engine_config: QuantizationConfig
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase | VocabParallelEmbedding | RoutedExperts):
+            return self.engine_config.get_quant_method(layer, prefix)
+        parts = self.checkpoint.parts(prefix, self.config_of_model.num_experts)
+        if not parts:
+            return plain_method(layer)
+        return choose_method(
+            VLLM,
+            layer,
+            self.checkpoint.obstacle(parts, self.config_of_model, self.tp_size) or missing_kernel(parts),
+            partial(engine_method, self.engine_config, layer, prefix),
+            quantization=self.engine_config.get_name(),
+            must_be_stored=isinstance(layer, RoutedExperts) and not current_platform.is_cpu(),
+        )
+
+
+def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
+    """Why quantized modules cannot be served as stored although vLLM would; it fails only at the first request."""
+    if not current_platform.is_cpu() or has_cpu_wna16():
+        return None
+    if any(is_quantized(leaves) and stored_format(leaves) in WORDS for leaves in modules.values()):
+        return "vLLM's operators for this CPU lack cpu_gemm_wna16, which is built for AVX512 only"
+    return None
+
+
+def engine_method(quant_config: QuantizationConfig, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    """vLLM's choice; ``ValueError`` for FP8 experts without a kernel, where vLLM fails only once they are loaded."""
+    method = resolve_quant_method(quant_config, layer, prefix)
+    backend = getattr(method, "fp8_backend", None)
+    if backend is not None and backend.name == "NONE":
+        raise ValueError("No Fp8 MoE backend supports the deployment configuration.")
+    return method
+
+
+def plain_method(layer: nn.Module) -> QuantizeMethodBase:
+    """vLLM's method for a layer whose weight is floating-point."""
+    if isinstance(layer, RoutedExperts):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
+
+
+def is_plain_method(method: Any) -> bool:
+    return isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod | UnquantizedFusedMoEMethod)
+
+
+VLLM = Engine("vLLM", is_plain_method, plain_method)
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer's weights are floating-point."""
-    method = getattr(getattr(layer, "routed_experts", layer), "quant_method", None)
-    return method is None or isinstance(
-        method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod | UnquantizedFusedMoEMethod
-    )
+    method = getattr(layer, "quant_method", None)
+    return method is None or is_plain_method(method)
 
 
-def routed_experts(*args: Any, **kwargs: Any) -> RoutedExperts:
-    """vLLM's ``RoutedExperts``; ``ValueError`` without a kernel for FP8, where vLLM fails only once they are loaded."""
-    experts = RoutedExperts(*args, **kwargs)
-    backend = getattr(experts.quant_method, "fp8_backend", None)
-    if backend is not None and backend.name == "NONE":
-        raise ValueError("No Fp8 MoE backend supports the deployment configuration.")
-    return experts
+def quantizable(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` by the names of the layers that they hold the weights of."""
+    return {name.removesuffix(".routed_experts"): module for name, module in model.named_modules()}
 
 
-def report(model: nn.Module, vllm_config: VllmConfig, *, draft: bool) -> None:
+def report(model: nn.Module, checkpoint: Checkpoint, *, draft: bool) -> None:
     """Log which modules are dequantized while loading, by reason."""
-    for line in quantized_layers.reports(stored_quantized(vllm_config) or {}, model, is_plain, draft=draft):
+    for line in quantized_layers.reports(checkpoint, quantizable(model), is_plain, draft=draft):
         logger.info(line)
 
 
 def dequantized(
-    weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module, vllm_config: VllmConfig
+    weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module, checkpoint: Checkpoint, vllm_config: VllmConfig
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """Turn the stored tensors of each module whose layer of ``model`` is plain into one weight; pass the others on."""
-    stored, quantization = stored_quantized(vllm_config), quantization_config(vllm_config)
-    if stored is None or quantization is None:
-        return weights
     redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
 
-    def has_expert(layer: nn.Module, expert: int) -> bool:
-        experts = layer.routed_experts
+    def has_expert(experts: nn.Module, expert: int) -> bool:
         copies = range(expert, experts.global_num_experts, experts.global_num_experts - redundant)
         return experts.expert_map is None or any(experts.expert_map[copy] >= 0 for copy in copies)
 
     dtype = vllm_config.model_config.dtype
-    return quantized_layers.dequantized(weights, stored, quantization, model, is_plain, has_expert, dtype)
+    return quantized_layers.dequantized(weights, checkpoint, quantizable(model), is_plain, has_expert, dtype)

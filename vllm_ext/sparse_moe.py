@@ -1,7 +1,6 @@
 """The feed-forward halves of a layer: mixture of experts with a gated shared expert, and the dense MLP."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -10,12 +9,12 @@ from vllm.distributed import get_ep_group, get_tensor_model_parallel_world_size,
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
 from vllm_ext.compat import experts_config
-from vllm_ext.quantization import build, routed_experts
 
 
 class MLP(nn.Module):
@@ -25,30 +24,30 @@ class MLP(nn.Module):
         self,
         config: QNextConfig,
         intermediate_size: int,
-        vllm_config: VllmConfig,
+        quant_config: QuantizationConfig | None,
         prefix: str,
         gate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         reduce_results: bool = True,
         disable_tp: bool = False,
     ) -> None:
         super().__init__()
-        gate_up_proj = partial(
-            MergedColumnParallelLinear,
+        self.gate_up_proj = MergedColumnParallelLinear(
             config.hidden_size,
             [intermediate_size] * 2,
             bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
             disable_tp=disable_tp,
         )
-        down_proj = partial(
-            RowParallelLinear,
+        self.down_proj = RowParallelLinear(
             intermediate_size,
             config.hidden_size,
             bias=False,
             reduce_results=reduce_results,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
             disable_tp=disable_tp,
         )
-        self.gate_up_proj = build(gate_up_proj, config, vllm_config, f"{prefix}.gate_up_proj")
-        self.down_proj = build(down_proj, config, vllm_config, f"{prefix}.down_proj")
         self.act_fn = SiluAndMul()
         self._gate = gate
 
@@ -60,7 +59,9 @@ class MLP(nn.Module):
 class SparseMoeBlock(nn.Module):
     """Softmax over all experts, top-k, plus one shared expert; ``[num_tokens, hidden_size]`` to the same."""
 
-    def __init__(self, config: QNextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self, config: QNextConfig, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
         super().__init__()
         parallel = vllm_config.parallel_config
         self.is_sequence_parallel = parallel.use_sequence_parallel_moe
@@ -89,29 +90,28 @@ class SparseMoeBlock(nn.Module):
         self.shared_expert = MLP(
             config,
             config.shared_expert_intermediate_size,
-            vllm_config,
+            quant_config,
             prefix=f"{prefix}.shared_expert",
             # Not the module: it belongs to this block, where an adapter may take its place.
             gate=lambda x: self.shared_expert_gate(x)[0],
             reduce_results=False,
             disable_tp=self.is_sequence_parallel,
         )
-        experts = partial(
-            FusedMoEFactory,
-            shared_experts=self.shared_expert,
-            gate=self.gate,
-            num_experts=config.num_experts,
-            top_k=config.num_experts_per_tok,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.moe_intermediate_size,
-            renormalize=config.norm_topk_prob,
-            enable_eplb=parallel.enable_eplb,
-            num_redundant_experts=self.n_redundant_experts,
-            is_sequence_parallel=self.is_sequence_parallel,
-            routed_experts_cls=routed_experts,
-        )
         with experts_config(vllm_config):
-            self.experts = build(experts, config, vllm_config, f"{prefix}.experts")
+            self.experts = FusedMoEFactory(
+                shared_experts=self.shared_expert,
+                gate=self.gate,
+                num_experts=config.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.moe_intermediate_size,
+                renormalize=config.norm_topk_prob,
+                quant_config=quant_config,
+                prefix=f"{prefix}.experts",
+                enable_eplb=parallel.enable_eplb,
+                num_redundant_experts=self.n_redundant_experts,
+                is_sequence_parallel=self.is_sequence_parallel,
+            )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]

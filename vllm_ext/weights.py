@@ -11,67 +11,67 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qnext_plugin.checkpoint.layouts import KINDS, ungroup
-from qnext_plugin.checkpoint.quantization import check_quantization, layout_method
-from qnext_plugin.checkpoint.quantized_layers import layer_name
-from qnext_plugin.checkpoint.schema import check_coverage
+from qnext_plugin.checkpoint.merged import MERGED, layer_name, layer_of
+from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
-from vllm_ext.quantization import checkpoint_headers, dequantized, quantization_config
+from vllm_ext.quantization import dequantized
 
 # Whole segments: each pattern starts at a dot and ends at one.
 STACKED = WeightsMapper(
     orig_to_new_stacked={
-        ".self_attn.q_proj.": (".self_attn.qkv_proj.", "q"),
-        ".self_attn.k_proj.": (".self_attn.qkv_proj.", "k"),
-        ".self_attn.v_proj.": (".self_attn.qkv_proj.", "v"),
-        ".mlp.gate_proj.": (".mlp.gate_up_proj.", 0),
-        ".mlp.up_proj.": (".mlp.gate_up_proj.", 1),
-        ".shared_expert.gate_proj.": (".shared_expert.gate_up_proj.", 0),
-        ".shared_expert.up_proj.": (".shared_expert.gate_up_proj.", 1),
-        ".linear_attn.in_proj_qkv.": (".linear_attn.in_proj_qkvz.", (0, 1, 2)),
-        ".linear_attn.in_proj_z.": (".linear_attn.in_proj_qkvz.", 3),
-        ".linear_attn.in_proj_b.": (".linear_attn.in_proj_ba.", 0),
-        ".linear_attn.in_proj_a.": (".linear_attn.in_proj_ba.", 1),
+        f".{block}.{part}.": (f".{block}.{layer}.", sections if len(sections) > 1 else sections[0])
+        for layer, merged in MERGED.items()
+        for block in merged.blocks
+        for part, sections in merged.parts.items()
     }
 )
 
 
 def check_checkpoint(
-    config: QNextConfig, vllm_config: VllmConfig, mtp: Literal["required", "optional"] = "optional"
+    checkpoint: Checkpoint,
+    config: QNextConfig,
+    vllm_config: VllmConfig,
+    mtp: Literal["required", "optional"] = "optional",
 ) -> bool:
     """Compare a checkpoint's safetensors headers with what the config promises, before a weight is read.
 
     Returns whether they could be had; otherwise ``check_stream`` compares what is loaded.
     """
-    headers = checkpoint_headers(vllm_config)
-    if headers is None:
+    if checkpoint.headers is None:
         return False
     if vllm_config.model_config.runner_type == "pooling":
         # A classifier has a head of its own, which vLLM knows, and neither it nor an embedding model needs the other.
-        headers = {name: info for name, info in headers.items() if name.split(".")[0] != "score"}
-        config = replace(config, tie_word_embeddings=True)
-    check_coverage(config, headers, mtp=mtp)
-    check_quantization(headers, quantization_config(vllm_config))
+        headers = {name: info for name, info in checkpoint.headers.items() if name.split(".")[0] != "score"}
+        checkpoint, config = replace(checkpoint, headers=headers), replace(config, tie_word_embeddings=True)
+    checkpoint.check(config, mtp)
     return True
 
 
 def load_weights(
-    model: nn.Module, config: QNextConfig, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]
+    model: nn.Module,
+    config: QNextConfig,
+    vllm_config: VllmConfig,
+    checkpoint: Checkpoint,
+    weights: Iterable[tuple[str, torch.Tensor]],
 ) -> set[str]:
     """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded."""
     layers = {name for name, _ in model.named_modules()}
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name) and is_here(name, layers))
-    quantization = quantization_config(vllm_config)
-    quant_method = None if quantization is None else layout_method(quantization)
-    return _load(model, config, flatten(dequantized(trunk, model, vllm_config), config, quant_method))
+    plain = dequantized(trunk, model, checkpoint, vllm_config)
+    return _load(model, config, flatten(plain, config, checkpoint.quant_method))
 
 
 def load_draft_weights(
-    model: nn.Module, config: QNextConfig, vllm_config: VllmConfig, weights: Iterable[tuple[str, torch.Tensor]]
+    model: nn.Module,
+    config: QNextConfig,
+    vllm_config: VllmConfig,
+    checkpoint: Checkpoint,
+    weights: Iterable[tuple[str, torch.Tensor]],
 ) -> set[str]:
     """Load ``mtp.*``, and the embedding and head that the draft shares with the trunk or holds a copy of."""
     draft = ((name, tensor) for name, tensor in weights if is_draft(name))
-    renamed = ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in dequantized(draft, model, vllm_config))
-    return _load(model, config, renamed)
+    plain = dequantized(draft, model, checkpoint, vllm_config)
+    return _load(model, config, ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in plain))
 
 
 def is_trunk(name: str) -> bool:
@@ -89,12 +89,8 @@ def is_draft(name: str) -> bool:
 
 def unit(name: str) -> str:
     """Our module, or parameter of its own, that a checkpoint's tensor is a part of."""
-    if ".mlp.experts." in name:
-        return name[: name.index(".mlp.experts.")] + ".mlp.experts"
-    for part, (whole, _) in STACKED.orig_to_new_stacked.items():
-        name = name.replace(part, whole)
-    module = name.rpartition(".")[0]
-    return name if module.endswith(".linear_attn") else module
+    layer = layer_of(name.rpartition(".")[0])
+    return name if layer.endswith(".linear_attn") else layer
 
 
 def _load(model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -14,6 +14,13 @@ Shape = tuple[int, ...]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_STORED_NAMES = DTYPE_NAMES | {
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
@@ -29,7 +36,7 @@ class TensorInfo:
 
 def describe(tensor: torch.Tensor) -> TensorInfo:
     """What a header would say of a tensor that comes from no file."""
-    return TensorInfo(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
+    return TensorInfo(tuple(tensor.shape), _STORED_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
 
 
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:
@@ -65,6 +72,14 @@ def read_headers(path: str | Path) -> dict[str, TensorInfo]:
     if disagree:
         raise ValueError(listing(f"{index}: disagrees with the shards on", disagree) + "; download both again")
     return headers
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a directory has the file of a one-file checkpoint, or all that its index names."""
+    if (directory / SINGLE_FILE).exists():
+        return True
+    index = directory / INDEX_FILE
+    return index.exists() and all((directory / file).exists() for file in _read_weight_map(index).values())
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

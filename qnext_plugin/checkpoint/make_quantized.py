@@ -25,8 +25,9 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qnext_plugin.checkpoint.formats import AWQ_ORDER
 from qnext_plugin.checkpoint.headers import INDEX_FILE, TensorInfo, read_headers
-from qnext_plugin.checkpoint.quantization import AWQ_ORDER, check_quantization
+from qnext_plugin.checkpoint.quantization import check_quantization
 from qnext_plugin.checkpoint.schema import check_coverage, expected_tensors
 from qnext_plugin.config import QNextConfig
 
@@ -42,9 +43,11 @@ Leaves = dict[str, Tensor]
 class Format:
     """``leaves`` turns a weight ``[rows, in]`` into what is stored; ``config`` gives ``quantization_config``.
 
-    Both take the scheme, and ``config`` the names of the modules left alone.
+    Both take the scheme, and ``config`` the names of the modules left alone. ``decoder`` is the key in
+    ``formats.DECODERS`` of what reads it.
     """
 
+    decoder: str
     scheme: Callable[[int], QuantizationScheme]
     leaves: Callable[[Tensor, QuantizationScheme], Leaves]
     config: Callable[[QuantizationScheme, list[str]], dict[str, Any]]
@@ -253,14 +256,17 @@ def _preset(name: str) -> Callable[[int], QuantizationScheme]:
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": "group_size"}
 FORMATS: Mapping[str, Format] = {
     "fp8-block": Format(
-        _weights(num_bits=8, type="float", strategy="block", block_structure=FP8_BLOCK), _fp8_block, _fp8_block_config
+        "bytes",
+        _weights(num_bits=8, type="float", strategy="block", block_structure=FP8_BLOCK),
+        _fp8_block,
+        _fp8_block_config,
     ),
     "fp8-channel": Format(
-        _preset("FP8_DYNAMIC"), _compressed("float-quantized"), _compressed_config("float-quantized")
+        "bytes", _preset("FP8_DYNAMIC"), _compressed("float-quantized"), _compressed_config("float-quantized")
     ),
-    "w8a8": Format(_preset("W8A8"), _compressed("int-quantized"), _compressed_config("int-quantized")),
-    "w4a16": Format(_weights(**_INT4), _compressed("pack-quantized"), _compressed_config("pack-quantized")),
-    "awq": Format(_weights(**_INT4, symmetric=False), _awq, _awq_config),
-    "gptq": Format(_weights(**_INT4), _gptq, _gptq_config),
-    "nvfp4": Format(_preset("NVFP4"), _nvfp4, _nvfp4_config),
+    "w8a8": Format("bytes", _preset("W8A8"), _compressed("int-quantized"), _compressed_config("int-quantized")),
+    "w4a16": Format("packed", _weights(**_INT4), _compressed("pack-quantized"), _compressed_config("pack-quantized")),
+    "awq": Format("awq", _weights(**_INT4, symmetric=False), _awq, _awq_config),
+    "gptq": Format("gptq", _weights(**_INT4), _gptq, _gptq_config),
+    "nvfp4": Format("fp4", _preset("NVFP4"), _nvfp4, _nvfp4_config),
 }

@@ -1,21 +1,7 @@
-"""How a checkpoint stores each linear module, read from its headers, and the plain weight of a quantized one.
-
-Names of stored tensors, by what wrote them (``rows`` are outputs, ``in`` inputs):
-
-    fp8                 weight float8 [rows, in]          weight_scale_inv per 128x128 block, or weight_scale
-    compressed-tensors  weight float8 or int8 [rows, in]  weight_scale per tensor, row, group of inputs or block
-                        weight_packed int32 [rows, in/8]  weight_scale, weight_zero_point int32 [rows/8, groups]
-                        weight_packed uint8 [rows, in/2]  weight_scale float8, weight_global_scale (divides)
-    modelopt            weight uint8 [rows, in/2]         weight_scale float8, weight_scale_2 (multiplies)
-    gptq                qweight int32 [in/8, rows]        scales [groups, rows], qzeros int32 [groups, rows/8], g_idx
-    awq                 qweight int32 [in, rows/8]        scales [groups, rows], qzeros int32 [groups, rows/8]
-"""
+"""How a checkpoint stores each linear module, read from its headers (the formats are in ``formats.py``)."""
 
 from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from qnext_plugin.checkpoint.headers import TensorInfo
 from qnext_plugin.checkpoint.listing import listing
@@ -23,10 +9,8 @@ from qnext_plugin.checkpoint.schema import CACHE_SCALES, FLOAT_DTYPES, PACKED_WE
 
 Leaves = Mapping[str, TensorInfo]
 
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in an AWQ word of each of its eight rows
 _WEIGHTS = frozenset(("weight", *PACKED_WEIGHTS))
 SCALES = ("weight_scale_inv", "weight_scale", "scales")
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def layout_method(quantization_config: Mapping[str, Any]) -> str:
@@ -95,75 +79,3 @@ def _unlike_experts(modules: Mapping[str, Leaves]) -> list[str]:
         for layer, examples in found.items()
         if len(examples) > 1
     ]
-
-
-def dequantize(tensors: Mapping[str, Tensor], quantization_config: Mapping[str, Any]) -> Tensor:
-    """A module's weight, float32 ``[rows, in]``, from its stored tensors by the last segment of their names."""
-    if "qweight" in tensors:
-        return _from_words(tensors, quantization_config)
-    weight = tensors["weight"] if "weight" in tensors else tensors["weight_packed"]
-    scale = tensors["weight_scale_inv"] if "weight_scale_inv" in tensors else tensors["weight_scale"]
-    if weight.dtype == torch.int32:
-        rows, columns = tensors["weight_shape"].tolist()
-        bits = 32 * weight.shape[1] // columns
-        values = unpack(weight, bits)[:, :columns].float()
-        zero: Tensor | float = 2.0 ** (bits - 1)
-        if "weight_zero_point" in tensors:
-            zero = unpack(tensors["weight_zero_point"].T, bits)[:, :rows].T.float()
-    else:
-        values = _from_fp4(weight) if weight.dtype == torch.uint8 else weight.float()
-        zero = tensors["weight_zero_point"].float() if "weight_zero_point" in tensors else 0.0
-    scale = scale.float()
-    if "weight_global_scale" in tensors:
-        scale = scale / tensors["weight_global_scale"].float()
-    if "weight_scale_2" in tensors:
-        scale = scale * tensors["weight_scale_2"].float()
-    scale = _by_group(scale, values)
-    groups = values.unflatten(1, (scale.shape[1], -1))  # a view, so that nothing of the weight's size is allocated
-    groups.sub_(_by_group(zero, values).unsqueeze(-1) if isinstance(zero, Tensor) else zero)
-    groups.mul_(scale.unsqueeze(-1))
-    return values
-
-
-def _by_group(scale: Tensor, values: Tensor) -> Tensor:
-    """Bring scales per tensor, row, group of inputs or 128x128 block of ``[rows, in]`` to ``[rows or 1, groups]``."""
-    rows, columns = values.shape
-    if scale.numel() == 1:
-        return scale.reshape(1, 1)
-    if scale.ndim == 4:  # ModelOpt's blocks
-        scale = scale[:, 0, :, 0]
-    if scale.ndim == 1:
-        scale = scale[:, None]
-    if scale.shape[0] != rows:
-        scale = scale.repeat_interleave(128, 0)[:rows]
-        if columns % 128:
-            scale = scale.repeat_interleave(128, 1)[:, :columns]
-    return scale
-
-
-def _from_words(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    bits = config["bits"] if "bits" in config else config["w_bit"]
-    words, scales = tensors["qweight"], tensors["scales"].float()
-    if words.shape[1] == scales.shape[1]:  # GPTQ packs the inputs
-        values = unpack(words.T, bits).T
-        zeros = unpack(tensors["qzeros"], bits)
-        if config.get("checkpoint_format", "gptq") != "gptq_v2":
-            zeros = zeros + 1
-    else:
-        values, zeros = (unpack(tensors[name], bits, AWQ_ORDER) for name in ("qweight", "qzeros"))
-    groups = tensors.get("g_idx")
-    if groups is None:
-        groups = torch.arange(len(values)) // (len(values) // len(scales))
-    return ((values - zeros[groups.long()]) * scales[groups.long()]).T.contiguous()
-
-
-def _from_fp4(weight: Tensor) -> Tensor:
-    codes = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).long()
-    table = [*_E2M1, *(-value for value in _E2M1)]
-    return torch.tensor(table, dtype=torch.float32, device=weight.device)[codes]
-
-
-def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """int32 ``[..., words]`` to values ``[..., words * 32 // bits]``; ``order`` is each value's place in its word."""
-    places = torch.tensor(order or range(32 // bits), dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> places * bits) & (1 << bits) - 1).flatten(-2)

@@ -1,95 +1,38 @@
-"""Which of a model's layers can be served as their modules are stored, and the dequantized weights of the others.
+"""How each layer of a model holds its weight: as the checkpoint stores it, or plain, dequantized while loading.
 
 A layer holds one module of the checkpoint or several, merged. It cannot be served as stored where its parts are stored
 in different ways, where packed words or blocks straddle sections or ranks, or where the engine has no kernel for it.
+
+Layers are constructed as in any model of the engine, with a configuration of ours that answers for each of them. That
+is a ``view`` of the engine's own configuration, of the same type and name, because engines branch on both.
 """
 
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qnext_plugin.checkpoint.layouts import FP8_BLOCK, KINDS, can_ungroup
+from qnext_plugin.checkpoint.headers import describe
 from qnext_plugin.checkpoint.listing import collapse
-from qnext_plugin.checkpoint.quantization import SCALES, Leaves, dequantize, is_quantized, layout_method, storage
-from qnext_plugin.config import QNextConfig
+from qnext_plugin.checkpoint.merged import layer_name
+from qnext_plugin.checkpoint.quantization import is_quantized
+from qnext_plugin.checkpoint.schema import FLOAT_DTYPES
+from qnext_plugin.checkpoint.stored import Checkpoint
 
 Config = TypeVar("Config")
 
-# Modules of the checkpoint that one layer holds, by the last segment of its name.
-PARTS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "in_proj_qkvz": ("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),
-    "in_proj_ba": ("in_proj_ba", "in_proj_b", "in_proj_a"),
-}
-_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
 # The lists of modules to leave alone that both engines' configurations of the various methods hold.
 _EXCLUSIONS = (
     *("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules"),
     "modules_in_block_to_quantize",  # a list of those to quantize, where empty means all
 )
-
-
-def quantized_parts(prefix: str, config: QNextConfig, stored: Mapping[str, Leaves]) -> dict[str, Leaves]:
-    """The modules that the checkpoint stores of a layer; empty where none of them is quantized.
-
-    ``prefix`` is the layer's name with ``mtp`` for the draft, ``stored`` the checkpoint's modules.
-    """
-    outer, _, last = prefix.rpartition(".")
-    if last == "experts":
-        projections = ("gate_proj", "up_proj", "down_proj")
-        names = [f"{prefix}.{i}.{name}" for i in range(config.num_experts) for name in projections]
-    else:
-        names = [f"{outer}.{name}" if outer else name for name in PARTS.get(last, (last,))]
-    parts = {name: stored[name] for name in names if name in stored}
-    return parts if any(is_quantized(leaves) for leaves in parts.values()) else {}
-
-
-def layer_name(module: str) -> str:
-    """The layer, by its name in the model or the draft, that holds a module of the checkpoint."""
-    name = re.sub(r"\.experts\.\d+\.\w+$", ".experts", re.sub(r"^mtp\.", "model.", module))
-    outer, _, last = name.rpartition(".")
-    merged = next((ours for ours, parts in PARTS.items() if last in parts), last)
-    return f"{outer}.{merged}" if outer else merged
-
-
-def obstacle(
-    parts: Mapping[str, Leaves], config: QNextConfig, quantization_config: Mapping[str, Any], tp_size: int
-) -> str | None:
-    """Why modules that make up one layer cannot be served as stored, as far as that is known without the engine."""
-    if len({storage(leaves) for leaves in parts.values()}) > 1:
-        return "its parts are stored in different ways"
-    method = layout_method(quantization_config)
-    for name, leaves in parts.items():
-        last = name.rpartition(".")[2]
-        if last in KINDS:
-            shapes = {leaf: info.shape for leaf, info in leaves.items()}
-            if not can_ungroup(shapes, config.gdn, KINDS[last], method):
-                return "a packed word or block holds rows of several sections"
-        elif ".experts." not in name:
-            ranks = min(tp_size, config.num_key_value_heads) if last in ("k_proj", "v_proj") else tp_size
-            if not _splits(leaves, ranks, by_inputs=last in _ROW_PARALLEL, merged=len(parts) > 1):
-                return f"a block or group with one scale would be split among {tp_size} ranks or joined with another's"
-    return None
-
-
-def _splits(leaves: Leaves, ranks: int, by_inputs: bool, merged: bool) -> bool:
-    """Whether each rank's share of a module is a whole number of its blocks, or groups of inputs.
-
-    The engines check this for some methods and layers only; for the others they fail while loading.
-    """
-    scale = next(leaves[name].shape for name in SCALES if name in leaves)
-    weight = leaves["weight"].shape if "weight" in leaves else ()
-    if len(scale) == 2 and weight and scale[0] != weight[0]:  # blocks
-        return (ranks == 1 and not merged) or weight[by_inputs] % (FP8_BLOCK * ranks) == 0
-    if len(scale) == 2 and by_inputs:
-        groups = scale[0] if "scales" in leaves else scale[1]
-        return groups == 1 or groups % ranks == 0
-    return True
+# What engines raise for a layer that a method or its kernels cannot take.
+_REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError)
 
 
 def without_exclusions(quant_config: Config) -> Config:
@@ -102,47 +45,107 @@ def without_exclusions(quant_config: Config) -> Config:
         view.dynamic = {pattern: value for pattern, value in view.dynamic.items() if not pattern.startswith("-:")}
     if hasattr(view, "lm_head_quantized"):
         view.lm_head_quantized = True
+    if hasattr(view, "full_config"):  # vLLM makes another configuration of it for experts
+        view.full_config = {key: value for key, value in view.full_config.items() if key not in _EXCLUSIONS}
     return view
 
 
-def build(
-    make: Callable[..., nn.Module],
-    quant_config: Any,
-    reason: str | None,
-    is_plain: Callable[[nn.Module], bool],
-    *,
-    engine: str,
-    must_be_stored: bool,
-) -> nn.Module:
-    """``make(quant_config=)`` as the checkpoint stores the layer, or plain for a ``reason``: one given, or an engine's.
+def view_of(engine_config: Config, answers: type, /, **attributes: Any) -> Config:
+    """A copy of an engine's configuration in which the methods of the class ``answers`` come before its own."""
+    engine_class = type(engine_config)
+    names = {name: getattr(engine_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    view_class = type(engine_class.__name__, (answers, engine_class), names)
+    view: Any = view_class.__new__(view_class)
+    vars(view).update(vars(engine_config) | attributes)
+    return view
 
-    The engine's errors are raised if the layer ``must_be_stored``: dequantized it would not fit where it was meant to.
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine is asked about its quantization methods.
+
+    ``is_plain``: whether a method holds floating-point weights. ``plain`` makes such a method for a layer, or None
+    where the engine makes it itself. ``plain_arguments`` are those for its ``create_weights`` that differ from the
+    ones for a quantized layer.
     """
+
+    name: str
+    is_plain: Callable[[Any], bool]
+    plain: Callable[[nn.Module], Any]
+    plain_arguments: Callable[[nn.Module], dict[str, Any]] = lambda layer: {}
+
+
+def choose_method(
+    engine: Engine,
+    layer: nn.Module,
+    reason: str | None,
+    choose: Callable[[], Any],
+    *,
+    quantization: str,
+    must_be_stored: bool,
+) -> Any:
+    """The method for a layer that is stored quantized: the engine's choice, or a plain one for a ``reason``.
+
+    Besides a ``reason`` that is given, the engine may refuse the layer, at once or when the method creates its weights.
+    That error is raised if the layer ``must_be_stored``: dequantized it would not fit where it was meant to.
+    ``quantization`` is the engine's name for the method. The reason is kept at the layer, for reports.
+    """
+
+    def refused(error: Exception) -> str:
+        if must_be_stored or isinstance(error, torch.OutOfMemoryError):
+            raise error
+        return f"{engine.name}: {' '.join(str(error).split())}"
+
+    def create_weights(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Stands before the method's own for one call: engines choose some kernels only there."""
+        del method.create_weights
+        try:
+            with _undone_on_error(layer):
+                method.create_weights(layer, *args, **kwargs)
+        except _REFUSALS as e:
+            layer.dequantized = refused(e)
+            vars(layer).pop("scheme", None)
+            layer.quant_method = engine.plain(layer)
+            layer.quant_method.create_weights(layer, *args, **kwargs | engine.plain_arguments(layer))
+
     if reason is None:
         try:
-            layer = make(quant_config=without_exclusions(quant_config))
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as e:
-            if must_be_stored:
-                raise
-            reason = f"{engine}: {' '.join(str(e).split())}"
+            with _undone_on_error(layer):
+                method = choose()
+        except _REFUSALS as e:
+            reason = refused(e)
         else:
-            if not is_plain(layer):
-                return layer
-            reason = f"{engine} has no {quant_config.get_name()} method for it"
-    layer = make(quant_config=None)
-    layer.dequantized = reason  # for reports
-    return layer
+            if method is not None and not engine.is_plain(method):
+                method.create_weights = create_weights
+                return method
+            reason = f"{engine.name} has no {quantization} method for it"
+    layer.dequantized = reason
+    return engine.plain(layer)
+
+
+@contextmanager
+def _undone_on_error(layer: nn.Module) -> Iterator[None]:
+    """Take from ``layer`` what has been put there, where that ends in an error."""
+    attributes, parameters = set(vars(layer)), set(layer._parameters)
+    try:
+        yield
+    except Exception:
+        for name in vars(layer).keys() - attributes:
+            delattr(layer, name)
+        for name in layer._parameters.keys() - parameters:
+            delattr(layer, name)
+        raise
 
 
 def reports(
-    stored: Mapping[str, Leaves], model: nn.Module, is_plain: Callable[[nn.Module], bool], *, draft: bool
+    checkpoint: Checkpoint, layers: Mapping[str, nn.Module], is_plain: Callable[[nn.Module], bool], *, draft: bool
 ) -> list[str]:
-    """Lines that say which modules of the model or ``draft`` are dequantized while loading, one for each reason."""
+    """Lines that say which modules are dequantized while loading, one for each reason.
+
+    ``layers`` are those of the model or ``draft`` that may hold a quantized weight, by name.
+    """
     found: dict[str, list[str]] = {}
-    layers = dict(model.named_modules())
-    for name, leaves in stored.items():
+    for name, leaves in (checkpoint.quantized or {}).items():
         layer = layers.get(layer_name(name))
         if layer is not None and is_quantized(leaves) and name.startswith("mtp.") == draft and is_plain(layer):
             found.setdefault(getattr(layer, "dequantized", "has no quantized form here"), []).append(name)
@@ -151,23 +154,22 @@ def reports(
 
 def dequantized(
     weights: Iterable[tuple[str, Tensor]],
-    stored: Mapping[str, Leaves],
-    quantization_config: Mapping[str, Any],
-    model: nn.Module,
+    checkpoint: Checkpoint,
+    layers: Mapping[str, nn.Module],
     is_plain: Callable[[nn.Module], bool],
     has_expert: Callable[[nn.Module, int], bool],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Turn the stored tensors of each module whose layer of ``model`` ``is_plain`` into one weight; pass the others on.
+    """Turn the stored tensors of each module whose layer ``is_plain`` into one weight; pass the others on.
 
     Experts that this rank's layer has not (``has_expert``) are left out. ``ValueError`` at the end for modules of which
     a part came.
     """
+    stored = checkpoint.quantized or {}
     held: dict[str, dict[str, Tensor]] = {}
-    layers = dict(model.named_modules())
     for name, tensor in weights:
         module, _, leaf = name.rpartition(".")
-        plain_already = leaf == "weight" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        plain_already = leaf == "weight" and describe(tensor).dtype in FLOAT_DTYPES
         leaves, layer = stored.get(module, {}), layers.get(layer_name(module))
         if plain_already or leaf not in leaves or not is_quantized(leaves) or layer is None or not is_plain(layer):
             yield name, tensor
@@ -178,6 +180,6 @@ def dequantized(
         parts = held.setdefault(module, {})
         parts[leaf] = tensor
         if len(parts) == len(leaves):
-            yield f"{module}.weight", dequantize(held.pop(module), quantization_config).to(dtype)
+            yield f"{module}.weight", checkpoint.dequantize(held.pop(module)).to(dtype)
     if held:
         raise ValueError(f"tensors are missing of quantized modules: {'; '.join(collapse(held))}; send them together")

@@ -268,12 +268,12 @@ def add_limits(
 
     from qnext_plugin.bench.ceilings import Ceilings
     from qnext_plugin.bench.limits import Model, limit
-    from qnext_plugin.checkpoint.metadata import read_metadata
+    from qnext_plugin.checkpoint.stored import read_checkpoint
     from qnext_plugin.config import QNextConfig
     from qnext_plugin.plan.caches import default_state_dtype
     from qnext_plugin.plan.sizes import Serving
 
-    metadata = read_metadata(str(directory))
+    metadata = read_checkpoint(str(directory))
     dtype = getattr(torch, task.dtype)
     serving = Serving(QNextConfig.from_dict(metadata.config), 1, task.draft_tokens, dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -44,9 +44,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from qnext_plugin.checkpoint.metadata import read_metadata  # imports torch
+    from qnext_plugin.checkpoint.stored import read_checkpoint  # imports torch
 
-    plan = make_plan(args, read_metadata(args.model, args.revision))
+    plan = make_plan(args, read_checkpoint(args.model, args.revision))
     print(json.dumps(plan, indent=2) if args.json else _text(args, plan))
     return 0 if all(engine["fits"] for engine in plan["engines"].values()) else 1
 

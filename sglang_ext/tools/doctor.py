@@ -3,7 +3,6 @@
 Every question is put to SGLang itself, after it has loaded its plugins as it does to serve.
 """
 
-from pathlib import Path
 from typing import Any
 
 from qnext_plugin.engines.probe import make_report
@@ -48,8 +47,7 @@ def serving_classes() -> dict[str, str]:
 
 def check(hf_config: Any, args: Any) -> None:
     """What the model asks of a configuration before it reads a weight."""
-    from qnext_plugin.checkpoint.headers import read_headers
-    from qnext_plugin.checkpoint.schema import check_coverage
+    from qnext_plugin.checkpoint.stored import read_served
     from sglang_ext import compat
     from sglang_ext.config import qnext_config, speculates
 
@@ -57,9 +55,9 @@ def check(hf_config: Any, args: Any) -> None:
     drafts = speculates(args, args.model_path)
     compat.apply(compat.Uses(model=True, drafts=drafts, adapters=args.enable_lora))
     config = qnext_config(hf_config, args.tp_size)
-    directory = Path(args.model_path)
-    if any(directory.glob("*.safetensors")):
-        check_coverage(config, read_headers(directory), mtp="required" if drafts else "optional")
+    checkpoint = read_served(args.model_path, args.revision, args.load_format, args.download_dir)
+    if checkpoint.headers is not None:
+        checkpoint.check(config, mtp="required" if drafts else "optional")
 
 
 def kernels(args: Any, dtype: Any) -> dict[str, tuple[str, str]]:

@@ -10,9 +10,9 @@ from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import CHECKPOINTS
 from tests.support.reads import check_reads
-from tests.support.shards import make
+from tests.support.shards import make, make_auto_round
 from tests.support.workers import call
-from tests.workers.vllm_loading import READ, WAYS
+from tests.workers.vllm_loading import READ, WAYS, WORDS
 
 pytestmark = pytest.mark.engine
 
@@ -31,6 +31,7 @@ def loaded(tmp_path_factory):
     """By checkpoint and rank, the layers that hold their weights as stored; every parameter has been compared."""
     root = tmp_path_factory.mktemp("loading")
     make(root)
+    make_auto_round(root)
     every_linear = r"model\..*\.(linear_attn|self_attn|mlp|shared_expert)\.\w+"
     write_adapter(root / "adapter", root / "plain", every_linear, rank=5, alpha=7)
     return call("vllm_loading:check", root.with_name("loading-worker"), root=str(root))
@@ -73,6 +74,20 @@ def test_what_is_quantized_is_what_the_headers_say(loaded, name):
         if rank == "0 of 1" and name != "nvfp4":
             assert "Qwen3NextMTP.model.fc.weight" in as_stored
             assert "Qwen3NextForCausalLM.model.layers.0.linear_attn.out_proj.weight" in as_stored
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_four_bits_are_dequantized_where_vllm_lacks_the_operator(loaded, name):
+    """CPUs with AVX2 only, where vLLM's kernel says that it can be used and fails at the first request."""
+    assert loaded[f"{name}, AVX2"] == {"1 of 2": []}
+
+
+def test_what_a_method_leaves_alone_is_dequantized_and_made_once(loaded):
+    """AutoRound's configuration names the model's layers; the draft's are quantized all the same."""
+    for rank, as_stored in loaded["auto-round"].items():
+        layers = {layer.split(".", 1)[1].removesuffix(".weight") for layer in as_stored if TARGET in layer}
+        assert layers >= LAYERS, rank
+        assert not any("Qwen3NextMTP" in layer for layer in as_stored), rank
 
 
 def test_what_is_derived_from_weights_follows_them(tmp_path, checkpoint):

@@ -40,7 +40,7 @@ def _weight(method: str, leaves: dict[str, Tensor], config: dict) -> Tensor:
     named = {f"m.{leaf}": tensor for leaf, tensor in leaves.items()}
     if method == "fp8":
         return FP8BlockDequantizer(targets=EVERY, dtype=torch.float32).process(named)["m.weight"]
-    if method == "gptq":
+    if method in ("gptq", "auto-round"):
         return _gptq(leaves)
     if method == "awq":
         scheme, form = preset_name_to_scheme("W4A16_ASYM", ["Linear"]), "pack-quantized"

@@ -1,6 +1,7 @@
 """What each rank of a tensor-parallel group must hold of a checkpoint, plain or quantized."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qnext_plugin.checkpoint.formats import dequantize
 from qnext_plugin.checkpoint.layouts import ungroup
 from qnext_plugin.checkpoint.make_quantized import FORMATS, IGNORE, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.checkpoint.quantization import dequantize
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
 from tests.support.dequantized import dequantized
 
@@ -170,3 +171,19 @@ def make(root: Path, formats: Iterable[str] = FORMATS) -> None:
                 raw["quantization_config"][key] = ["model.layers.0.self_attn", "re:nothing.like.this"]
         raw["quantization_config"].pop("dynamic", None)
         file.write_text(json.dumps(raw))
+
+
+def make_auto_round(root: Path) -> None:
+    """The GPTQ checkpoint as AutoRound describes it: its quantization holds for the model's layers, not the draft's."""
+    shutil.copytree(root / "gptq", root / "auto-round")
+    raw = json.loads((root / "auto-round" / "config.json").read_text())
+    raw["quantization_config"] = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        "data_type": "int",
+        "bits": 4,
+        "group_size": raw["quantization_config"]["group_size"],
+        "sym": True,
+        "block_name_to_quantize": "model.layers",
+    }
+    (root / "auto-round" / "config.json").write_text(json.dumps(raw))

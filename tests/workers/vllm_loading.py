@@ -1,5 +1,6 @@
 """Checkpoints loaded as every rank of larger groups would load them, in one process."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,10 @@ from qnext_plugin.engines.config import mtp_arguments
 from tests.support.adapters import added
 from tests.support.dequantized import dequantized
 from tests.support.reads import Reads
-from tests.support.shards import RANKS, attention_and_experts, checkpoints, expected, weights_of
+from tests.support.shards import OUTER_RANKS, RANKS, attention_and_experts, checkpoints, expected, weights_of
 
 READ = ("plain", "fp8-channel")
+WORDS = ("w4a16", "awq", "gptq")
 # Expert parallelism, its load balancer, and how many experts that has twice.
 WAYS = {"TP 2": (False, False, 0), "EP 2": (True, False, 0), "EP 2, balanced": (True, True, 4)}
 # Of the layers that are compared: two input projections and an output one, qkv and o, router, gate_up and down.
@@ -44,7 +46,12 @@ def check_adapter(model: nn.Module, vllm_config: Any, directory: Path, config: Q
     assert checked == ADAPTED, checked
 
 
-def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> dict[str, list[str]]:
+def load(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    quantization: dict[str, Any],
+    ranks: Sequence[tuple[int, int]] = RANKS,
+) -> dict[str, list[str]]:
     """Check every rank's parameters, target and draft; by rank, the layers that are served as stored."""
     from vllm.config import set_current_vllm_config
     from vllm.config.lora import LoRAConfig
@@ -60,7 +67,7 @@ def load(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, An
     if not quantization:
         vllm_config.lora_config = LoRAConfig(max_lora_rank=8, lora_dtype=torch.get_default_dtype())
     as_stored = {}
-    for tp, rank in RANKS:
+    for tp, rank in ranks:
         group = SimpleNamespace(world_size=tp, rank_in_group=rank, unique_name="tp", device_group=None)
         names = {}
         vllm_config.parallel_config.tensor_parallel_size = tp
@@ -176,6 +183,8 @@ def check(root: str) -> dict[str, Any]:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
+    import vllm_ext.quantization
+
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{root}/rendezvous", 0, "gloo")
         initialize_model_parallel()
@@ -190,7 +199,13 @@ def check(root: str) -> dict[str, Any]:
     ):
         for directory, tensors, quantization in checkpoints(Path(root)):
             # GPTQ and AWQ store scales in float16, which vLLM converts to the type it serves in.
-            half = torch.float16 if quantization.get("quant_method") in ("gptq", "awq") else torch.bfloat16
+            half = (
+                torch.float16 if quantization.get("quant_method") in ("gptq", "awq", "auto-round") else torch.bfloat16
+            )
             torch.set_default_dtype(half if quantization else torch.float32)
-            found[directory.name] = load(directory, tensors, quantization)
+            ranks = OUTER_RANKS if directory.name == "auto-round" else RANKS
+            found[directory.name] = load(directory, tensors, quantization, ranks)
+            if directory.name in WORDS:
+                with patch.object(vllm_ext.quantization, "has_cpu_wna16", lambda: False):
+                    found[f"{directory.name}, AVX2"] = load(directory, tensors, quantization, ranks=[(2, 1)])
     return found

@@ -3,7 +3,6 @@
 Every question is put to vLLM itself, after it has loaded its plugins as it does to serve.
 """
 
-from functools import partial
 from typing import Any
 
 from qnext_plugin.engines.probe import make_report
@@ -42,12 +41,13 @@ def check(vllm_config: Any) -> None:
     """What the model asks of a configuration before it reads a weight."""
     from vllm_ext import compat
     from vllm_ext.config import check_speculation, qnext_config
+    from vllm_ext.quantization import read_checkpoint
     from vllm_ext.weights import check_checkpoint
 
     check_speculation(vllm_config)
     compat.apply(vllm_config)
     mtp = "required" if vllm_config.speculative_config is not None else "optional"
-    check_checkpoint(qnext_config(vllm_config), vllm_config, mtp=mtp)
+    check_checkpoint(read_checkpoint(vllm_config), qnext_config(vllm_config), vllm_config, mtp=mtp)
 
 
 def kernels(vllm_config: Any) -> dict[str, tuple[str, str]]:
@@ -64,39 +64,56 @@ def kernels(vllm_config: Any) -> dict[str, tuple[str, str]]:
         found = dict(select_kernels(dims, vllm_config).describe())
         if vllm_config.speculative_config is None:
             del found["verify"]
-        found |= {name: (kernel, "") for name, kernel in products(config, vllm_config).items()}
+        found |= products(config, vllm_config)
         backend = get_attn_backend(config.head_dim, model_config.dtype, vllm_config.cache_config.cache_dtype)
         found["attention"] = (backend.get_name(), "")
     return found
 
 
-def products(config: Any, vllm_config: Any) -> dict[str, str]:
-    """Experts, and a draft's head of its own, as they are chosen for one rank alone."""
+def products(config: Any, vllm_config: Any) -> dict[str, tuple[str, str]]:
+    """Experts, and a draft's head of its own, as they are chosen for one rank alone, and why.
+
+    On a CPU the layers of a quantized checkpoint are made as the model makes them; a GPU's may need its memory for it.
+    """
     import torch
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
     from vllm.utils.network_utils import get_open_port
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     from vllm_ext.kernels import choose_draft_head, choose_gemms
-    from vllm_ext.quantization import build
+    from vllm_ext.quantization import is_plain, layer_quantization, read_checkpoint
     from vllm_ext.sparse_moe import SparseMoeBlock
 
-    found, quantized = {}, vllm_config.quant_config
+    found: dict[str, tuple[str, str]] = {}
+    quantization = layer_quantization(read_checkpoint(vllm_config), config, vllm_config)
+    sparse = next((i for i in range(config.num_hidden_layers) if config.is_sparse(i)), None)
     init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
     initialize_model_parallel()
+
+    def held(layer: Any, vllms: str) -> tuple[str, str]:
+        reason = getattr(layer, "dequantized", "")
+        return ("dequantized while loading", reason) if reason or is_plain(layer) else (vllms, "")
+
     with torch.device("meta"), set_default_torch_dtype(vllm_config.model_config.dtype):
-        if config.num_experts and quantized is not None:
-            found["experts"] = f"vLLM's for {quantized.get_name()}"
-        elif config.num_experts:
-            block = SparseMoeBlock(config, vllm_config, prefix="mlp")
+        if quantization is not None:
+            vllms = f"vLLM's for {quantization.get_name()}"
+            if not current_platform.is_cpu():
+                found["experts"] = (vllms, "")
+            elif sparse is not None:
+                block = SparseMoeBlock(config, vllm_config, quantization, prefix=f"model.layers.{sparse}.mlp")
+                found["experts"] = held(block.experts.routed_experts, vllms)
+                found["shared expert"] = held(block.shared_expert.down_proj, vllms)
+        elif sparse is not None:
+            block = SparseMoeBlock(config, vllm_config, None, prefix="mlp")
             choose_gemms(block, config, vllm_config)
             method = block.experts.routed_experts.quant_method
-            found["experts"] = str(vars(method.experts_cls).get("name", method.unquantized_backend.value))
+            found["experts"] = (str(vars(method.experts_cls).get("name", method.unquantized_backend.value)), "")
         if vllm_config.speculative_config is not None:
-            head = build(partial(ParallelLMHead, config.vocab_size, config.hidden_size), config, vllm_config, "lm_head")
+            head = ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quantization, prefix="lm_head")
             if choose_draft_head(head, config, vllm_config):
-                found["draft head"] = "int8"
+                found["draft head"] = ("int8", "")
     return found
 
 

@@ -1,0 +1,199 @@
+"""A checkpoint as its metadata describes it: a local directory, or a name on the Hugging Face hub."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from qnext_plugin.checkpoint.formats import dequantize
+from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, TensorInfo, is_complete, read_headers
+from qnext_plugin.checkpoint.layouts import FP8_BLOCK, KINDS, can_ungroup
+from qnext_plugin.checkpoint.merged import modules_of
+from qnext_plugin.checkpoint.quantization import (
+    SCALES,
+    Leaves,
+    check_quantization,
+    is_quantized,
+    layout_method,
+    storage,
+    stored_modules,
+)
+from qnext_plugin.checkpoint.schema import check_coverage
+from qnext_plugin.config import QNextConfig, read_config
+
+MODELOPT_FILE = "hf_quant_config.json"  # where ModelOpt writes what others write in config.json
+OTHER_FILES = frozenset(
+    (
+        *("pt", "npcache", "tensorizer", "sharded_state", "runai_streamer_sharded", "presharded", "mistral"),
+        *("gguf", "bitsandbytes", "expert_pack", "jax", "remote"),
+    )
+)
+"""The engines' load formats that read something else than the safetensors files which a checkpoint is published in."""
+
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint before a weight is read.
+
+    ``config`` is ``config.json`` as it stands, ``headers`` are None where there are no safetensors files or their
+    headers cannot be had, ``quantization`` is what the checkpoint says of its own quantization.
+    """
+
+    config: Mapping[str, Any]
+    headers: Mapping[str, TensorInfo] | None
+    quantization: Mapping[str, Any] | None
+
+    @property
+    def quant_method(self) -> str | None:
+        """The quantization method as ``layouts.LAYOUTS`` names it."""
+        return None if self.quantization is None else layout_method(self.quantization)
+
+    @cached_property
+    def quantized(self) -> Mapping[str, Leaves] | None:
+        """The stored tensors of all modules of a quantized checkpoint; None where it is not, or without headers."""
+        return None if self.quantization is None or self.headers is None else stored_modules(self.headers)
+
+    def check(self, config: QNextConfig, mtp: Literal["required", "optional"] = "optional") -> None:
+        """``ValueError`` where the headers do not fit the configuration, or each other."""
+        assert self.headers is not None
+        check_coverage(config, self.headers, mtp=mtp)
+        check_quantization(self.headers, self.quantization)
+
+    def parts(self, layer: str, num_experts: int) -> dict[str, Leaves]:
+        """The modules that are stored of a layer, which has ``mtp`` in its name if it is the draft's.
+
+        Empty where none of them is quantized.
+        """
+        stored = self.quantized or {}
+        parts = {name: stored[name] for name in modules_of(layer, num_experts) if name in stored}
+        return parts if any(is_quantized(leaves) for leaves in parts.values()) else {}
+
+    def obstacle(self, parts: Mapping[str, Leaves], config: QNextConfig, tp_size: int) -> str | None:
+        """Why the ``parts`` of a layer cannot be served as stored, as far as that is known without the engine."""
+        if len({storage(leaves) for leaves in parts.values()}) > 1:
+            return "its parts are stored in different ways"
+        for name, leaves in parts.items():
+            last = name.rpartition(".")[2]
+            if last in KINDS:
+                shapes = {leaf: info.shape for leaf, info in leaves.items()}
+                if not can_ungroup(shapes, config.gdn, KINDS[last], self.quant_method):
+                    return "a packed word or block holds rows of several sections"
+            elif ".experts." not in name:
+                ranks = min(tp_size, config.num_key_value_heads) if last in ("k_proj", "v_proj") else tp_size
+                if not _splits(leaves, ranks, by_inputs=last in _ROW_PARALLEL, merged=len(parts) > 1):
+                    return (
+                        f"a block or group with one scale would be split among {tp_size} ranks or joined with another's"
+                    )
+        return None
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A quantized module's weight, float32 ``[rows, in]``, from its tensors by the last segment of their names."""
+        assert self.quantization is not None
+        return dequantize(tensors, self.quantization)
+
+
+def _splits(leaves: Leaves, ranks: int, by_inputs: bool, merged: bool) -> bool:
+    """Whether each rank's share of a module is a whole number of its blocks, or groups of inputs.
+
+    The engines check this for some methods and layers only; for the others they fail while loading.
+    """
+    scale = next(leaves[name].shape for name in SCALES if name in leaves)
+    weight = leaves["weight"].shape if "weight" in leaves else ()
+    if len(scale) == 2 and weight and scale[0] != weight[0]:  # blocks
+        return (ranks == 1 and not merged) or weight[by_inputs] % (FP8_BLOCK * ranks) == 0
+    if len(scale) == 2 and by_inputs:
+        groups = scale[0] if "scales" in leaves else scale[1]
+        return groups == 1 or groups % ranks == 0
+    return True
+
+
+def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """No weights are downloaded. ``ValueError`` for what is no model, ``OSError`` where the hub cannot be reached."""
+    directory = Path(model)
+    if directory.is_dir():
+        return _read_directory(directory, read_config(directory / "config.json"))
+    if not _is_hub_name(model):
+        example = "Qwen/Qwen3-Next-80B-A3B-Instruct"
+        raise ValueError(f"{model!r} is neither a local directory nor a name on the hub, such as {example}")
+    return _read_hub(model, revision, None)
+
+
+def read_served(model: str, revision: str | None, load_format: str, download_dir: str | None) -> Checkpoint:
+    """The checkpoint that an engine loads, whatever it is; without headers where it loads no safetensors files of it.
+
+    ``ValueError`` for a local checkpoint that cannot be read.
+    """
+    directory, file = Path(model), Path(model) / "config.json"
+    if directory.is_dir():  # new weights for a model that serves may come without a config.json
+        config = read_config(file) if file.exists() else {}
+        return _read_directory(directory, config, headers=load_format not in OTHER_FILES)
+    if not _is_hub_name(model) or load_format in OTHER_FILES:
+        return Checkpoint({}, None, None)
+    try:
+        return _read_hub(model, revision, download_dir)
+    except OSError:  # the engine has its own ways to fetch a model
+        return Checkpoint({}, None, None)
+
+
+def _is_hub_name(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith(("/", "."))
+
+
+def _read_directory(directory: Path, config: Mapping[str, Any], headers: bool = True) -> Checkpoint:
+    found = read_headers(directory) if headers and any(directory.glob("*.safetensors")) else None
+    return Checkpoint(config, found, _quantization(config, directory / MODELOPT_FILE))
+
+
+def _quantization(config: Mapping[str, Any], modelopt: Path) -> Mapping[str, Any] | None:
+    if "quantization_config" in config:
+        return config["quantization_config"]
+    raw = read_config(modelopt) if modelopt.exists() else {}
+    return raw if "quantization" in raw else None
+
+
+def _read_hub(model: str, revision: str | None, download_dir: str | None) -> Checkpoint:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = Path(hf_hub_download(model, "config.json", revision=revision))
+    except LocalEntryNotFoundError as e:
+        raise OSError(
+            f"{model}: config.json cannot be fetched, and is not in the hub's cache; is there a network?"
+        ) from e
+    except HfHubHTTPError as e:
+        raise ValueError(f"{model}: {e}") from e
+    config, commit = read_config(file), file.parent.name
+    headers = _hub_headers(model, commit, download_dir)
+    quantization = config.get("quantization_config")
+    if quantization is None and any(is_quantized(leaves) for leaves in stored_modules(headers or {}).values()):
+        with suppress(EntryNotFoundError, OSError):  # `check` says what is missing
+            quantization = _quantization({}, Path(hf_hub_download(model, MODELOPT_FILE, revision=commit)))
+    return Checkpoint(config, headers, quantization)
+
+
+def _hub_headers(model: str, commit: str, download_dir: str | None) -> Mapping[str, TensorInfo] | None:
+    """From the files, where that commit of the model has been downloaded; else from the hub."""
+    from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
+    from huggingface_hub.errors import NotASafetensorsRepoError, OfflineModeIsEnabled
+
+    for name in (INDEX_FILE, SINGLE_FILE):
+        for cache in {download_dir, None}:
+            found = try_to_load_from_cache(model, name, cache_dir=cache, revision=commit)
+            if isinstance(found, str) and is_complete(Path(found).parent):
+                return read_headers(Path(found).parent)
+    try:
+        files = get_safetensors_metadata(model, revision=commit).files_metadata
+    except (NotASafetensorsRepoError, OfflineModeIsEnabled, OSError):
+        return None
+    return {
+        name: TensorInfo(tuple(tensor.shape), tensor.dtype, Path(file))
+        for file, metadata in files.items()
+        for name, tensor in metadata.tensors.items()
+    }
