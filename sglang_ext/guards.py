@@ -10,7 +10,7 @@ from qnext_plugin.checkpoint.schema import RefusedUpdate
 
 Around = Callable[..., Any]
 
-vocab_size = 0
+vocab_size: int = 0
 """That of the model which this process serves; its constructor sets it."""
 
 

@@ -150,7 +150,7 @@ class Engine(Worker):
                 logprobs=self.num_logprobs,
                 prompt_logprobs=self.num_logprobs if scenario.prompt_logprobs else None,
                 flat_logprobs=True,
-                **(SAMPLING | {"seed": sum(prompt)} if scenario.sampled else {"temperature": 0}),
+                **(dict[str, Any](SAMPLING, seed=sum(prompt)) if scenario.sampled else {"temperature": 0}),
             )
             for i, prompt in enumerate(batch)
         ]
