@@ -24,6 +24,12 @@ hooks = {name: str(hook) for name, hook in MODELS_CONFIG_MAP.items()}
 found = {"models": models, "hooks": hooks, "splitting_ops": CompilationConfig._attention_ops}
 json.dump(found, open(sys.argv[1], "w"))
 """
+ANOTHER_DRAFT = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+draft = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, speculative_config=draft).create_engine_config()
+"""
 BLOCK_SIZE = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
@@ -53,7 +59,7 @@ def test_only_this_architecture_and_its_draft_change(registry):
     assert all(ours["models"][name] == ["vllm_ext", name] for name in changed)
     assert ours["models"].keys() == off["models"].keys()
     assert ours["splitting_ops"] == off["splitting_ops"]
-    assert "KeepsBlockSize" in ours["hooks"].pop(ARCHITECTURE)
+    assert "CheckedConfig" in ours["hooks"].pop(ARCHITECTURE)
     assert ours["hooks"] == off["hooks"]
 
 
@@ -71,3 +77,9 @@ def test_blocks_keep_their_size_when_a_process_sets_up_again(checkpoint, tmp_pat
 @pytest.mark.parametrize("env", [{"QNEXT_DISABLE": "1"}, {"VLLM_PLUGINS": "another_plugin"}], ids=["off", "another"])
 def test_native_class_when_told_so(registry, env):
     assert registry("native", **env)["models"][ARCHITECTURE][0].startswith("vllm.")
+
+
+def test_another_draft_is_refused_before_a_process_starts(checkpoint, tmp_path):
+    log = tmp_path / "log"
+    assert process.run(["-c", ANOTHER_DRAFT, str(checkpoint("tiny"))], log) != 0
+    assert "speculative method 'ngram' found, expected 'qwen3_next_mtp'" in log.read_text(), process.tail(log)
