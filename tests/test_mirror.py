@@ -16,6 +16,7 @@ ONLY = {
     "vllm_ext/ray_executor.py": "a name that users type; SGLang has no executors, and serves on CPUs without Ray",
     "vllm_ext/compat.py: ReloadSession": "SGLang copies new weights as they come",
     "vllm_ext/compat.py: KeepsBlockSize": "SGLang's processes keep their configuration",
+    "vllm_ext/config.py: CheckedConfig": "SGLang has no hook for a model's configuration",
     "vllm_ext/state.py: DeltaNetLayer": "SGLang's attention backend holds the layer's weights and caches",
     "sglang_ext/guards.py": "vLLM answers such requests and updates itself",
     "sglang_ext/compat.py: Uses": "vLLM has one configuration object, which says it",

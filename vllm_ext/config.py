@@ -4,6 +4,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from qnext_plugin.config import QNextConfig
+from vllm_ext.compat import KeepsBlockSize
 
 PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
 
@@ -16,17 +17,30 @@ def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
     return config
 
 
-def check_speculation(vllm_config: VllmConfig) -> None:
-    """``ValueError`` for any draft but the model's own, and for flags with which it would not be served right."""
+class CheckedConfig(KeepsBlockSize):
+    """Called by vLLM as soon as it has a configuration for this architecture, before it starts any process."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        check_draft(vllm_config)
+        KeepsBlockSize.verify_and_update_config(vllm_config)
+
+
+def check_draft(vllm_config: VllmConfig) -> None:
+    """``ValueError`` for any draft but the model's own."""
     speculative = vllm_config.speculative_config
-    if speculative is None:
-        return
-    if speculative.method not in ("mtp", "qwen3_next_mtp"):
+    if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):
         raise ValueError(
             f"speculative method {speculative.method!r} found, expected 'qwen3_next_mtp': the state of a Gated "
             "DeltaNet layer is kept right with the model's own MTP draft only; change or drop --speculative-config"
         )
-    if not current_platform.is_cpu() or vllm_config.parallel_config.pipeline_parallel_size == 1:
+
+
+def check_speculation(vllm_config: VllmConfig) -> None:
+    """``ValueError`` for any draft but the model's own, and for flags with which it would not be served right."""
+    check_draft(vllm_config)
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if vllm_config.speculative_config is None or stages == 1 or not current_platform.is_cpu():
         return
     if vllm_config.cache_config.enable_prefix_caching:
         raise ValueError(

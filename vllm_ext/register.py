@@ -46,7 +46,7 @@ def register() -> None:
         vllm.ModelRegistry.register_model(architecture, target)
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_ext.compat import KeepsBlockSize
+    from vllm_ext.config import CheckedConfig
 
-    MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", KeepsBlockSize)  # vLLM has none of its own
+    MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", CheckedConfig)  # vLLM has none of its own
     logger.info("qnext-plugin %s: %s registered from vllm_ext", __version__, ", ".join(ARCHITECTURES))

@@ -25,6 +25,12 @@ hooks = {name: str(hook) for name, hook in MODELS_CONFIG_MAP.items()}
 found = {"models": models, "hooks": hooks, "splitting_ops": CompilationConfig._attention_ops}
 json.dump(found, open(sys.argv[1], "w"))
 """
+ANOTHER_DRAFT = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+draft = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, speculative_config=draft).create_engine_config()
+"""
 BLOCK_SIZE = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
@@ -55,7 +61,7 @@ def test_only_this_architecture_and_its_draft_change(registry):
     assert all(ours["models"][name] == ["vllm_ext", name] for name in changed)
     assert ours["models"].keys() == off["models"].keys()
     assert ours["splitting_ops"] == off["splitting_ops"]
-    assert "KeepsBlockSize" in ours["hooks"].pop(ARCHITECTURE)
+    assert "CheckedConfig" in ours["hooks"].pop(ARCHITECTURE)
     assert ours["hooks"] == off["hooks"]
 
 
@@ -85,3 +91,9 @@ def test_native_class_on_an_accelerator_that_ours_does_not_know(registry, tmp_pa
     models = registry("other", **env)["models"]
     assert models[ARCHITECTURE][0].startswith("vllm.") and models["Qwen3NextMTP"][0].startswith("vllm.")
     assert registry.log("other").count("the platform is Other. vllm's own model serves") == 1
+
+
+def test_another_draft_is_refused_before_a_process_starts(checkpoint, tmp_path):
+    log = tmp_path / "log"
+    assert process.run(["-c", ANOTHER_DRAFT, str(checkpoint("tiny"))], log) != 0
+    assert "speculative method 'ngram' found, expected 'qwen3_next_mtp'" in log.read_text(), process.tail(log)
