@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from qnext_plugin.bench import side
+from qnext_plugin.bench.side import Task
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.engines import process, remote, server
-from qnext_plugin.engines.config import mtp_arguments, mtp_flags
+from qnext_plugin.engines.config import EngineConfig, mtp_arguments, mtp_flags
 from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.engines.who_serves import check_log, check_modules
+from qnext_plugin.verify.runner import Run, Start
+from qnext_plugin.verify.scenarios import Scenario
 
 OURS = "INFO qnext-plugin 1.0: Qwen3NextForCausalLM is served by vllm_ext.model\n"
 DRAFT = "INFO qnext-plugin 1.0: Qwen3NextMTP is served by vllm_ext.mtp\n"
@@ -70,6 +75,56 @@ def test_a_process_that_has_ended_is_noticed_but_what_it_did_before_counts(tmp_p
         process.wait_until(made.exists, child, log, 60)
         with pytest.raises(EngineFailed, match="status 0: done"):
             process.wait_until((tmp_path / "other").exists, child, log, 60)
+
+
+FAKE, FAKE_MODULE = "tests.support.fake", "tests.support.fake_ext.tools.engine"
+
+
+def test_a_start_answers_its_runs_and_says_who_serves(tmp_path):
+    scenario, lines = Scenario((((1, 2, 3), (4,)),), max_tokens=(2,)), []
+    start = Start(FAKE, tmp_path, EngineConfig(), [Run("a", scenario), Run("b", scenario)], tmp_path / "start")
+    start.run(60, lines.append)
+    assert [[c.token_ids for c in batch] for batch in start["b"].batches] == [[(3, 3), (1, 1)]]
+    assert start.serving == {"modules": [FAKE_MODULE], "kernels": [], "memory": {"resets": 2}}
+    assert [line.split(":")[0] for line in lines] == ["start start", "start a", "start b"] and FAKE_MODULE in lines[0]
+
+
+def test_what_a_start_answered_before_it_failed_can_be_read(tmp_path):
+    scenario = Scenario((((1,),),), max_tokens=(2,))
+    runs = [Run("a", scenario), Run("broken", scenario, mutant="m"), Run("never", scenario)]
+    start = Start(FAKE, tmp_path, EngineConfig(), runs, tmp_path / "start")
+    with pytest.raises(EngineFailed) as e:
+        start.run(60)
+    assert e.value.reason == "ValueError: no mutant m"
+    assert [run.key in start for run in runs] == [True, False, False]
+
+
+def test_another_model_than_ours_is_an_error(tmp_path):
+    with remote.started_engine(
+        FAKE, "model", EngineConfig(), tmp_path / "engine", arguments={"module": "other.model"}
+    ) as engine:
+        assert 0 < engine.ready(60) < 60
+        with pytest.raises(EngineFailed, match=r"\['other.model'\] serve, expected classes of tests.support.fake_ext"):
+            engine.serving(60)
+
+
+class Unflagged(Task):
+    def flags(self, engine: str) -> list[str]:
+        return []
+
+
+def test_a_side_is_measured_offline_each_time_anew(tmp_path, monkeypatch):
+    monkeypatch.setitem(side.POOLS, FAKE, {})
+    write_random_checkpoint(tmp_path / "model", overrides={"num_hidden_layers": 4})
+    workloads = {"prefill": {"batch": 2, "length": 8}, "decode": {"batch": 2, "length": 4, "output": 6}}
+    task = Unflagged(str(tmp_path / "model"), workloads)
+    with side.offline(side.Side("ours", FAKE), task, tmp_path / "side") as measure:
+        first, second = measure(), measure()
+    assert first["workloads"] == second["workloads"]
+    assert first["workloads"]["prefill"] == {"tokens per second": 16.0}
+    assert first["workloads"]["decode"]["tokens per second"] == 2.0
+    assert (first["modules"], first["ranks"], first["first request seconds"]) == ([FAKE_MODULE], 1, 1.0)
+    assert first["start-up seconds"] > 0 and first["peak resident bytes"] > 2**20
 
 
 @pytest.mark.parametrize(
@@ -147,11 +202,11 @@ def test_a_server_is_ended_with_what_it_started(fake_engine):
 def test_a_server_that_ends_says_why(fake_engine):
     waited = []
     with (
-        pytest.raises(EngineFailed, match="ValueError: no memory"),
+        pytest.raises(EngineFailed) as e,
         server.serving("vllm", "raise ValueError('no memory')", [], fake_engine, timeout=60, waiting=waited.append),
     ):
         pass
-    assert waited == sorted(waited)
+    assert e.value.reason == "ValueError: no memory" and waited == sorted(waited)
 
 
 def test_another_server_on_the_port_is_not_taken_for_ours(fake_engine, tmp_path):

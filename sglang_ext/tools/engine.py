@@ -107,7 +107,7 @@ class Engine(Worker):
         """Tell every scheduler process what to change from now on; returns what each answers, see ``inside``."""
         self.controls += 1
         directory, deadline = self.scratch / str(self.controls), time.monotonic() + 60
-        self.engine.collective_rpc("qnext_control", directory=str(directory), change=change)
+        self.engine.collective_rpc("qnext_control", directory=str(directory), change=json.dumps(change))
         while len(files := list(directory.glob("*.json"))) < self.ranks:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{len(files)} of {self.ranks} scheduler processes answered within 60 s")

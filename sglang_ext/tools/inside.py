@@ -31,17 +31,18 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
         return retract_decode(self, *args, **kwargs)
 
     class Controlled(scheduler.Scheduler):
-        def qnext_control(self: Any, directory: str, change: dict[str, Any]) -> None:
+        def qnext_control(self: Any, directory: str, change: str) -> None:
+            """``change`` is JSON, because SGLang passes only scalars on."""
             runner = self.tp_worker.model_runner
-            models, draft = [runner.model], None
-            wanted.update(change)
+            models, draft, changes = [runner.model], None, json.loads(change)
+            wanted.update(changes)
             changed.close()
             if wanted["mutant"]:
                 changed.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
             if self.draft_worker is not None:
                 draft = self.draft_worker.draft_worker.draft_runner
                 models.append(draft.model)
-                if change.get("record"):
+                if changes.get("record"):
                     counts["draft_steps"] = []
                 if wanted["count"]:
                     changed.enter_context(
