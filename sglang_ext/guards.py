@@ -19,20 +19,20 @@ def guard_weight_updates() -> None:
     """
     Around = Callable[..., Any]
 
-    def loading(updater: Any) -> Any:
-        return getattr(updater.get_model(), "loading", None)
+    def note(updater: Any, directory: str | None = None) -> None:
+        loading = getattr(updater.get_model(), "loading", None)
+        if loading is not None:
+            loading.begin(updater.get_model_runner(), directory)
 
     def begin(original: Around, updater: Any, *args: Any, **kwargs: Any) -> Any:
-        if loading(updater) is not None:
-            loading(updater).begin()
+        note(updater)
         return original(updater, *args, **kwargs)
 
     def from_disk(original: Around, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
         from sglang_ext.quantization import loading_from, read_stored
 
         try:
-            if loading(updater) is not None:
-                loading(updater).begin(model_path)
+            note(updater, model_path)
             stored = read_stored(model_path)
         except ValueError as e:
             return False, f"{e}; the old weights serve on"
@@ -51,6 +51,7 @@ def guard_weight_updates() -> None:
         {
             updater + "begin_weight_update": begin,
             updater + "update_weights_from_disk": from_disk,
+            updater + "update_weights_from_ipc": begin,
             updater + "update_weights_from_tensor": from_tensor,
         },
     )

@@ -185,7 +185,7 @@ class Qwen3NextForCausalLM(nn.Module):
         guard_weight_updates()
         if get_lora().enable_lora:
             prepare_adapters()
-        self.loading = Loading(self.qnext_config, mtp="required" if drafts else "optional")
+        self.loading = Loading(self, self.qnext_config, role="trunk", drafts_required=drafts)
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config
@@ -237,7 +237,6 @@ class Qwen3NextForCausalLM(nn.Module):
         pp_proxy_tensors: PPProxyTensors | None = None,
         get_embedding: bool = False,
     ) -> Any:
-        self.loading.check_complete()
         hidden_states, aux_hidden_states = self.model(
             input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
         )
@@ -248,9 +247,9 @@ class Qwen3NextForCausalLM(nn.Module):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch, aux_hidden_states or None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        def copy(weights: Iterable[tuple[str, torch.Tensor]], *, complete: bool) -> set[str]:
+        def copy(checked: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
             with plain_weights(self):
-                return load_weights(self, self.qnext_config, weights, complete=complete)
+                return load_weights(self, self.qnext_config, checked, complete=self.loading.is_first)
 
         return self.loading.load(weights, copy)
 

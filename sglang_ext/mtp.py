@@ -12,7 +12,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_model, get_parallel
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix
 from torch import nn
 from transformers import PretrainedConfig
@@ -21,6 +21,7 @@ from qnext_plugin import __version__
 from qnext_plugin.config import QNextConfig
 from sglang_ext.config import draft_config, qnext_config
 from sglang_ext.kernels import plain_weights
+from sglang_ext.loading import Loading
 from sglang_ext.model import PACKED_MODULES, Qwen3NextModel
 from sglang_ext.norm import ZeroCenteredRMSNorm
 from sglang_ext.quantization import build, report
@@ -74,8 +75,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
-        # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
-        self._complete = get_model().load_format != "dummy"
+        self.loading = Loading(self, self.qnext_config, role="draft", drafts_required=True)
         self.model = MultiTokenPredictor(self.qnext_config, quant_config, add_prefix("mtp", prefix))
         self.lm_head = ParallelLMHead(
             self.qnext_config.vocab_size,
@@ -99,9 +99,11 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        complete, self._complete = self._complete, False
-        with plain_weights(self.model):
-            return load_draft_weights(self, self.qnext_config, weights, complete=complete)
+        def copy(checked: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            with plain_weights(self.model):
+                return load_draft_weights(self, self.qnext_config, checked, complete=self.loading.is_first)
+
+        return self.loading.load(weights, copy)
 
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.embed_tokens.weight, self.lm_head.weight
