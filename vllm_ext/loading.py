@@ -84,7 +84,7 @@ class Loading(LoadGuard):
 
     def _check_whole_modules(self, names: Iterable[str]) -> None:
         incomplete: dict[str, set[str]] = {}
-        for name in names:
+        for name in filter(self.takes, names):
             self.arrive(incomplete, name)
         if incomplete:
             raise ValueError(

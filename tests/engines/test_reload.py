@@ -28,6 +28,8 @@ REFUSED = {
         "disk misshapen": ["wrongly shaped", CHANGED],
         "transfer misshapen": MISSHAPEN,
         "draft misshapen": ["wrongly shaped", "mtp.fc.weight [3, 5]"],
+        "draft without mtp": ["missing", "mtp.fc.weight"],
+        "broken": ["the stream broke"],
         "direct misshapen": MISSHAPEN,
         "direct unknown": ["unexpected", "model.layers.3.self_attn.surprise"],
         "direct part": ["a part of model.layers.3.self_attn.qkv_proj", "pass all of its tensors at once"],
@@ -35,6 +37,8 @@ REFUSED = {
     "sglang": {
         "disk missing": ["missing", CHANGED],
         "disk misshapen": ["wrongly shaped", CHANGED],
+        "disk without mtp": ["missing", "mtp.fc.weight"],
+        "draft misshapen": ["wrongly shaped", "mtp.fc.weight [3, 5]"],
         "tensors misshapen": MISSHAPEN,
         "tensors unknown": ["unexpected", "model.layers.3.self_attn.surprise"],
     },
@@ -43,10 +47,10 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory, checkpoint):
-    """Checkpoints by name: the one served first, another of the same shapes, and two that are damaged."""
-    root = tmp_path_factory.mktemp("reload")
-    spec = {"old": checkpoint("tiny")} | {name: root / name for name in ("new", "missing", "misshapen")}
-    for name in ("new", "missing", "misshapen"):
+    """Checkpoints by name: the one served first, another of the same shapes, and three that are damaged."""
+    root, others = tmp_path_factory.mktemp("reload"), ("new", "missing", "misshapen", "undrafted")
+    spec = {"old": checkpoint("tiny")} | {name: root / name for name in others}
+    for name in others:
         write_random_checkpoint(spec[name], dtype="float32", seed=7, overrides=CHECKPOINTS["tiny"])
     for damage in ("missing", "misshapen"):
         tensors = load_file(spec[damage] / "model.safetensors")
@@ -54,6 +58,9 @@ def directories(tmp_path_factory, checkpoint):
         if damage == "misshapen":
             tensors[CHANGED] = whole[:-1].clone()
         save_file(tensors, spec[damage] / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(spec["undrafted"] / "model.safetensors")
+    trunk = {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
+    save_file(trunk, spec["undrafted"] / "model.safetensors", metadata={"format": "pt"})
     return spec
 
 
@@ -97,9 +104,14 @@ def test_a_mix_of_old_and_new_weights_does_not_serve(outcome):
     if ENGINE == "vllm":
         assert "update is incomplete" in errors["after late"] and "start again" in errors["after late"]
         assert "update is incomplete" in errors["after part"] and "layers.3.self_attn.qkv_proj" in errors["after part"]
+        assert "wrongly shaped" in errors["draft late"] and "update is incomplete" in errors["after draft late"]
+        assert not errors["draft recovered"]
     else:
-        assert "it served" not in outcome["log"].partition("a mix of old and new weights is asked")[2]
-        assert "update is incomplete" in outcome["log"] and outcome["status"] != 0
+        asked = outcome["log"].partition("a mix of old and new weights is asked")[2]
+        assert "it served" not in asked and outcome["status"] != 0
+        assert "update is incomplete" in asked
+        # Where SGLang's runner chooses between the model and its graph.
+        assert "_forward_raw" not in asked
 
 
 if ENGINE == "vllm":

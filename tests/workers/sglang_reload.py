@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
 from qnext_plugin.verify.scenarios import SCENARIOS, EngineConfig
 from sglang_ext.tools.verify import Engine
 
-CONFIG = EngineConfig("tiny", prefix_caching=True)
+CONFIG = EngineConfig("tiny", draft_tokens=3, prefix_caching=True)
 
 
 def weights(directory: str, **changes: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -27,7 +28,7 @@ def main(spec_file: str, out_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
     served = Engine(spec["old"], CONFIG)
     engine = served.engine
-    assert served.serving()["modules"] == ["sglang_ext.model"]
+    assert served.serving()["modules"] == ["sglang_ext.model", "sglang_ext.mtp"]
     out: dict[str, Any] = {"errors": {}}
 
     def note(step: str) -> None:
@@ -37,11 +38,15 @@ def main(spec_file: str, out_file: str) -> None:
         success, message, *_ = engine.update_weights_from_disk(directory)
         return "" if success else message
 
-    def tensors(*chunks: list[tuple[str, torch.Tensor]]) -> str:
-        engine.begin_weight_update()
+    def tensors(*chunks: list[tuple[str, torch.Tensor]], selector: str = "all") -> str:
+        engine.begin_weight_update(selector)
         try:
             for chunk in chunks:
-                success, message, *_ = engine.update_weights_from_tensor(chunk)
+                serialized = engine._serialize_tensors_per_rank(chunk, None)
+                update = UpdateWeightsFromTensorReqInput(serialized_named_tensors=serialized, selector=selector)
+                success, message, *_ = engine.loop.run_until_complete(
+                    engine.tokenizer_manager.update_weights_from_tensor(update, None)
+                )
                 if not success:
                     return str(message)
         finally:
@@ -58,6 +63,8 @@ def main(spec_file: str, out_file: str) -> None:
     refused: dict[str, Callable[[], str]] = {
         "disk missing": lambda: disk(spec["missing"]),
         "disk misshapen": lambda: disk(spec["misshapen"]),
+        "disk without mtp": lambda: disk(spec["undrafted"]),
+        "draft misshapen": lambda: tensors([("mtp.fc.weight", misshapen)], selector="draft"),
         "tensors misshapen": lambda: tensors(weights(spec["new"], **{k_proj: misshapen})),
         "tensors unknown": lambda: tensors([*weights(spec["new"]), ("model.layers.3.self_attn.surprise", misshapen)]),
     }
