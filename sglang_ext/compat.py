@@ -127,6 +127,7 @@ OUR_GDN, OUR_DRAFTS = "sglang_ext.cpu.gated_delta_net", "sglang_ext.cpu.speculat
 # No CPU can run the kernels that are replaced, so no other model depends on them.
 REPLACEMENTS = (
     guard("begin_weight_update", "a model does not learn where one update ends and the next begins"),
+    guard("update_weights_from_ipc", "the same"),
     guard("update_weights_from_disk", "files that do not fit are found when a part of the weights is overwritten"),
     guard("update_weights_from_tensor", "tensors that do not fit end the scheduler process"),
     Replacement(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qnext_plugin.checkpoint.schema import RefusedUpdate
+from qnext_plugin.checkpoint.stored import Checkpoint
 
 Around = Callable[..., Any]
 
@@ -16,9 +17,11 @@ vocab_size: int = 0
 
 def begin_weight_update(original: Around, updater: Any, *args: Any, **kwargs: Any) -> Any:
     """``WeightUpdater.begin_weight_update`` that tells a model of ours."""
-    if (loading := _loading(updater)) is not None:
-        loading.begin()
+    _begin(updater)
     return original(updater, *args, **kwargs)
+
+
+update_weights_from_ipc = begin_weight_update
 
 
 def update_weights_from_disk(original: Around, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -27,8 +30,7 @@ def update_weights_from_disk(original: Around, updater: Any, model_path: str, *a
 
     try:
         checkpoint = read_checkpoint(model_path)
-        if (loading := _loading(updater)) is not None:
-            loading.begin(checkpoint)
+        _begin(updater, checkpoint)
     except ValueError as e:
         return False, f"{e}; the old weights serve on"
     with loading_from(checkpoint):
@@ -43,8 +45,10 @@ def update_weights_from_tensor(original: Around, *args: Any, **kwargs: Any) -> A
         return False, str(e)
 
 
-def _loading(updater: Any) -> Any:
-    return getattr(updater.get_model(), "loading", None)
+def _begin(updater: Any, checkpoint: Checkpoint | None = None) -> None:
+    loading = getattr(updater.get_model(), "loading", None)
+    if loading is not None:
+        loading.begin(updater.get_model_runner(), checkpoint)
 
 
 def validate_request(original: Around, req: Any, *args: Any, **kwargs: Any) -> Any:

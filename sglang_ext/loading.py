@@ -1,94 +1,47 @@
-"""The first load of a model and every later one, into a model that serves.
+"""How SGLang loads a model that serves again: it copies tensors over the old ones as they come."""
 
-SGLang copies tensors over the old ones as they come. Here they are checked before that: what does not fit changes
-nothing, and a model left with a mix of old and new weights stops serving.
-"""
+from typing import Any
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
-from typing import Literal, Protocol
-
-import torch
 from sglang.srt.runtime_context import get_model
+from torch import nn
 
-from qnext_plugin.checkpoint.headers import TensorInfo, describe
-from qnext_plugin.checkpoint.schema import UpdateCheck, check_coverage, check_stream
+from qnext_plugin.checkpoint.guard import LoadGuard, Role
+from qnext_plugin.checkpoint.merged import layer_name
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
 
-Weights = Iterable[tuple[str, torch.Tensor]]
 
+class Loading(LoadGuard):
+    def __init__(
+        self, model: nn.Module, config: QNextConfig, checkpoint: Checkpoint, role: Role, *, drafts_required: bool
+    ) -> None:
+        is_first = get_model().load_format != "dummy"
+        super().__init__(config, role, drafts_required=drafts_required, is_first=is_first)
+        self._model = model
+        self._runner: Any = None
+        # The trunk is loaded before the draft, and its check includes the draft.
+        if role == "trunk" and is_first:
+            self.check_first = checkpoint.headers is None
+            if not self.check_first:
+                checkpoint.check(config, self.mtp)
 
-class Copy(Protocol):
-    """Copies tensors into the model; ``complete``: they are all of them."""
+    def takes(self, name: str) -> bool:
+        return (name.split(".")[0] == "mtp") == (self.role == "draft")
 
-    def __call__(self, weights: Weights, *, complete: bool) -> set[str]: ...
+    def module(self, name: str) -> str:
+        return layer_name(name.rpartition(".")[0])
 
-
-class Loading:
-    def __init__(self, config: QNextConfig, checkpoint: Checkpoint, mtp: Literal["required", "optional"]) -> None:
-        self._config, self._mtp = config, mtp
-        # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
-        self._first = get_model().load_format != "dummy"
-        self._whole_stream = self._first and checkpoint.headers is None
-        if self._first and not self._whole_stream:
-            checkpoint.check(config, mtp)
-        self._changed = False  # by the update that is going on
-        self._seen: dict[str, TensorInfo] | None = None  # since one failed half-way
-        self._reason = ""
-
-    @cached_property
-    def _check(self) -> UpdateCheck:
-        return UpdateCheck(self._config)
-
-    def begin(self, checkpoint: Checkpoint | None = None) -> None:
-        """An update begins: of tensors to come, or of a checkpoint; ``ValueError`` where that does not fit."""
-        if checkpoint is not None and checkpoint.headers is not None:
-            checkpoint.check(self._config, self._mtp)
-        self._changed = False
-
-    def check_complete(self) -> None:
-        """``RuntimeError`` where an update has left a mix of old and new weights."""
-        if self._seen is not None:
-            raise RuntimeError(
-                f"the last weight update is incomplete: {self._reason}. Load a whole checkpoint, or start again"
-            )
-
-    def load(self, weights: Weights, copy: Copy) -> set[str]:
-        """Check ``weights``, ``copy`` them into the model; returns the parameters loaded.
-
-        A ``RefusedUpdate`` before anything is copied leaves the model as it was.
+    def entrances(self) -> list[tuple[Any, str]]:
+        """The runner decides whether to replay a graph: it is called for the trunk in every step, for the draft at
+        least with prompts.
         """
-        if self._first:
-            loaded = copy(
-                check_stream(weights, self._config, self._mtp) if self._whole_stream else weights, complete=True
-            )
-            self._first = False
-            return loaded
-        try:
-            if isinstance(weights, list | tuple):
-                self._check(weights)
-            loaded = copy(self._watch(weights), complete=False)
-        except Exception as e:
-            if self._changed:
-                self._seen, self._reason = {}, str(e)
-            raise
-        if self._seen is not None and not missing(self._config, self._seen):
-            self._seen = None
-        return loaded
+        return [(owner, "forward") for owner in (self._model, self._runner) if owner is not None]
 
-    def _watch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            self._check([(name, tensor)])
-            self._changed = True
-            if self._seen is not None:
-                self._seen[name] = describe(tensor)
-            yield name, tensor
+    def begin(self, runner: Any, checkpoint: Checkpoint | None = None) -> None:
+        """An update of ``runner``'s model begins: of tensors to come, or of a checkpoint.
 
-
-def missing(config: QNextConfig, headers: dict[str, TensorInfo]) -> bool:
-    try:
-        check_coverage(config, headers)
-    except ValueError:
-        return True
-    return False
+        ``ValueError`` where the checkpoint does not fit.
+        """
+        if checkpoint is not None and checkpoint.headers is not None:
+            checkpoint.check(self.config, self.mtp)
+        self._runner, self._changed = runner, False

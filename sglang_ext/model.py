@@ -162,7 +162,7 @@ class Qwen3NextForCausalLM(nn.Module):
         self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
         guards.vocab_size = self.qnext_config.vocab_size
         self.checkpoint = read_checkpoint()
-        self.loading = Loading(self.qnext_config, self.checkpoint, mtp="required" if drafts else "optional")
+        self.loading = Loading(self, self.qnext_config, self.checkpoint, role="trunk", drafts_required=drafts)
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config
@@ -215,7 +215,6 @@ class Qwen3NextForCausalLM(nn.Module):
         pp_proxy_tensors: PPProxyTensors | None = None,
         get_embedding: bool = False,
     ) -> Any:
-        self.loading.check_complete()
         hidden_states, aux_hidden_states = self.model(
             input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
         )
@@ -228,9 +227,9 @@ class Qwen3NextForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         self.checkpoint = being_loaded(self.checkpoint)
 
-        def copy(weights: Iterable[tuple[str, torch.Tensor]], *, complete: bool) -> set[str]:
+        def copy(checked: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
             with plain_weights(self):
-                return load_weights(self, self.qnext_config, self.checkpoint, weights, complete=complete)
+                return load_weights(self, self.qnext_config, self.checkpoint, checked, complete=self.loading.is_first)
 
         return self.loading.load(weights, copy)
 

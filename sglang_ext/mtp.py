@@ -11,7 +11,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_lora, get_model, get_parallel
+from sglang.srt.runtime_context import get_lora, get_parallel
 from sglang.srt.utils import add_prefix
 from torch import nn
 from transformers import PretrainedConfig
@@ -22,6 +22,7 @@ from qnext_plugin.config import QNextConfig
 from sglang_ext import compat
 from sglang_ext.config import draft_config, qnext_config
 from sglang_ext.kernels import plain_weights
+from sglang_ext.loading import Loading
 from sglang_ext.model import Qwen3NextModel
 from sglang_ext.norm import ZeroCenteredRMSNorm
 from sglang_ext.quantization import being_loaded, layer_quantization, read_checkpoint, report
@@ -82,9 +83,8 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config  # SGLang reads the type of the key-value cache from it
-        # Nothing is known of what follows dummy weights: updates may bring a few tensors at a time.
-        self._complete = get_model().load_format != "dummy"
         self.checkpoint = read_checkpoint()
+        self.loading = Loading(self, self.qnext_config, self.checkpoint, role="draft", drafts_required=True)
         quant_config = layer_quantization(self.checkpoint, self.qnext_config, quant_config)
         self.model = MultiTokenPredictor(self.qnext_config, quant_config, add_prefix("mtp", prefix))
         self.lm_head = ParallelLMHead(
@@ -109,10 +109,15 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        complete, self._complete = self._complete, False
         self.checkpoint = being_loaded(self.checkpoint)
-        with plain_weights(self.model):
-            return load_draft_weights(self, self.qnext_config, self.checkpoint, weights, complete=complete)
+
+        def copy(checked: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            with plain_weights(self.model):
+                return load_draft_weights(
+                    self, self.qnext_config, self.checkpoint, checked, complete=self.loading.is_first
+                )
+
+        return self.loading.load(weights, copy)
 
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.embed_tokens.weight, self.lm_head.weight

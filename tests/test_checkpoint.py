@@ -1,6 +1,7 @@
 """The weight-name schema against what `transformers` writes, and every way a checkpoint can be incomplete."""
 
 import json
+import timeit
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,3 +262,14 @@ def test_update_that_does_not_fit_is_refused_by_name() -> None:
     message = rf"unexpected 1: {LINEAR}\.A_logs\nwrongly shaped 1: {LINEAR}\.A_log \[7\], expected \[6\]"
     with pytest.raises(RefusedUpdate, match=message):
         UpdateCheck(CONFIG)(tensors.items())
+
+
+def test_time_to_check_an_update_does_not_depend_on_the_size_of_the_model() -> None:
+    large = replace(CONFIG, num_experts=2048)
+    update = [(f"{LINEAR}.A_log", torch.zeros(6))]
+
+    def seconds(check: UpdateCheck) -> float:
+        return min(timeit.repeat(lambda: check(update), number=20, repeat=5))
+
+    assert len(expected_tensors(large)) > 20 * len(expected_tensors(CONFIG))
+    assert seconds(UpdateCheck(large)) < 5 * seconds(UpdateCheck(CONFIG))

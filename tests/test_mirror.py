@@ -20,7 +20,6 @@ ONLY = {
     "vllm_ext/state.py: DeltaNetLayer": "SGLang's attention backend holds the layer's weights and caches",
     "sglang_ext/guards.py": "vLLM answers such requests and updates itself",
     "sglang_ext/compat.py: Uses": "vLLM has one configuration object, which says it",
-    "sglang_ext/loading.py: Copy": "its second argument needs a name",
     "vllm_ext/mtp.py: Qwen3NextMTP": "each engine derives another architecture's name for the draft",
     "sglang_ext/mtp.py: Qwen3NextForCausalLMMTP": "the same",
     "vllm_ext/model.py: ExpertBookkeeping": "SGLang's load balancer asks for one property of the model",

@@ -178,7 +178,7 @@ class Qwen3NextForCausalLM(
         self.config = vllm_config.model_config.hf_text_config  # vLLM's pooling and LoRA classes read it
         self.qnext_config = config = qnext_config(vllm_config)
         checkpoint = read_checkpoint(vllm_config)
-        self._loading = Loading(self, config, vllm_config, checkpoint)
+        self._loading = Loading(self, config, vllm_config, checkpoint, role="trunk")
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         quant_config = layer_quantization(checkpoint, config, vllm_config)
         self.model = Qwen3NextModel(
@@ -216,7 +216,6 @@ class Qwen3NextForCausalLM(
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        self._loading.check_complete()
         return self.logits_processor(self.lm_head, hidden_states)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:

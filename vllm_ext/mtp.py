@@ -86,7 +86,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         compat.apply(vllm_config)
         self.config = qnext_config(vllm_config)
         checkpoint = read_checkpoint(vllm_config)
-        self._loading = Loading(self, self.config, vllm_config, checkpoint, mtp="required")
+        self._loading = Loading(self, self.config, vllm_config, checkpoint, role="draft")
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         quant_config = layer_quantization(checkpoint, self.config, vllm_config)
         self.model = MultiTokenPredictor(
@@ -124,12 +124,10 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor | None:
-        self._loading.check_complete()
         return self.logits_processor(self.lm_head, hidden_states)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The most likely ids, for which ranks exchange one logit each and not the vocabulary's."""
-        self._loading.check_complete()
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:

@@ -71,20 +71,22 @@ class RefusedUpdate(ValueError):
 class UpdateCheck:
     """Call it with new weights for a running model, which need not be all of them, before any is copied.
 
-    It raises one ``RefusedUpdate`` that lists every tensor no checkpoint of this configuration holds in that shape.
+    It raises one ``RefusedUpdate`` that lists every tensor no checkpoint of this configuration holds in that shape. It
+    takes time for each tensor given, not for each that the model has.
     """
 
     def __init__(self, config: QNextConfig) -> None:
-        self.expected: dict[str, Shape] = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
-        for other in (False, True):  # each layer may be stored in either form
-            self.expected |= expected_tensors(config, split_in_proj=other, fused_experts=other)
-        self._linear, self._attention = _quantizable(self.expected)
+        # Each layer may be stored in either form.
+        self.forms = [expected_tensors(config, split_in_proj=other, fused_experts=other) for other in (False, True)]
+        head: dict[str, Shape] = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+        self._expected = head | self.forms[0] | self.forms[1]
+        self._linear, self._attention = _quantizable(self._expected)
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         headers = {name: describe(tensor) for name, tensor in weights if not _is_ignored(name)}
-        unknown = headers.keys() - self.expected.keys()
+        unknown = [n for n in headers if n not in self._expected]  # a difference of the keys would walk all expected
         unexpected = sorted(n for n in unknown if not _is_quantized(n, self._linear, self._attention))
-        if problems := _problems([], unexpected, _misshapen(self.expected, headers)):
+        if problems := _problems([], unexpected, _misshapen(self._expected, headers)):
             raise RefusedUpdate(f"new weights do not match config.json:\n{problems}\nsend them again in its shapes")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
 from sglang_ext.tools.engine import Engine
 from tests.support.matrix import SCENARIOS
@@ -30,11 +31,15 @@ def reload(served: Engine, checkpoints: dict[str, str], directory: str) -> dict[
         success, message, *_ = engine.update_weights_from_disk(directory)
         return "" if success else message
 
-    def tensors(*chunks: list[tuple[str, torch.Tensor]]) -> str:
-        engine.begin_weight_update()
+    def tensors(*chunks: list[tuple[str, torch.Tensor]], selector: str = "all") -> str:
+        engine.begin_weight_update(selector)
         try:
             for chunk in chunks:
-                success, message, *_ = engine.update_weights_from_tensor(chunk)
+                serialized = engine._serialize_tensors_per_rank(chunk, None)
+                update = UpdateWeightsFromTensorReqInput(serialized_named_tensors=serialized, selector=selector)
+                success, message, *_ = engine.loop.run_until_complete(
+                    engine.tokenizer_manager.update_weights_from_tensor(update, None)
+                )
                 if not success:
                     return str(message)
         finally:
@@ -51,6 +56,8 @@ def reload(served: Engine, checkpoints: dict[str, str], directory: str) -> dict[
     refused: dict[str, Callable[[], str]] = {
         "disk missing": lambda: disk(checkpoints["missing"]),
         "disk misshapen": lambda: disk(checkpoints["misshapen"]),
+        "disk without mtp": lambda: disk(checkpoints["undrafted"]),
+        "draft misshapen": lambda: tensors([("mtp.fc.weight", misshapen)], selector="draft"),
         "tensors misshapen": lambda: tensors(weights(checkpoints["new"], **{k_proj: misshapen})),
         "tensors unknown": lambda: tensors(
             [*weights(checkpoints["new"]), ("model.layers.3.self_attn.surprise", misshapen)]

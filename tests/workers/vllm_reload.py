@@ -1,6 +1,6 @@
 """New weights for a running vLLM, by every way in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,27 @@ def direct(worker: Any, weights: Weights, draft: bool) -> None:
     (worker.model_runner.drafter.model if draft else worker.model_runner.model).load_weights(weights)
 
 
-def logits(worker: Any) -> None:
-    model = worker.model_runner.model
+def reload_draft(worker: Any, directory: str) -> None:
+    """As vLLM loads the trunk again from a directory."""
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    model = worker.model_runner.drafter.model
+    reload_weights(model.vllm_config, model, None, directory, True)
+
+
+def reload_broken(worker: Any, weights: Weights) -> None:
+    """From a stream that ends in an error."""
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from weights
+        raise OSError("the stream broke")
+
+    worker.model_runner.reload_weights(weights_iterator=stream())
+
+
+def logits(worker: Any, draft: bool = False) -> None:
+    """What a step calls that has replayed the model's graph."""
+    model = worker.model_runner.drafter.model if draft else worker.model_runner.model
     model.compute_logits(torch.zeros(1, model.config.hidden_size))
 
 
@@ -71,8 +90,11 @@ class Running:
     def disk(self, directory: str) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
 
+    def rpc(self, function: Callable[..., None], *args: Any) -> None:
+        self.llm.collective_rpc(function, args=args)
+
     def direct(self, weights: Weights, draft: bool = False) -> None:
-        self.llm.collective_rpc(direct, args=(weights, draft))
+        self.rpc(direct, weights, draft)
 
     def transfer(self, chunks: Sequence[Weights], draft: bool = False) -> None:
         (self.llm.start_draft_weight_update if draft else self.llm.start_weight_update)()
@@ -135,6 +157,8 @@ def reload(checkpoints: dict[str, str], directory: str) -> dict[str, str]:
         "disk misshapen": lambda: model.disk(checkpoints["misshapen"]),
         "transfer misshapen": lambda: model.transfer([weights(checkpoints["old"], **{k_proj: misshapen})]),
         "draft misshapen": lambda: model.transfer([[("mtp.fc.weight", misshapen)]], draft=True),
+        "draft without mtp": lambda: model.rpc(reload_draft, checkpoints["undrafted"]),
+        "broken": lambda: model.rpc(reload_broken, [item for item in old if item[0] == k_proj]),
         "direct misshapen": lambda: model.direct(weights(checkpoints["old"], **{k_proj: misshapen})),
         "direct unknown": lambda: model.direct([*old, ("model.layers.3.self_attn.surprise", misshapen)]),
         "direct part": lambda: model.direct(weights(checkpoints["old"], **{k_proj: None})),
@@ -146,9 +170,14 @@ def reload(checkpoints: dict[str, str], directory: str) -> dict[str, str]:
     first, *_ = thirds(old)
     late = [first, [(k_proj, misshapen)]]
     errors["late"] = error(lambda: model.transfer(late))
-    errors["after late"] = error(lambda: engine.llm.collective_rpc(logits))
+    errors["after late"] = error(lambda: model.rpc(logits))
     model.direct(old)
     note("recovered")
+    mtp = [(name, tensor) for name, tensor in old if name.startswith("mtp.")]
+    errors["draft late"] = error(lambda: model.transfer([mtp, [("mtp.fc.weight", misshapen)]], draft=True))
+    errors["after draft late"] = error(lambda: model.rpc(logits, True))
+    model.direct(old, draft=True)
+    errors["draft recovered"] = error(lambda: model.rpc(logits, True))
     # Nor can one of three projections that vLLM packs together be new alone.
     model.transfer([[item for item in new if item[0] == k_proj]])
     errors["after part"] = error(lambda: note("part"))

@@ -1,0 +1,163 @@
+"""The guard around every load of a model: the first one, and each update of a model that serves.
+
+An update is checked before anything of it is copied, so that one that does not fit changes nothing. A model that an
+update has left with a mix of old and new weights stops serving until the rest has come.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, wraps
+from typing import Any, Literal
+
+import torch
+
+from qnext_plugin.checkpoint.listing import collapse
+from qnext_plugin.checkpoint.schema import PACKED_WEIGHTS, QUANT_COMPANIONS, UpdateCheck, check_stream
+from qnext_plugin.config import QNextConfig
+
+Role = Literal["trunk", "draft"]
+Weights = Iterable[tuple[str, torch.Tensor]]
+Copy = Callable[[Weights], set[str]]
+
+
+class LoadGuard(ABC):
+    """Guards the loads of one model. Each engine has a subclass, which says how the engine loads and calls it.
+
+    ``drafts_required``: a whole checkpoint has to hold the draft's tensors. ``is_first``: the next load is the model's
+    first, of a whole checkpoint. After a start with dummy weights it is not: updates may bring a few tensors at a time.
+    """
+
+    check_first = False
+    """Whether to check the tensors of the first load, because the checkpoint's headers could not be checked."""
+
+    def __init__(self, config: QNextConfig, role: Role, *, drafts_required: bool, is_first: bool) -> None:
+        self.config, self.role, self.is_first = config, role, is_first
+        self.mtp: Literal["required", "optional"] = "required" if drafts_required else "optional"
+        self._changed = False  # by the update that is going on
+        self._incomplete: dict[str, set[str]] = {}  # modules that wait for new weights, and what came for each
+        self._reason = ""
+        self._stopped: list[tuple[Any, str, Any]] = []
+
+    @abstractmethod
+    def takes(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is copied into this model."""
+
+    @abstractmethod
+    def module(self, name: str) -> str:
+        """The module of the model that a checkpoint's tensor is a part of."""
+
+    @abstractmethod
+    def entrances(self) -> list[tuple[Any, str]]:
+        """Objects and the names of their methods that the engine calls in a step, outside of captured graphs."""
+
+    def load(self, weights: Weights, copy: Copy) -> set[str]:
+        """Check ``weights`` and ``copy`` them into the model; returns the parameters loaded.
+
+        An update that raises ``RefusedUpdate`` before anything is copied leaves the model as it was.
+        """
+        if self.is_first:
+            loaded = copy(check_stream(weights, self.config, self.mtp) if self.check_first else weights)
+            self.is_first = False
+            return loaded
+        try:
+            return self.update(weights, copy)
+        finally:
+            self._stop_or_serve()
+
+    def update(self, weights: Weights, copy: Copy) -> set[str]:
+        """Load again. Tensors given as a list are all checked before the first is copied, others one by one."""
+        try:
+            return copy(self.checked(weights, track=False))
+        except Exception as e:
+            if self._changed:
+                self.lose(e)
+            raise
+
+    def checked(self, weights: Weights, *, track: bool) -> Weights:
+        """``weights``, checked before they are copied. ``track``: wait for the rest of each module in them."""
+        whole = isinstance(weights, list | tuple)
+        if whole:
+            self._check(weights)
+        return self._pass_on(weights, check=not whole, track=track)
+
+    def _pass_on(self, weights: Weights, *, check: bool, track: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if check:
+                self._check([(name, tensor)])
+            if self.takes(name):
+                self._changed = True
+                if track or self._incomplete:
+                    self.arrive(self._incomplete, name)
+            yield name, tensor
+
+    def lose(self, reason: Exception) -> None:
+        """Wait for new weights of every module, because an update has failed half-way."""
+        self._incomplete, self._reason = {module: set() for module in self._expected[0]}, f" ({reason})"
+
+    def arrive(self, incomplete: dict[str, set[str]], name: str) -> None:
+        """Note in ``incomplete`` that a tensor has come; a module leaves it with its last weight.
+
+        Scales are not waited for: which of them belong to a module depends on the checkpoint's format.
+        """
+        owner, _, leaf = name.rpartition(".")
+        if leaf in QUANT_COMPANIONS:
+            return
+        module = self.module(name)
+        arrived = incomplete.setdefault(module, set())
+        arrived.add(f"{owner}.weight" if leaf in PACKED_WEIGHTS else name)
+        if any(form.get(module, set()) <= arrived for form in self._expected):
+            del incomplete[module]
+
+    def awaits(self, name: str) -> bool:
+        """Whether a module is incomplete without a checkpoint's tensor."""
+        return self.takes(name)
+
+    @cached_property
+    def _check(self) -> UpdateCheck:
+        return UpdateCheck(self.config)
+
+    @cached_property
+    def _expected(self) -> list[dict[str, set[str]]]:
+        """The tensors of each module, in either form that a layer may be stored in."""
+        forms: list[dict[str, set[str]]] = [{} for _ in self._check.forms]
+        for form, names in zip(forms, self._check.forms, strict=True):
+            for name in filter(self.awaits, names):
+                form.setdefault(self.module(name), set()).add(name)
+        return forms
+
+    def _stop_or_serve(self) -> None:
+        """Replace the entrances by functions that raise while the model is incomplete, and put them back afterwards.
+
+        So a step costs nothing more, and one that replays a graph is refused too, where a check in ``forward`` is not
+        run.
+        """
+        while self._stopped:
+            owner, name, own = self._stopped.pop()
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+        if self._incomplete:
+            message = (
+                f"the last weight update is incomplete{self._reason}; these are without new weights, or with a part of "
+                f"them: {listed(self._incomplete)}. Load a whole checkpoint, or start again"
+            )
+            for owner, name in self.entrances():
+                self._stopped.append((owner, name, vars(owner).get(name)))
+                setattr(owner, name, _refusing(getattr(owner, name), message))
+        else:
+            self._reason = ""
+
+
+def _refusing(method: Callable[..., Any], message: str) -> Callable[..., Any]:
+    @wraps(method)
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(message)
+
+    return refuse
+
+
+def listed(modules: Iterable[str]) -> str:
+    """At most eight names or patterns of names, for a message."""
+    patterns = collapse(sorted(modules))
+    return "; ".join(patterns[:8]) + (f"; and {len(patterns) - 8} more" if len(patterns) > 8 else "")
