@@ -111,6 +111,13 @@ def on_cpu(feature: str, is_used: Callable[[VllmConfig], object] = lambda config
 
 
 LORA = Feature("LoRA", lambda config: config.lora_config is not None)
+PARTIAL_HITS = {
+    runner: Feature(
+        "prefix hits below a block (--prefix-match-unit)",
+        lambda config, v2=v2: config.cache_config.prefix_match_unit is not None and config.use_v2_model_runner == v2,
+    )
+    for runner, v2 in (("gpu_model_runner", False), ("gpu.model_runner", True))
+}
 LORA_ON_CPU = on_cpu("LoRA", LORA.is_used)
 REQUESTS_ON_CPU = on_cpu("requests with a seed")
 UPDATES_ON_CPU = on_cpu("weight updates")
@@ -134,6 +141,18 @@ REPLACEMENTS = (
         until="SupportsLoRA has a method that is called with each adapter",
         kind="around",
         parameters=("lora_request",),
+    ),
+    *(
+        Replacement(
+            feature,
+            target=f"vllm.v1.worker.{runner}:copy_kv_cache_blocks_inplace",
+            ours="vllm_ext.state:copy_blocks",
+            why="of the layers that share a page it copies the first, and a state is smaller than keys and values",
+            until="it copies the largest view of a page",
+            kind="around",
+            parameters=("kv_caches",),
+        )
+        for runner, feature in PARTIAL_HITS.items()
     ),
     Replacement(
         REQUESTS_ON_CPU,

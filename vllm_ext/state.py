@@ -1,5 +1,6 @@
 """The Gated DeltaNet cache as vLLM stores it, and what kernels read of a layer."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,14 @@ def state_shapes(
         num_draft_tokens,
     )
     return conv, ((heads, k, v) if current_platform.is_cpu() else (heads, v, k))
+
+
+def copy_blocks(original: Callable[..., None], kv_caches: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+    """vLLM's copy of cache blocks, given the largest view of each page first.
+
+    Layers of different kinds share pages. vLLM copies the first view of each address and leaves out the others.
+    """
+    original(sorted(kv_caches, key=lambda view: view.nbytes, reverse=True), *args, **kwargs)
 
 
 def conv_view(conv_state: torch.Tensor) -> torch.Tensor:

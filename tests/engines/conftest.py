@@ -42,7 +42,17 @@ REGEX = "([a-d][0-9]){12}"
 SAMPLING_MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"
 
 # Configurations that others cover in part.
-EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "tp2", "pp2", "ep2-mtp2", "bfloat16-ep2-mtp2"}
+EXHAUSTIVE = {
+    "compiled",
+    "mtp1",
+    "mtp3-compiled",
+    "prefix-no-buffer",
+    "prefix-unit",
+    "tp2",
+    "pp2",
+    "ep2-mtp2",
+    "bfloat16-ep2-mtp2",
+}
 
 # Files of tests that hold for one engine only carry its name.
 collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENGINE]

@@ -122,6 +122,13 @@ def state_not_copied_between_blocks(worker: Any) -> AbstractContextManager[Any]:
     return _state_copy(lambda *args: None)
 
 
+def first_view_of_a_page_copied(worker: Any) -> AbstractContextManager[Any]:
+    """vLLM's own copy of blocks, which takes a state for all that its page holds."""
+    from vllm.v1.worker import gpu_model_runner, utils
+
+    return patch.object(gpu_model_runner, "copy_kv_cache_blocks_inplace", utils.copy_kv_cache_blocks_inplace)
+
+
 def seeds_ignored(worker: Any) -> AbstractContextManager[Any]:
     sampler = worker.model_runner.sampler.topk_topp_sampler
     forward = sampler.forward
@@ -150,6 +157,7 @@ MUTANTS = [
     Mutant(slot_not_zeroed, "slot_reuse"),
     Mutant(slot_not_zeroed, "aborts", "starved"),
     Mutant(slot_not_zeroed, "preemption", "starved"),
+    Mutant(first_view_of_a_page_copied, "partial_hits", "mtp2-prefix-unit"),
     Mutant(seeds_ignored, "sampled"),
     Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "mtp3"),
     Mutant(verify_commits_one_step_early, "drafts_all_right", "mtp3"),

@@ -7,11 +7,26 @@ from qnext_plugin.engines.config import ENGINES, MAX_MODEL_LEN, EngineConfig
 from qnext_plugin.verify.scenarios import Scenario, scenarios, tokens
 from qnext_plugin.verify.starts import CASES
 
+_A, _B = tokens(300, seed=81), tokens(280, seed=82)
 SCENARIOS = scenarios() | {
     "drafts_to_the_last_position": Scenario(
         # On these prompts no two experts tie for the last place, where rounding decides in any implementation.
         (tuple(tokens(MAX_MODEL_LEN - 24 - i, seed=70 + i) for i in range(3)),),
         drafts="cycle",
+    ),
+    # A prefix of a part of a block: the same again, a longer one, another, the first, then many at once.
+    "partial_hits": Scenario(
+        (
+            (_A,),
+            (_A,),
+            (_A + _B[:20],),
+            (_B,),
+            (_A,),
+            tuple(_A[: 300 - 5 * i] + tokens(9 + i, seed=i) for i in range(24)),
+        ),
+        max_tokens=(12,),
+        drafts="cycle",
+        hits=((1, 0), (2, 0), (4, 0), (5, 0), (5, 9)),
     ),
     "draft_logits": Scenario(((tokens(61, seed=7),),), drafts="cycle", draft_logits=True),
 }
@@ -35,6 +50,7 @@ def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "ti
 _DRAFTS = CASES["mtp3-compiled"].scenarios
 _PLAIN = ("mixed_lengths",)
 _BFLOAT16 = EngineConfig(dtype="bfloat16")
+_PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120, flags=("--block-size", "96", "--prefix-match-unit", "32"))
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
     "compiled": _shared("compiled", ("vllm",), num_blocks=48),
@@ -42,6 +58,8 @@ MATRIX = {
     "prefix": _shared("prefix", num_blocks=640),
     "prefix-no-buffer": _shared("prefix-no-buffer", ("sglang",)),
     "starved": _shared("starved", num_blocks=44),
+    "prefix-unit": Case(_PARTIAL, ("partial_hits",)),
+    "mtp2-prefix-unit": Case(replace(_PARTIAL, draft_tokens=2), ("partial_hits", "multi_turn")),
     "tp2": Case(
         EngineConfig(prefix_caching=True, tensor_parallel=2, num_blocks=160), (*_PLAIN, "multi_turn"), engines=ENGINES
     ),
