@@ -42,14 +42,7 @@ REGEX = "([a-d][0-9]){12}"
 SAMPLING_MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"
 
 # Configurations that others cover in part.
-EXHAUSTIVE = {
-    "compiled",
-    "mtp1",
-    "mtp3-compiled",
-    "prefix-no-buffer",
-    "prefix-unit",
-    "tp2",
-    "pp2",
+EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "prefix-unit", "tp2", "pp2"} | {
     "ep2-mtp2",
     "bfloat16-ep2-mtp2",
 }
