@@ -21,8 +21,8 @@ def gather_intermediate_tensors(original: Callable[..., Any], runner: Any, *args
 
 
 @cache
-def absent_draft() -> Any:
-    """What stands for the draft on stages that have none."""
+def absent_draft() -> type:
+    """The class of what stands for the draft on stages that have none."""
     from vllm.v1.spec_decode.eagle import EagleProposer
 
     class AbsentDraft(EagleProposer):
@@ -38,13 +38,13 @@ def absent_draft() -> Any:
         def initialize_attn_backend(self, *args: Any) -> None:
             pass
 
-    return AbsentDraft()
+    return AbsentDraft
 
 
 def initialize_attn_backend(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     """``GPUModelRunner.initialize_attn_backend``, which asks the draft of every stage."""
     if not get_pp_group().is_last_rank:
-        runner.drafter = absent_draft()
+        runner.drafter = absent_draft()()
     return original(runner, *args, **kwargs)
 
 
