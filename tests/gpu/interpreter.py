@@ -9,9 +9,11 @@ from typing import Any
 def enable() -> None:
     """Before the first import of vLLM's kernels, and only in a process that does nothing else.
 
-    On a CPU vLLM turns Triton off and puts its C++ kernels in the place of the Triton ones, so it is told that there
+    On a CPU vLLM turns Triton off and puts its C++ kernels in place of the Triton ones, so it is told that there
     is a driver, and that this CPU is a device it does not know.
     """
+    if "triton" in sys.modules:
+        raise RuntimeError("Triton is imported already, so its interpreter cannot be turned on: run scripts/gpu-check")
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.backends
 

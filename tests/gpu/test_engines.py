@@ -19,7 +19,6 @@ import torch
 from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.verify.comparison import check_conditions, compare, rounding
-from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.scenarios import Scenario, tokens
 from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
@@ -145,8 +144,10 @@ def started(
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Callable[[str], Path]) -> Callable[[str, torch.dtype], Whole]:
+def reference(checkpoint: Callable[[str], Path]) -> Callable[[str, torch.dtype], Any]:
     """A function that returns ``transformers`` on this GPU, by the name of a checkpoint and dtype."""
+    from qnext_plugin.verify.reference import Whole  # it imports Triton, whose interpreter other modules here turn on
+
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return cache(lambda name, dtype: Whole(checkpoint(name), dtype, "cuda" if torch.cuda.is_available() else "cpu"))
 
