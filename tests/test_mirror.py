@@ -10,7 +10,6 @@ ONLY = {
     "vllm_ext/gpu_kernels.py": "vLLM's GPU kernels are called by the layer; SGLang's by its own attention backend",
     "vllm_ext/norm.py: ZeroCenteredRMSNorm": "SGLang's own serves as it is",
     "sglang_ext/norm.py: RMSNormGated": "vLLM's own has a CPU path",
-    "sglang_ext/quantization.py: Stored": "vLLM asks its own configuration for both",
     "sglang_ext/quantization.py: DequantizedConfig": "vLLM has kernels on CPU for some formats",
     "vllm_ext/scheduler.py": "a name that users type; SGLang's scheduler serves drafts on pipelines itself",
     "vllm_ext/ray_executor.py": "a name that users type; SGLang has no executors, and serves on CPUs without Ray",

@@ -55,7 +55,7 @@ def view_of(engine_config: Config, answers: type, /, **attributes: Any) -> Confi
     engine_class = type(engine_config)
     names = {name: getattr(engine_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     view_class = type(engine_class.__name__, (answers, engine_class), names)
-    view: Any = view_class.__new__(view_class)
+    view: Any = object.__new__(view_class)
     vars(view).update(vars(engine_config) | attributes)
     return view
 
