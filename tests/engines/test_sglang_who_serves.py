@@ -7,8 +7,6 @@ import pytest
 
 from qnext_plugin.engines import process
 
-pytestmark = pytest.mark.engine
-
 ARCHITECTURE = "Qwen3NextForCausalLM"
 REGISTRY = """
 import json, sys

@@ -8,8 +8,6 @@ from packaging.version import Version
 
 from qnext_plugin.engines import process
 
-pytestmark = pytest.mark.engine
-
 ARCHITECTURE = "Qwen3NextForCausalLM"
 REGISTRY = """
 import json, sys
