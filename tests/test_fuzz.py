@@ -14,7 +14,7 @@ from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
 from qnext_plugin.checkpoint.layouts import LAYOUTS, inverse_row_order, regroup, row_order, section_sizes, ungroup
 from qnext_plugin.checkpoint.schema import check_coverage, expected_tensors
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
-from tests.test_config import PUBLISHED
+from tests.support.configs import PUBLISHED
 
 DEEP = b"[" * 5_000  # deeper than the JSON parser goes
 LONG = b"9" * 5_000  # more digits than int() takes

@@ -210,7 +210,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 
 def test_hub_name_fetches_metadata_only(tmp_path):
     model = tmp_path / "model"
-    write_random_checkpoint(model, overrides={"num_experts": 64, "vocab_size": 4000})
+    write_random_checkpoint(model, overrides={"num_experts": 16, "vocab_size": 4000})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Hub(*a, directory=str(model)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     command = "import sys; from qnext_plugin.cli import main; sys.exit(main())"

@@ -72,7 +72,8 @@ print(status("VmHWM") - before)
 
 def test_streamed_never_holds_the_experts_of_a_layer(tmp_path):
     """File pages that are only mapped count as well."""
-    wide = {"num_hidden_layers": 4, "num_experts": 64, "hidden_size": 256, "moe_intermediate_size": 512}
+    wide = {"num_hidden_layers": 2, "num_experts": 64, "hidden_size": 256, "moe_intermediate_size": 512}
+    wide["layer_types"] = ["linear_attention", "full_attention"]
     write_random_checkpoint(tmp_path / "wide", dtype="bfloat16", overrides=wide)
     command = [sys.executable, "-c", PEAK, str(tmp_path / "wide")]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

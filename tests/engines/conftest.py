@@ -1,7 +1,25 @@
-"""One engine start per configuration and session, shared by every test that asks for it."""
+"""One engine start per configuration and session, shared by every test that asks for it.
+
+What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what covers it in kind otherwise:
+
+- starts ``compiled``, ``mtp3-compiled``: ``bfloat16-compiled``, and the compiled server of ``test_vllm_server``
+- ``mtp1``: ``mtp2`` and ``mtp3``; its aborts: ``mtp2-starved``
+- ``prefix-no-buffer``: ``mtp1-no-buffer``
+- ``tp2``, ``pp2``: ``tp2-mtp2``, ``pp2-mtp2``
+- ``ep2-mtp2``, ``bfloat16-ep2-mtp2``: experts in parallel in ``test_vllm_executors``
+- ``test_*_quantized``, two processes: each format in one process there; ``tp2-mtp2``, ``pp2-mtp2``
+- ``test_*_loading``, five formats: two formats there; each format in one process in ``test_*_quantized``
+- ``test_vllm_server``, YaRN in config.json: ``odd-a`` to ``odd-c``, and the case that overrides it
+- ``test_vllm_long_context``: the same for YaRN, ``chunked`` for prompts in pieces
+- ``test_vllm_executors``, experts sharded: experts in parallel there; Ray and ``test_nodes``: ``tp2-mtp2``
+- ``test_lora``: its first test; what does not fit: ``test_sglang_lora_rows`` and ``tests/test_lora.py``
+- ``test_bench``: ``tests/test_bench.py``, and for the way to an engine ``test_verify``
+- ``test_package``: ``scripts/setup``, which builds and installs the package that all tests here import
+"""
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,14 +29,13 @@ import torch
 
 from qnext_plugin.engines.config import ENGINES, EngineConfig
 from qnext_plugin.engines.process import EngineFailed
-from qnext_plugin.engines.remote import started_engine
-from qnext_plugin.verify.reference import Whole
-from qnext_plugin.verify.runner import Run, Start, passes
-from qnext_plugin.verify.scenarios import tokens
+from qnext_plugin.verify.runner import Start
 from tests.support.checkpoints import write_checkpoint
-from tests.support.installed import ENGINE, MUTANTS
-from tests.support.matrix import CONFIGS, MATRIX, SCENARIOS, scenarios_of
-from tests.support.serving import Server, crowded
+from tests.support.installed import ENGINE
+from tests.support.matrix import CONFIGS, MATRIX
+from tests.support.sampling import draw
+from tests.support.starts import runs
+from tests.support.warm import Warm
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -31,16 +48,6 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-whole = cache(Whole)  # transformers, once for each checkpoint and dtype
-
-SAMPLES, TOKENS = 20_000, 5
-SAMPLING_ARGUMENTS = {
-    "vllm": {"max_num_seqs": 512},
-    "sglang": {"max_running_requests": 256, "max_mamba_cache_size": 264, "skip_tokenizer_init": False},
-}[ENGINE]
-REGEX = "([a-d][0-9]){12}"
-SAMPLING_MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"
-
 # Configurations that others cover in part.
 EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "prefix-unit", "tp2", "pp2"} | {
     "ep2-mtp2",
@@ -48,11 +55,19 @@ EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "prefix-u
 }
 
 # Files of tests that hold for one engine only carry its name.
-collect_ignore_glob = [f"test_{engine}_*" for engine in ENGINES if engine != ENGINE]
+collect_ignore_glob = [f"*test_{engine}_*" for engine in ENGINES if engine != ENGINE]
+
+
+def may_be_forked(config: EngineConfig) -> bool:
+    """Whether a fork is like a start: SGLang's ranks import it anew, and a compiler has threads."""
+    ranks = config.tensor_parallel * config.pipeline_parallel
+    return not config.compiled and (ENGINE == "vllm" or ranks == 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
+    items[:] = [item for item in items if ENGINE in ([mark.args[0] for mark in item.iter_markers("only")] or [ENGINE])]
+    for item in (item for item in items if item.path.is_relative_to(Path(__file__).parent)):
+        item.add_marker(pytest.mark.engine)
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         config = params["mutant"].config if "mutant" in params else params.get("config", params.get("case"))
         if isinstance(config, str) and config in EXHAUSTIVE:
@@ -67,7 +82,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Start]:
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """The process that has imported the engine, for starts whose process need not be a new one."""
+    warm = Warm(ENGINE, tmp_path_factory.mktemp("warm") / "log")
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def serve(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path], warm: Warm
+) -> Callable[[str], Start]:
     """What the engine answered to every scenario of a configuration, then to those of its mutants."""
     root = tmp_path_factory.mktemp(ENGINE)
 
@@ -75,7 +100,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
     def outcome(config: str) -> Start | EngineFailed:
         start = Start(ENGINE, checkpoint(MATRIX[config].checkpoint), CONFIGS[config], runs(config), root / config)
         try:
-            start.run(timeout=600)
+            with warm.forking() if may_be_forked(CONFIGS[config]) else nullcontext():
+                start.run(timeout=600)
         except EngineFailed as e:
             return e
         return start
@@ -89,41 +115,16 @@ def serve(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], 
     return served
 
 
-def runs(config: str) -> list[Run]:
-    """The scenarios of a configuration, if it says so again on the warm cache, then its mutants."""
-    broken = [mutant for mutant in MUTANTS if mutant.config == config]
-    return passes(CONFIGS[config], scenarios_of(config)) + [
-        Run(mutant.name, SCENARIOS[mutant.scenario], mutant.path) for mutant in broken
-    ]
-
-
 @pytest.fixture(scope="session")
-def samples(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> dict[int, dict[str, Any]]:
+def samples(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path], warm: Warm
+) -> dict[int, dict[str, Any]]:
     """What was sampled with 0 and with 2 draft tokens, by mutant."""
-    root, drawn = tmp_path_factory.mktemp("sampling"), {}
-    for drafts in (0, 2):
-        config = EngineConfig(draft_tokens=drafts, num_blocks=8192)
-        model, directory = str(checkpoint("tiny")), root / f"{drafts}"
-        with started_engine(ENGINE, model, config, directory, arguments=SAMPLING_ARGUMENTS) as engine:
-            engine.ready(600)
-            drawn[drafts] = engine.call(
-                f"tests.workers.{ENGINE}_sampling:sample",
-                600,
-                prompt=tokens(9, seed=5),
-                samples=SAMPLES,
-                tokens=TOKENS,
-                mutants=[SAMPLING_MUTANT] if drafts else [],
-                regex=REGEX,
-            )
-    return drawn
+    root = tmp_path_factory.mktemp("sampling")
+    with warm.forking():
+        return {drafts: draw(checkpoint("tiny"), drafts, root) for drafts in (0, 2)}
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def crowded_server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Iterator[Server]:
-    with crowded(ENGINE, checkpoint("tiny"), tmp_path_factory.mktemp("crowded") / "log") as server:
-        yield server

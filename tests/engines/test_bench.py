@@ -8,11 +8,12 @@ import torch
 from qnext_plugin.engines import process
 from tests.support.installed import ENGINE
 
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
+pytestmark = pytest.mark.exhaustive
 
 OPTIONS = ("--pairs", "1", "--mtp", "2", "--input-len", "20", "--output-len", "12")
 # SGLang's own model does not run on a CPU.
 SIDES = ["ours", "native"] if ENGINE == "vllm" or torch.cuda.is_available() else ["ours"]
+EAGER = {"vllm": ["--enforce-eager"], "sglang": []}[ENGINE]
 NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next", "sglang": "sglang.srt.models.qwen3_next"}
 ABOUT = {"command", "model", "machine", "date", "sides", "engines", "modules", "ranks", "dtype", "mtp", "ceilings"}
 ABOUT |= {"start-up seconds", "first request seconds", "peak resident bytes", "workloads"}
@@ -20,7 +21,7 @@ ABOUT |= {"start-up seconds", "first request seconds", "peak resident bytes", "w
 
 def qnext_bench(tmp_path, checkpoint, *options):
     command = ["bench", str(checkpoint("bfloat16")), "--engine", ENGINE, "--json", str(tmp_path / "json"), *OPTIONS]
-    command += ["--against", SIDES[-1] if SIDES[1:] else "none", *(["--enforce-eager"] if ENGINE == "vllm" else [])]
+    command += ["--against", SIDES[-1] if SIDES[1:] else "none", *EAGER]
     status = process.run(["-m", "qnext_plugin.cli", *command, *options], tmp_path / "log", timeout=900)
     printed = (tmp_path / "log").read_text()
     assert status == 0, printed

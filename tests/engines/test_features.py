@@ -15,8 +15,6 @@ from tests.support.installed import ENGINE
 from tests.support.tolerances import SERVED_TENSOR_FLOAT32, assert_close
 from tests.support.workers import call
 
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
-
 SIZES = {
     "num_hidden_layers": 4,
     "mlp_only_layers": [1],
@@ -59,11 +57,12 @@ def write_classifier(directory, base):
 
 
 @pytest.fixture(scope="module")
-def answered(root):
+def answered(root, warm):
     found = {}
     for step in {"vllm": [{}], "sglang": [{"step": "generation"}, {"step": "embeddings"}]}[ENGINE]:
         directory, out = root / f"worker-{len(found)}", root / "out.pt"
-        call(f"{ENGINE}_features:run", directory, directory=str(root), out_file=str(out), **step)
+        with warm.forking():
+            call(f"{ENGINE}_features:run", directory, directory=str(root), out_file=str(out), **step)
         check_log(ENGINE, False, directory / "log")
         found |= torch.load(root / "out.pt")
     assert isinstance(found["tokens"], list), found
@@ -133,28 +132,31 @@ def test_an_embedding_is_the_last_hidden_state_of_length_one(answered, root, nam
         assert_close(embedding, expected, SERVED_TENSOR_FLOAT32, f"{name}, {len(prompt)} tokens")
 
 
-if ENGINE == "vllm":
+@pytest.mark.only("vllm")
+@torch.inference_mode()
+def test_a_classifier_says_what_its_own_head_makes_of_the_last_token(answered, root):
+    model = Qwen3NextForSequenceClassification.from_pretrained(root / "classifier", dtype=torch.float32).eval()
+    assert isinstance(answered["classes"], list), answered["classes"]
+    for prompt, actual in zip(PROMPTS, answered["classes"], strict=True):
+        expected = model(torch.tensor([prompt]), use_cache=False).logits[0].softmax(-1)
+        assert_close(actual, expected, SERVED_TENSOR_FLOAT32, f"{len(prompt)} tokens")
 
-    @torch.inference_mode()
-    def test_a_classifier_says_what_its_own_head_makes_of_the_last_token(answered, root):
-        model = Qwen3NextForSequenceClassification.from_pretrained(root / "classifier", dtype=torch.float32).eval()
-        assert isinstance(answered["classes"], list), answered["classes"]
-        for prompt, actual in zip(PROMPTS, answered["classes"], strict=True):
-            expected = model(torch.tensor([prompt]), use_cache=False).logits[0].softmax(-1)
-            assert_close(actual, expected, SERVED_TENSOR_FLOAT32, f"{len(prompt)} tokens")
 
-    @pytest.mark.parametrize(
-        ("asked", "words"),
-        [("sleep", "Sleep mode is not supported"), ("return of routed experts", "requires Model Runner V2")],
-    )
-    def test_vllm_refuses_on_a_cpu(answered, asked, words):
-        assert words in answered[asked]
+@pytest.mark.only("vllm")
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [("sleep", "Sleep mode is not supported"), ("return of routed experts", "requires Model Runner V2")],
+)
+def test_vllm_refuses_on_a_cpu(answered, asked, words):
+    assert words in answered[asked]
 
-else:
 
-    def test_hidden_states_are_those_of_prompt_and_answer(answered, transformer):
-        for ids, states in of_each_prompt(answered, "last hidden states"):
-            assert_close(states, last_states(transformer, ids), SERVED_TENSOR_FLOAT32, f"{len(ids)} tokens")
+@pytest.mark.only("sglang")
+def test_hidden_states_are_those_of_prompt_and_answer(answered, transformer):
+    for ids, states in of_each_prompt(answered, "last hidden states"):
+        assert_close(states, last_states(transformer, ids), SERVED_TENSOR_FLOAT32, f"{len(ids)} tokens")
 
-    def test_an_unknown_token_to_embed_is_refused_and_the_server_goes_on(answered):
-        assert "token ids from 1 to 1000000 found" in answered["unknown token"]
+
+@pytest.mark.only("sglang")
+def test_an_unknown_token_to_embed_is_refused_and_the_server_goes_on(answered):
+    assert "token ids from 1 to 1000000 found" in answered["unknown token"]

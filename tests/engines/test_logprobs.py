@@ -1,22 +1,15 @@
 """A served model's log-probabilities, full distributions at every position, against float32 `transformers`."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from qnext_plugin.config import QNextConfig
-from qnext_plugin.reference import ReferenceModel
-from qnext_plugin.verify.comparison import Difference, Result, Unsteady, check_conditions, check_warm, compare, rounding
-from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
-from tests.engines.conftest import runs, whole
+from qnext_plugin.verify.comparison import Unsteady, check_conditions, check_warm, compare, rounding
+from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO
 from tests.support.installed import ENGINE, MUTANTS
 from tests.support.matrix import CONFIGS, MATRIX, SCENARIOS, configs
+from tests.support.references import TOLERANCE, compare_draft, whole
+from tests.support.starts import runs
 
-pytestmark = pytest.mark.engine
-
-TOLERANCE = SERVED_LOGPROB_FLOAT32[ENGINE]
 ALL = [(config, run.key) for config in configs(ENGINE) for run in runs(config) if not run.mutant]
 FLOAT32 = [pair for pair in ALL if CONFIGS[pair[0]].dtype == "float32"]
 BFLOAT16 = [pair for pair in ALL if CONFIGS[pair[0]].dtype == "bfloat16"]
@@ -60,25 +53,6 @@ def test_draft_computes_what_the_oracle_does(serve, checkpoint, config):
     difference = compare_draft(serve(config)["draft_logits"], checkpoint(MATRIX[config].checkpoint))
     print(f"{config} draft: {difference.max:.2g} at {difference.worst}")
     assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"
-
-
-def compare_draft(result: Result, checkpoint: Path) -> Difference:
-    """Every draft step's log-probabilities against the reference's MTP, first and further drafts."""
-    model = ReferenceModel(QNextConfig.from_pretrained(checkpoint), load_file(checkpoint / "model.safetensors"))
-    sequence = torch.tensor(result.batches[0][0].query.ids)
-    _, hidden = model.forward(sequence)
-    difference, steps = Difference(), result.draft_steps
-    assert len(steps) > 5
-    for step in steps:
-        n = step["position"] + 1
-        following, states = sequence[1 : n + 1], hidden[:n]
-        for i, logits in enumerate(step["logits"]):
-            expected, drafted = model.mtp_forward(following, states)
-            actual = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)
-            difference.add(actual[None], expected[-1].log_softmax(-1)[None], [f"position {n}, draft {i}"])
-            following = torch.cat([following, torch.tensor(logits).argmax()[None]])
-            states = torch.cat([states, drafted[-1:]])
-    return difference
 
 
 @pytest.mark.parametrize("config", configs(ENGINE))

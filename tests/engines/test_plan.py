@@ -11,8 +11,6 @@ from qnext_plugin.plan.sizes import Serving
 from tests.support.installed import ENGINE
 from tests.support.matrix import CONFIGS, MATRIX, configs
 
-pytestmark = pytest.mark.engine
-
 CACHE_MEMORY = 2**30  # VLLM_CPU_KVCACHE_SPACE of every engine test
 NAMES = [name for name in configs(ENGINE) if CONFIGS[name].pipeline_parallel == 1]
 
@@ -32,7 +30,7 @@ def case(request, serve, checkpoint):
     return config, serving, weights, serve(request.param).serving["memory"]
 
 
-@pytest.mark.skipif(ENGINE != "vllm", reason="vLLM's cache")
+@pytest.mark.only("vllm")
 @pytest.mark.parametrize("case", NAMES, indirect=True)
 def test_vllm_blocks(case):
     config, serving, _, memory = case
@@ -45,7 +43,7 @@ def test_vllm_blocks(case):
     assert within(memory["concurrency"], num_blocks / cache.blocks(MAX_MODEL_LEN))
 
 
-@pytest.mark.skipif(ENGINE != "sglang", reason="SGLang's pools")
+@pytest.mark.only("sglang")
 @pytest.mark.parametrize("case", NAMES, indirect=True)
 def test_sglang_weights_and_pools(case):
     """Weights on this engine only: on CPU vLLM packs them in forms of its own, and drops the parameters."""

@@ -8,13 +8,10 @@ from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.comparison import Result, compare
-from tests.engines.conftest import whole
-from tests.engines.test_logprobs import TOLERANCE, compare_draft
 from tests.support.checkpoints import CHECKPOINTS
 from tests.support.installed import ENGINE
+from tests.support.references import TOLERANCE, compare_draft, whole
 from tests.support.workers import call
-
-pytestmark = pytest.mark.engine
 
 CHANGED = "model.layers.1.linear_attn.in_proj_qkvz.weight"
 MISSHAPEN = ["wrongly shaped", "layers.3.self_attn.k_proj.weight [3, 5]"]
@@ -66,15 +63,17 @@ def directories(tmp_path_factory, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory, directories):
+def outcome(tmp_path_factory, directories, warm):
     root = tmp_path_factory.mktemp("outcome")
     asked = {"checkpoints": {name: str(path) for name, path in directories.items()}, "directory": str(root)}
-    if ENGINE == "vllm":
-        errors, mix = call("vllm_reload:reload", root / "engine", timeout=400, **asked), None
-    else:
-        errors, mix = reload_sglang(root, asked)
+    with warm.forking():
+        errors, mix = {"vllm": reload_vllm, "sglang": reload_sglang}[ENGINE](root, asked)
     answers = {file.stem: Result.load(file) for file in root.glob("*.safetensors")}
     return {"errors": errors, "mix": mix, "answers": answers}
+
+
+def reload_vllm(root, asked):
+    return call("vllm_reload:reload", root / "engine", timeout=400, **asked), None
 
 
 def reload_sglang(root, asked):
@@ -109,25 +108,37 @@ def test_weights_that_do_not_fit_change_nothing(outcome, directories, step):
     assert_answers(outcome, step, directories[before])
 
 
-def test_a_mix_of_old_and_new_weights_does_not_serve(outcome):
-    errors = outcome["errors"]
-    assert "wrongly shaped" in errors["late"]
-    if ENGINE == "vllm":
-        assert "update is incomplete" in errors["after late"] and "start again" in errors["after late"]
-        assert "update is incomplete" in errors["after part"] and "layers.3.self_attn.qkv_proj" in errors["after part"]
-        assert "wrongly shaped" in errors["draft late"] and "update is incomplete" in errors["after draft late"]
-        assert not errors["draft recovered"]
-    else:
-        log = outcome["mix"].log.read_text()
-        assert "mix.short" not in outcome["answers"]
-        assert "update is incomplete" in log
-        # Where SGLang's runner chooses between the model and its graph.
-        assert "_forward_raw" not in log
+def test_a_part_that_comes_too_late_is_refused(outcome):
+    assert "wrongly shaped" in outcome["errors"]["late"]
 
 
-if ENGINE == "vllm":
+@pytest.mark.only("vllm")
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [("after late", "start again"), ("after part", "layers.3.self_attn.qkv_proj"), ("after draft late", "mtp")],
+)
+def test_a_mix_of_old_and_new_weights_is_an_error(outcome, step, words):
+    error = outcome["errors"][step]
+    assert "update is incomplete" in error and words in error
 
-    @pytest.mark.parametrize("step", ["fresh", "direct", "transfer"])
-    def test_draft_is_the_one_loaded_last(outcome, directories, step):
-        difference = compare_draft(outcome["answers"][f"{step}.draft_logits"], directories[STEPS[step]])
-        assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"
+
+@pytest.mark.only("vllm")
+def test_draft_serves_again_after_a_whole_update(outcome):
+    assert "wrongly shaped" in outcome["errors"]["draft late"]
+    assert not outcome["errors"]["draft recovered"]
+
+
+@pytest.mark.only("sglang")
+def test_a_mix_of_old_and_new_weights_ends_the_server(outcome):
+    assert "mix.short" not in outcome["answers"]
+    log = outcome["mix"].log.read_text()
+    assert "update is incomplete" in log
+    # Where SGLang's runner chooses between the model and its graph.
+    assert "_forward_raw" not in log
+
+
+@pytest.mark.only("vllm")
+@pytest.mark.parametrize("step", ["fresh", "direct", "transfer"])
+def test_draft_is_the_one_loaded_last(outcome, directories, step):
+    difference = compare_draft(outcome["answers"][f"{step}.draft_logits"], directories[STEPS[step]])
+    assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"

@@ -6,9 +6,7 @@ from collections.abc import Hashable, Sequence
 import pytest
 import torch
 
-from tests.engines.conftest import SAMPLING_MUTANT, TOKENS
-
-pytestmark = pytest.mark.engine
+from tests.support.sampling import MUTANT, TOKENS
 
 
 def p_value(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
@@ -38,5 +36,5 @@ def test_distribution_is_the_one_without_mtp(samples, position):
 
 
 def test_a_wrong_state_shows_in_the_distribution(samples):
-    plain, broken = samples[0][""], samples[2][SAMPLING_MUTANT]
+    plain, broken = samples[0][""], samples[2][MUTANT]
     assert min(p_value([s[i] for s in plain], [s[i] for s in broken]) for i in range(1, TOKENS)) < 1e-12

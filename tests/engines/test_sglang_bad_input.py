@@ -10,8 +10,6 @@ from qnext_plugin.engines import process
 from qnext_plugin.engines.config import mtp_flags
 from qnext_plugin.engines.server import command
 
-pytestmark = pytest.mark.engine
-
 SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
 A_LOG = "model.layers.0.linear_attn.A_log"
 
@@ -71,12 +69,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("edit", "options", "words"), CASES)
-def test_server_exits_with_the_reason(tmp_path, edit, options, words):
+def test_server_exits_with_the_reason(tmp_path, warm, edit, options, words):
     directory, log = tmp_path / "checkpoint", tmp_path / "log"
     write_random_checkpoint(directory, dtype="float32", overrides=SMALL)
     edit(directory)
     flags = ["--dtype", "float32", *options]
-    assert process.run(command("sglang", str(directory), process.free_port(), flags), log) != 0
+    with warm.forking():
+        assert process.run(command("sglang", str(directory), process.free_port(), flags), log) != 0
     text = log.read_text()
     for word in words:
         assert word in text, process.tail(log)

@@ -11,8 +11,6 @@ from qnext_plugin.ops.cpu import delta_rule
 from qnext_plugin.ops.cpu.jit import in_parallel
 from tests.support.tolerances import OPS, assert_close
 
-pytestmark = pytest.mark.engine
-
 SLOTS = 11
 
 

@@ -9,8 +9,6 @@ from torch import nn
 from sglang_ext.cpu.gemm import FOR_AVX2, PACKS, Packed, PackedForAvx2, Plain, plain_weights
 from tests.support.tolerances import OPS, assert_close
 
-pytestmark = pytest.mark.engine
-
 
 class Projection(nn.Module):
     def __init__(self, dtype):

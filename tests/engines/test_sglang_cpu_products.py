@@ -8,7 +8,6 @@ from sglang_ext.cpu.gemm import Packed
 from tests.support.tolerances import OPS, assert_close
 
 pytestmark = [
-    pytest.mark.engine,
     pytest.mark.skipif(
         not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         reason="oneDNN multiplies on this CPU",

@@ -1,14 +1,15 @@
 """Every rank of tensor-parallel groups of up to eight holds its part of the checkpoint, plain or quantized."""
 
+from functools import cache
+
 import pytest
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
+from tests.support.groups import group_of, in_groups
 from tests.support.reads import check_reads
 from tests.support.shards import OUTER_RANKS, RANKS, make
 from tests.support.workers import call
 from tests.workers.sglang_loading import READ, WAYS
-
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
 
 TARGET, DRAFT = "Qwen3NextForCausalLM.model.", "Qwen3NextForCausalLMMTP.model."
 SHARED = {f"{TARGET}layers.0.mlp.shared_expert.{name}.weight" for name in ("gate_up_proj", "down_proj")}
@@ -31,29 +32,34 @@ ON_GPU = [name for name in FORMATS if name != "w8a8"]
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """By checkpoint and rank, the layers that hold their weights as stored; every parameter has been compared."""
-    root = tmp_path_factory.mktemp("loading")
-    make(root)
-    return call("sglang_loading:check", root.with_name("loading-worker"), timeout=1800, root=str(root))
+
+    @cache
+    def group(names):
+        root = tmp_path_factory.mktemp("loading")
+        make(root, names)
+        return call("sglang_loading:check", root.with_name(f"{root.name}-worker"), timeout=1800, root=str(root))
+
+    return lambda name: group(group_of(name))
 
 
 @pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_reads_no_expert_of_another(loaded, name, way):
     """And what it holds of its own, several times where the load balancer has put them so, has been compared."""
-    assert len(loaded[f"read {name}"][way]["experts"]) == {"TP 2": 8, "EP 2": 4, "EP 2, balanced": 6}[way]
-    check_reads(loaded[f"read {name}"][way], split=way == "TP 2" and name == "plain")
+    assert len(loaded(name)[f"read {name}"][way]["experts"]) == {"TP 2": 8, "EP 2": 4, "EP 2, balanced": 6}[way]
+    check_reads(loaded(name)[f"read {name}"][way], split=way == "TP 2" and name == "plain")
 
 
-@pytest.mark.parametrize("name", ["plain", *FORMATS])
+@pytest.mark.parametrize("name", in_groups(["plain", *FORMATS]))
 def test_each_rank_holds_its_shard_on_a_cpu(loaded, name):
-    assert len(loaded[name]) == len(RANKS)
-    assert not any(loaded[name].values())
-    assert name == "plain" or len(loaded[f"{name}-mixed"]) == len(OUTER_RANKS)
+    assert len(loaded(name)[name]) == len(RANKS)
+    assert not any(loaded(name)[name].values())
+    assert name == "plain" or len(loaded(name)[f"{name}-mixed"]) == len(OUTER_RANKS)
 
 
-@pytest.mark.parametrize("name", ON_GPU)
+@pytest.mark.parametrize("name", in_groups(ON_GPU))
 def test_each_rank_holds_its_shard_as_stored(loaded, record_property, name):
-    ranks = loaded[f"{name}, as on a GPU"]
+    ranks = loaded(name)[f"{name}, as on a GPU"]
     assert len(ranks) == len(RANKS)
     for rank, as_stored in ranks.items():
         assert set(as_stored) >= LAYERS, rank
@@ -62,17 +68,18 @@ def test_each_rank_holds_its_shard_as_stored(loaded, record_property, name):
     record_property("matrix", f"{name} | SGLang | TP 1, 2, 4, 8 | parameters match")
 
 
+@pytest.mark.exhaustive
 def test_int8_experts_are_refused_by_sglang(loaded, record_property):
-    reason = loaded["w8a8, as on a GPU"]["refused"]
+    reason = loaded("w8a8")["w8a8, as on a GPU"]["refused"]
     assert "W8A8Int8 Fused MoE scheme is implemented only for NPU" in reason
     shown = "dequantized parameters match; refused on a GPU, where SGLang has no kernel for int8 experts"
     record_property("matrix", f"w8a8 | SGLang | TP 1, 2, 4, 8 | {shown}")
 
 
-@pytest.mark.parametrize("name", ON_GPU)
+@pytest.mark.parametrize("name", in_groups(ON_GPU))
 def test_what_is_quantized_is_what_the_headers_say(loaded, name):
     """Not the exclude lists, which match nothing here; `k_proj`, the draft's experts and more are bfloat16."""
-    ranks = loaded[f"{name}-mixed, as on a GPU"]
+    ranks = loaded(name)[f"{name}-mixed, as on a GPU"]
     assert len(ranks) == len(OUTER_RANKS)
     for rank, as_stored in ranks.items():
         assert f"{TARGET}layers.1.self_attn.qkv_proj.weight" not in as_stored, rank

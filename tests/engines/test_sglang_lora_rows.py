@@ -8,8 +8,6 @@ from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import QNextConfig
 from tests.support.adapters import PREFIX, WEIGHTS, write_adapter
 
-pytestmark = pytest.mark.engine
-
 RANK = 3
 SIZES = {"num_hidden_layers": 4, "num_experts": 3, "linear_num_key_heads": 3, "linear_num_value_heads": 9}
 LINEAR, ATTENTION = "model.layers.0.linear_attn", "model.layers.3.self_attn"

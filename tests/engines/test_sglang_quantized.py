@@ -5,6 +5,7 @@ engine starts with the first of its formats and has the others loaded over it, w
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
 
@@ -17,14 +18,10 @@ from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.comparison import Result, check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import Scenario, tokens
-from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
-from tests.engines.test_logprobs import compare_draft
 from tests.support.quantized import SCENARIO, dequantized, write
+from tests.support.references import TOLERANCE, compare_draft
 from tests.support.tolerances import LOGPROB_QUANTIZED_RATIO
 
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
-
-TOLERANCE = SERVED_LOGPROB_FLOAT32["sglang"]
 # What the draft computes is compared itself: a wrong one is corrected by the model, and not seen otherwise.
 DRAFT = Scenario(((tokens(61, seed=7),),), drafts="cycle", draft_logits=True)
 CONFIG = EngineConfig(draft_tokens=2)
@@ -52,7 +49,7 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(checkpoints):
+def served(checkpoints, warm):
     """What a start's engine answered, for each of its formats a result of each scenario, and its log."""
 
     @cache
@@ -60,7 +57,8 @@ def served(checkpoints):
         (forms, config), root = STARTS[name], checkpoints / name.replace(" ", "-")
         scenarios = (SCENARIO, DRAFT) if config.dtype == "float32" else (SCENARIO,)
         models = [str(checkpoints / form) for form in forms]
-        with started_engine("sglang", models[0], config, root) as engine:
+        forking = warm.forking() if name == "one process" else nullcontext()
+        with forking, started_engine("sglang", models[0], config, root) as engine:
             engine.ready(600)
             assert engine.serving(60)["modules"] == ["sglang_ext.model", "sglang_ext.mtp"]
             engine.call(
@@ -93,6 +91,7 @@ def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, ch
     record_property("matrix", f"{form} | SGLang | one process, MTP | end to end on CPU, dequantized while loading")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "form"), [(name, form) for name, (forms, _) in STARTS.items() if name != "one process" for form in forms]
 )
@@ -110,7 +109,9 @@ def test_a_quantized_checkpoint_is_served_by_two_processes(served, checkpoints, 
     record_property("matrix", f"{form} | SGLang | {column} | end to end on CPU, {how}")
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize(
+    "name", ["one process", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in STARTS if "2" in name)]
+)
 def test_what_is_dequantized_is_named_in_one_line(served, name):
     _, log = served(name)
     lines = {

@@ -2,12 +2,8 @@
 
 import re
 
-import pytest
-
-from tests.engines.conftest import REGEX
+from tests.support.sampling import REGEX
 from tests.support.workers import call
-
-pytestmark = pytest.mark.engine
 
 
 def test_cpu_kernels_equal_the_interpreted_ones(tmp_path):

@@ -8,8 +8,6 @@ import pytest
 from qnext_plugin.engines import process
 from tests.support.installed import with_platform
 
-pytestmark = pytest.mark.engine
-
 ARCHITECTURE = "Qwen3NextForCausalLM"
 WORDS = ("other", "ours", "refused")
 REGISTRY = """

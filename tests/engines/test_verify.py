@@ -3,12 +3,8 @@
 import json
 import re
 
-import pytest
-
 from qnext_plugin.engines import process
 from tests.support.installed import ENGINE
-
-pytestmark = pytest.mark.engine
 
 
 def qnext_verify(tmp_path, checkpoint, *options):

@@ -13,8 +13,6 @@ from qnext_plugin.engines.config import mtp_arguments, mtp_flags
 from qnext_plugin.engines.server import command
 from tests.support.workers import call
 
-pytestmark = pytest.mark.engine
-
 SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
 MTP = mtp_arguments("vllm", 1)
 MIXER = "model.layers.0.linear_attn"
@@ -167,7 +165,7 @@ def good(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory, good):
+def errors(tmp_path_factory, good, warm):
     root = tmp_path_factory.mktemp("bad")
     spec = {}
     for name, (edit, args, _) in CASES.items():
@@ -175,7 +173,8 @@ def errors(tmp_path_factory, good):
         shutil.copytree(good, directory)
         edit(directory)
         spec[name] = {"model": str(directory), "args": args}
-    return call("vllm_bad_input:errors", root / "worker", cases=spec)
+    with warm.forking():
+        return call("vllm_bad_input:errors", root / "worker", cases=spec)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -205,13 +204,14 @@ def test_engine_does_not_start(errors, case):
         ),
     ],
 )
-def test_server_exits_with_the_reason(tmp_path, edit, options, words):
+def test_server_exits_with_the_reason(tmp_path, warm, edit, options, words):
     directory, log = tmp_path / "checkpoint", tmp_path / "log"
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
     write_random_checkpoint(directory, dtype="float32", overrides=SMALL | heads)
     edit(directory)
     options = [*options, "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    assert process.run(command("vllm", str(directory), process.free_port(), options), log) != 0
+    with warm.forking():
+        assert process.run(command("vllm", str(directory), process.free_port(), options), log) != 0
     text = log.read_text()
     assert words in text, process.tail(log)
     assert "Application startup complete" not in text

@@ -24,7 +24,7 @@ from vllm_ext.cpu.gemm import (
     packs_for_vllm,
 )
 
-pytestmark = [pytest.mark.engine, pytest.mark.skipif(not packs(), reason="this CPU is served by vLLM's own choice")]
+pytestmark = pytest.mark.skipif(not packs(), reason="this CPU is served by vLLM's own choice")
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 7, 96, 40, 3
 TOKENS = [1, 2, 5, 40, 300]

@@ -10,11 +10,8 @@ from qnext_plugin.engines import process
 from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import check_conditions, compare
 from qnext_plugin.verify.runner import Run, Start
-from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
-from tests.engines.conftest import whole
 from tests.support.matrix import SCENARIOS
-
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
+from tests.support.references import TOLERANCE, whole
 
 MTP = EngineConfig(draft_tokens=2, num_blocks=64)
 SCENARIO = SCENARIOS["drafts_in_every_pattern"]
@@ -31,15 +28,14 @@ def run(root, checkpoint, config, scenario, rank=0, **env):
 
 def assert_right(result, scenario, config, checkpoint):
     check_conditions(scenario, config, result)
-    tolerance = SERVED_LOGPROB_FLOAT32["vllm"]
-    difference = compare(result, whole(checkpoint), tolerance)
+    difference = compare(result, whole(checkpoint), TOLERANCE)
     print(f"{difference.max:.2g} at {difference.worst}; {result.num_accepted} of {result.num_drafts} accepted")
-    assert difference.max <= tolerance, f"{difference.max:.3g} at {difference.worst}"
+    assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"
     assert not difference.wrong_tokens
 
 
-@pytest.mark.parametrize("experts", ["sharded", "parallel"])
-def test_data_parallel(tmp_path, checkpoint, experts):
+@pytest.mark.parametrize("experts", ["parallel", pytest.param("sharded", marks=pytest.mark.exhaustive)])
+def test_data_parallel(tmp_path, checkpoint, warm, experts):
     config, port = replace(MTP, expert_parallel=experts == "parallel"), process.free_port()
     scenarios = (SCENARIO, OTHER)
 
@@ -48,11 +44,12 @@ def test_data_parallel(tmp_path, checkpoint, experts):
         env |= {"VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port)}
         return run(tmp_path, checkpoint("tiny"), config, scenarios[i], i, **env)
 
-    with ThreadPoolExecutor(2) as pool:
+    with warm.forking(), ThreadPoolExecutor(2) as pool:
         for result, scenario in zip(pool.map(rank, range(2)), scenarios, strict=True):
             assert_right(result, scenario, config, checkpoint("tiny"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed: pip install ray")
 def test_ray(tmp_path, checkpoint):
     config = replace(MTP, tensor_parallel=2, executor="vllm_ext.ray_executor.CpuRayExecutor")

@@ -8,10 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
-pytestmark = pytest.mark.engine
-
 ROOT = Path(__file__).parents[2]
 
 

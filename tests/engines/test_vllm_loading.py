@@ -3,18 +3,19 @@
 A reload changes all of it.
 """
 
+from functools import cache
+
 import pytest
 
 from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import CHECKPOINTS
+from tests.support.groups import group_of, in_groups
 from tests.support.reads import check_reads
 from tests.support.shards import make, make_auto_round
 from tests.support.workers import call
 from tests.workers.vllm_loading import READ, WAYS, WORDS
-
-pytestmark = pytest.mark.engine
 
 TARGET = "Qwen3NextForCausalLM"
 SHARED = "model.layers.0.mlp.shared_expert"
@@ -29,31 +30,38 @@ LAYERS = {
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """By checkpoint and rank, the layers that hold their weights as stored; every parameter has been compared."""
-    root = tmp_path_factory.mktemp("loading")
-    make(root)
-    make_auto_round(root)
-    every_linear = r"model\..*\.(linear_attn|self_attn|mlp|shared_expert)\.\w+"
-    write_adapter(root / "adapter", root / "plain", every_linear, rank=5, alpha=7)
-    return call("vllm_loading:check", root.with_name("loading-worker"), root=str(root))
+
+    @cache
+    def group(names):
+        root = tmp_path_factory.mktemp("loading")
+        make(root, names)
+        if "gptq" in names:
+            make_auto_round(root)
+        if "plain" in names:
+            every_linear = r"model\..*\.(linear_attn|self_attn|mlp|shared_expert)\.\w+"
+            write_adapter(root / "adapter", root / "plain", every_linear, rank=5, alpha=7)
+        return call("vllm_loading:check", root.with_name(f"{root.name}-worker"), timeout=1800, root=str(root))
+
+    return lambda name: group(group_of(name))
 
 
 @pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_reads_no_expert_of_another(loaded, name, way):
     """And what it holds of its own, some twice where the load balancer wants spare ones, has been compared."""
-    assert len(loaded[f"read {name}"][way]["experts"]) == {"TP 2": 8, "EP 2": 4, "EP 2, balanced": 6}[way]
-    check_reads(loaded[f"read {name}"][way], split=way == "TP 2" and name == "plain")
+    assert len(loaded(name)[f"read {name}"][way]["experts"]) == {"TP 2": 8, "EP 2": 4, "EP 2, balanced": 6}[way]
+    check_reads(loaded(name)[f"read {name}"][way], split=way == "TP 2" and name == "plain")
 
 
 def test_each_rank_holds_its_shard_of_a_plain_checkpoint_and_of_an_adapter(loaded):
-    assert len(loaded["plain"]) == 1 + 2 + 4 + 8
-    assert not any(loaded["plain"].values())
+    assert len(loaded("plain")["plain"]) == 1 + 2 + 4 + 8
+    assert not any(loaded("plain")["plain"].values())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", in_groups(FORMATS))
 def test_each_rank_holds_its_shard_of_a_quantized_checkpoint(loaded, record_property, name):
-    assert len(loaded[name]) == 1 + 2 + 4 + 8
-    for rank, as_stored in loaded[name].items():
+    assert len(loaded(name)[name]) == 1 + 2 + 4 + 8
+    for rank, as_stored in loaded(name)[name].items():
         layers = {layer.split(".", 1)[1].removesuffix(".weight") for layer in as_stored if TARGET in layer}
         if name != "nvfp4":  # vLLM has no kernel for it on a CPU, and so no such layer there
             assert layers >= LAYERS, rank
@@ -64,11 +72,11 @@ def test_each_rank_holds_its_shard_of_a_quantized_checkpoint(loaded, record_prop
     record_property("matrix", f"{name} | vLLM | TP 1, 2, 4, 8 | {how}")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", in_groups(FORMATS))
 def test_what_is_quantized_is_what_the_headers_say(loaded, name):
     """Not the exclude lists, which match nothing here; `k_proj`, the draft's experts and more are bfloat16."""
-    assert len(loaded[f"{name}-mixed"]) == 1 + 2 + 4 + 8
-    for rank, as_stored in loaded[f"{name}-mixed"].items():
+    assert len(loaded(name)[f"{name}-mixed"]) == 1 + 2 + 4 + 8
+    for rank, as_stored in loaded(name)[f"{name}-mixed"].items():
         assert "Qwen3NextForCausalLM.model.layers.1.self_attn.qkv_proj.weight" not in as_stored, rank
         assert not any("Qwen3NextMTP" in layer and "experts" in layer for layer in as_stored), rank
         if rank == "0 of 1" and name != "nvfp4":
@@ -76,15 +84,15 @@ def test_what_is_quantized_is_what_the_headers_say(loaded, name):
             assert "Qwen3NextForCausalLM.model.layers.0.linear_attn.out_proj.weight" in as_stored
 
 
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("name", in_groups(WORDS))
 def test_four_bits_are_dequantized_where_vllm_lacks_the_operator(loaded, name):
     """CPUs with AVX2 only, where vLLM's kernel says that it can be used and fails at the first request."""
-    assert loaded[f"{name}, AVX2"] == {"1 of 2": []}
+    assert loaded(name)[f"{name}, AVX2"] == {"1 of 2": []}
 
 
 def test_what_a_method_leaves_alone_is_dequantized_and_made_once(loaded):
     """AutoRound's configuration names the model's layers; the draft's are quantized all the same."""
-    for rank, as_stored in loaded["auto-round"].items():
+    for rank, as_stored in loaded("gptq")["auto-round"].items():
         layers = {layer.split(".", 1)[1].removesuffix(".weight") for layer in as_stored if TARGET in layer}
         assert layers >= LAYERS, rank
         assert not any("Qwen3NextMTP" in layer for layer in as_stored), rank

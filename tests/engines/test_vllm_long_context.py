@@ -15,7 +15,7 @@ from qnext_plugin.verify.scenarios import Scenario, tokens
 from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.support.several import case, serve
 
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
+pytestmark = pytest.mark.exhaustive
 
 TRAINED = 512
 SMALL = {"num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}

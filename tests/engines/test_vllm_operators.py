@@ -22,10 +22,10 @@ SMALL = ["gate", "in_proj_ba", "shared_expert_gate"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, checkpoint):
+def found(tmp_path_factory, checkpoint, warm):
     directory = tmp_path_factory.mktemp("operators") / "engine"
     config = EngineConfig(dtype="bfloat16")
-    with started_engine("vllm", str(checkpoint("bfloat16")), config, directory) as engine:
+    with warm.forking(), started_engine("vllm", str(checkpoint("bfloat16")), config, directory) as engine:
         engine.ready(400)
         found = engine.call("tests.workers.vllm_operators:count", 400)
         return found | {"serving": engine.serving(60)}

@@ -4,8 +4,9 @@ The bound is in terms of what `transformers` itself loses in bfloat16 and with t
 the activations' format: a wrong weight, scale or zero point is off by far more.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -18,13 +19,11 @@ from tests.support.quantized import SCENARIO, dequantized, write
 from tests.support.several import case, serve
 from tests.support.tolerances import LOGPROB_QUANTIZED_RATIO
 
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
-
-CONFIG = EngineConfig(dtype="bfloat16", draft_tokens=2, num_blocks=64)
+ALONE = EngineConfig(dtype="bfloat16", draft_tokens=2, num_blocks=64)
 PARALLEL = {
-    "TP 2": replace(CONFIG, tensor_parallel=2),
-    "EP 2": replace(CONFIG, tensor_parallel=2, expert_parallel=True),
-    "PP 2": replace(CONFIG, pipeline_parallel=2),
+    "TP 2": replace(ALONE, tensor_parallel=2),
+    "EP 2": replace(ALONE, tensor_parallel=2, expert_parallel=True),
+    "PP 2": replace(ALONE, pipeline_parallel=2),
 }
 # Layers that vLLM's CPU kernels serve as stored, on a CPU without AMX; the experts of none are among them.
 PROJECTIONS = {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
@@ -50,13 +49,17 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(checkpoints):
-    cases = {
-        f"{form}, {name}": case(checkpoints / form, config, (SCENARIO,))
-        for name, config in {"one process": CONFIG, **PARALLEL}.items()
-        for form in FORMATS
-    }
-    return serve(checkpoints, cases, timeout=2400)
+def served(checkpoints, warm):
+    """What an engine of each format answered, one after the other in one process."""
+
+    @cache
+    def start(name):
+        config, root = PARALLEL.get(name, ALONE), checkpoints / name.replace(" ", "-")
+        root.mkdir()
+        with nullcontext() if name in PARALLEL else warm.forking():
+            return serve(root, {form: case(checkpoints / form, config, (SCENARIO,)) for form in FORMATS}, timeout=900)
+
+    return start
 
 
 def rounded_to(dtype):
@@ -74,27 +77,27 @@ def rounded_to(dtype):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
-    check(served, checkpoints, form, "one process")
+    check(served("one process")[form], checkpoints, form)
     how = "as stored: all but the experts" if AS_STORED[form] else "dequantized while loading"
     record_property("matrix", f"{form} | vLLM | one process, MTP | end to end on CPU, {how}")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", PARALLEL)
 def test_a_quantized_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name, form):
-    check(served, checkpoints, form, name)
+    check(served(name)[form], checkpoints, form)
     record_property("matrix", f"{form} | vLLM | {name} | end to end on CPU, with MTP")
 
 
-def check(served, checkpoints, form, name):
-    name = f"{form}, {name}"
-    assert "error" not in served[name], served[name]["error"]
-    assert served[name]["modules"] == ["vllm_ext.model", "vllm_ext.mtp"]
-    as_stored, plain = (served[name]["layers"][how] for how in ("as stored", "dequantized"))
+def check(served, checkpoints, form):
+    assert "error" not in served, served["error"]
+    assert served["modules"] == ["vllm_ext.model", "vllm_ext.mtp"]
+    as_stored, plain = (served["layers"][how] for how in ("as stored", "dequantized"))
     if not torch.cpu._is_amx_tile_supported():
         assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED[form], plain
-    result = served[name]["results"][0]
-    check_conditions(SCENARIO, CONFIG, result)
+    result = served["results"][0]
+    check_conditions(SCENARIO, ALONE, result)
 
     directory = dequantized(checkpoints, form)
     exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
@@ -107,5 +110,5 @@ def check(served, checkpoints, form, name):
                     module = rounded.model.get_submodule(f"{outer}.{part}")
                     hooks.callback(module.register_forward_pre_hook(rounded_to(INPUTS[form])).remove)
         theirs = rounding(result, exact, rounded)
-    print(f"{name}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}; as stored {len(as_stored)}")
+    print(f"{form}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}; as stored {len(as_stored)}")
     assert ours.max <= LOGPROB_QUANTIZED_RATIO * theirs.max, f"{ours.max:.3g} at {ours.worst}"

@@ -9,8 +9,6 @@ from packaging.version import Version
 from qnext_plugin.engines import process
 from tests.support.installed import with_platform
 
-pytestmark = pytest.mark.engine
-
 ARCHITECTURE = "Qwen3NextForCausalLM"
 REGISTRY = """
 import json, sys

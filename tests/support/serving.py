@@ -1,35 +1,74 @@
-"""A small server under pressure: short steps, a cache that runs out, and drafts where the engine has them."""
+"""Servers as users start them, asked over HTTP."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
+from openai import OpenAI
 
 from qnext_plugin.engines import server
-from qnext_plugin.engines.config import mtp_flags
+from qnext_plugin.engines.config import ENGINES, mtp_flags
 from qnext_plugin.engines.who_serves import check_log
 
+NAME = "m"
 MAX_LEN = 512
-FLAGS = {
-    "vllm": [
-        *("--max-model-len", str(MAX_LEN), "--enforce-eager", "--block-size", "32"),
-        *("--num-gpu-blocks-override", "40", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"),
-        *mtp_flags("vllm", 2),
-    ],
-    "sglang": [
-        *("--context-length", str(MAX_LEN), "--max-total-tokens", "1300", "--max-running-requests", "8"),
-        *("--max-mamba-cache-size", "40", "--chunked-prefill-size", "64", "--enable-metrics"),
-    ],
-}
-ENVIRONMENT = {
-    # SGLang admits to a small cache only what it can finish there, so it is told to take requests back.
-    "SGLANG_TEST_RETRACT": "1",
-    "SGLANG_TEST_RETRACT_INTERVAL": "20",
-    "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+EXACT = ("--dtype", "float32")
+MTP = {engine: tuple(mtp_flags(engine, 2)) for engine in ENGINES}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server serves, and each engine's flags."""
+
+    checkpoint: str
+    flags: Mapping[str, Sequence[str]]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+SERVERS = {
+    # Under pressure: short steps, a cache that runs out, and drafts on vLLM.
+    "crowded": Settings(
+        "tiny",
+        {
+            "vllm": (
+                *("--max-model-len", str(MAX_LEN), "--enforce-eager", "--block-size", "32"),
+                *("--num-gpu-blocks-override", "40", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"),
+                *(*MTP["vllm"], *EXACT),
+            ),
+            "sglang": (
+                *("--context-length", str(MAX_LEN), "--max-total-tokens", "1300", "--max-running-requests", "8"),
+                *("--max-mamba-cache-size", "40", "--chunked-prefill-size", "64", "--enable-metrics"),
+                *("--sleep-on-idle", *EXACT),
+            ),
+        },
+        {
+            # SGLang admits to a small cache only what it can finish there, so it is told to take requests back.
+            "SGLANG_TEST_RETRACT": "1",
+            "SGLANG_TEST_RETRACT_INTERVAL": "20",
+            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        },
+    ),
+    "demo": Settings(
+        "demo",
+        {
+            "vllm": (
+                *("--enforce-eager", "--enable-prompt-tokens-details", "--max-model-len", "8192"),
+                *("--max-num-seqs", "8", "--max-num-batched-tokens", "640", "--enable-auto-tool-choice"),
+                *("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3", *MTP["vllm"]),
+            ),
+            "sglang": (
+                *("--enable-cache-report", "--context-length", "8192", "--max-running-requests", "8"),
+                *("--chunked-prefill-size", "256", "--max-mamba-cache-size", "64", *MTP["sglang"]),
+                *("--tool-call-parser", "qwen", "--reasoning-parser", "qwen3", "--sleep-on-idle"),
+            ),
+        },
+    ),
+    "defaults": Settings("bfloat16", {"vllm": (), "sglang": ()}),
 }
 METRICS = {
     "vllm": {
@@ -56,13 +95,19 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
+@dataclass(frozen=True)
 class Server(server.Server):
-    """A server whose log-probabilities are asked for."""
+    """A server that answers, also by ``client``."""
+
+    client: OpenAI
+
+    def chat(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        return self.client.chat.completions.create(model=NAME, messages=messages, **options)
 
     def request(self, prompt: tuple[int, ...], max_tokens: int, temperature: float, **more: Any) -> dict[str, Any]:
         """Keyword arguments of a POST that asks for ``max_tokens`` more ids and their log-probabilities."""
         if self.engine == "vllm":
-            body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "logprobs": 0, "return_token_ids": True}
+            body = {"model": NAME, "prompt": prompt, "max_tokens": max_tokens, "logprobs": 0, "return_token_ids": True}
             return {"url": "/v1/completions", "json": body | {"temperature": temperature, "ignore_eos": True} | more}
         sampling = {"max_new_tokens": max_tokens, "temperature": temperature, "ignore_eos": True}
         body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
@@ -98,15 +143,12 @@ class Server(server.Server):
 
 
 @contextmanager
-def crowded(engine: str, model: Path, log: Path) -> Iterator[Server]:
-    with serving(engine, FLAGS[engine], model, log, ENVIRONMENT) as running:
-        yield running
-
-
-@contextmanager
-def serving(engine: str, flags: Sequence[str], model: Path, log: Path, env: Mapping[str, str]) -> Iterator[Server]:
-    """Serve a model in float32 under the name ``m``, by our classes."""
-    flags = [*flags, "--dtype", "float32", "--served-model-name", "m"]
+def serving(
+    engine: str, model: Path, flags: Sequence[str], log: Path, env: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Server]:
+    """Serve ``model`` with an engine's ``flags`` by our classes, and go on when the server answers."""
+    flags = [*flags, "--served-model-name", NAME]
     with server.serving(engine, str(model), flags, log, env=env) as running:
         check_log(engine, False, log)
-        yield Server(running.engine, running.url, log, running.process)
+        with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=180) as client:
+            yield Server(running.engine, running.url, log, running.process, client)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qnext_plugin.checkpoint.formats import dequantize
 from qnext_plugin.checkpoint.layouts import ungroup
-from qnext_plugin.checkpoint.make_quantized import FORMATS, IGNORE, quantize_checkpoint
+from qnext_plugin.checkpoint.make_quantized import IGNORE, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
 from tests.support.dequantized import dequantized
@@ -158,10 +158,14 @@ def checkpoints(root: Path) -> Iterator[tuple[Path, dict[str, Tensor], dict[str,
         yield directory, tensors, quantization
 
 
-def make(root: Path, formats: Iterable[str] = FORMATS) -> None:
-    write_random_checkpoint(root / "plain", dtype="float32", overrides=WIDE | SPARE | {"moe_intermediate_size": 64})
+def make(root: Path, names: Iterable[str]) -> None:
+    """Write a plain checkpoint and quantized ones, each also with other modules quantized."""
     write_random_checkpoint(root / "source" / "wide", overrides=WIDE)
-    for name in formats:
+    for name in names:
+        if name == "plain":
+            narrow = WIDE | SPARE | {"moe_intermediate_size": 64}
+            write_random_checkpoint(root / "plain", dtype="float32", overrides=narrow)
+            continue
         quantize_checkpoint(root / "source" / "wide", root / name, format=name, ignore=IGNORE)
         quantize_checkpoint(root / "source" / "wide", root / f"{name}-mixed", format=name, ignore=MIXED)
         file = root / f"{name}-mixed" / "config.json"

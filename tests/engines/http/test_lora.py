@@ -16,18 +16,15 @@ from safetensors.torch import load_file
 from qnext_plugin.checkpoint.layouts import KINDS, ungroup
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.engines.config import mtp_arguments, mtp_flags
+from qnext_plugin.engines.config import mtp_arguments
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
-from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
 from tests.support.adapters import PREFIX, WEIGHTS, save, write_adapter, write_merged
 from tests.support.installed import ENGINE
-from tests.support.serving import serving
+from tests.support.references import TOLERANCE
+from tests.support.serving import EXACT, MTP, NAME, serving
 
-pytestmark = [pytest.mark.engine, pytest.mark.exhaustive]
-
-TOLERANCE = SERVED_LOGPROB_FLOAT32[ENGINE]
 # Every expert is used: between two that tie, rounding decides in any implementation.
 SIZES = {
     "num_experts": 4,
@@ -40,17 +37,17 @@ SIZES = {
     "linear_value_head_dim": 24,
     "max_position_embeddings": 512,
 }
-COMMAND = {
+FLAGS = {
     "vllm": [
-        *("--max-model-len", "512", "--enforce-eager"),
-        *("--block-size", "32", "--num-gpu-blocks-override", "64", "--max-num-seqs", "8"),
+        *("--max-model-len", "512", "--enforce-eager", "--block-size", "32"),
+        *("--num-gpu-blocks-override", "64", "--max-num-seqs", "8"),
         *("--max-num-batched-tokens", "64", "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "3"),
-        *("--max-lora-rank", "8"),
+        *("--max-lora-rank", "8", *EXACT),
     ],
     "sglang": [
-        *("--context-length", "512"),
-        *("--max-total-tokens", "4096", "--max-running-requests", "8", "--max-mamba-cache-size", "40"),
-        *("--chunked-prefill-size", "64", "--max-loras-per-batch", "3", "--max-lora-rank", "8"),
+        *("--context-length", "512", "--max-total-tokens", "4096", "--max-running-requests", "8"),
+        *("--max-mamba-cache-size", "40", "--chunked-prefill-size", "64"),
+        *("--max-loras-per-batch", "3", "--max-lora-rank", "8", *EXACT),
     ],
 }[ENGINE]
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
@@ -60,10 +57,7 @@ WITH_MTP_ON_TWO_RANKS = {
         *("--speculative-config", json.dumps(mtp_arguments("vllm", 2)["speculative_config"] | LOCAL_ARGMAX)),
         *("--tensor-parallel-size", "2"),
     ],
-    "sglang": [
-        *mtp_flags("sglang", 2),
-        *("--tp-size", "2"),
-    ],
+    "sglang": [*MTP["sglang"], "--tp-size", "2"],
 }[ENGINE]
 PATHS = {"vllm": "--lora-modules", "sglang": "--lora-paths"}[ENGINE]
 ROUTES = {"vllm": "/v1/", "sglang": "/"}[ENGINE]
@@ -71,14 +65,26 @@ LINEAR, ATTENTION = r".*\.linear_attn\.(in_proj_\w+|out_proj)", r".*\.self_attn\
 # name: module pattern, rank, alpha, further keys
 ADAPTERS = {
     # What `all-linear` is where experts are modules of their own, less those.
-    "everything": (rf"model\.({LINEAR}|{ATTENTION}|.*\.(mlp|shared_expert)\.\w+)", 5, 7, {}),
+    "everything": (
+        rf"model\.({LINEAR}|{ATTENTION}|.*\.(mlp|shared_expert)\.\w+)",
+        5,
+        7,
+        {"vllm": {}, "sglang": {"target_modules": "all-linear"}}[ENGINE],  # SGLang has its own view of these
+    ),
     # Of the draft as well, where the server has none to apply it to.
-    "mixers": (rf"(model|mtp)\.({LINEAR}|{ATTENTION})", 3, 4, {"rank_pattern": {"in_proj_ba": 7, "v_proj": 1}}),
+    "mixers": (
+        rf"(model|mtp)\.({LINEAR}|{ATTENTION})",
+        3,
+        4,
+        {"vllm": {"rank_pattern": {"in_proj_ba": 7, "v_proj": 1}}, "sglang": {}}[ENGINE],  # SGLang has one rank for all
+    ),
     "parts": (r"model\.layers\.(0\.linear_attn\.in_proj_qkvz|3\.self_attn\.k_proj)", 1, 2, {"use_rslora": True}),
 }
-if ENGINE == "sglang":
-    ADAPTERS["mixers"][3].clear()  # It has one rank for an adapter,
-    ADAPTERS["everything"][3]["target_modules"] = "all-linear"  # and its own opinion of what these are.
+# How a request names an adapter, or none.
+NAMED = {
+    "vllm": lambda name: {"model": name},
+    "sglang": lambda name: {"lora_path": None if name == NAME else name},
+}[ENGINE]
 PROMPTS = [tokens(length, seed=length) for length in (1, 40, 150)]
 
 
@@ -98,7 +104,7 @@ def reference(root):
     @cache
     def of(name):
         return Whole(
-            root / "base" if name == "m" else write_merged(root / f"{name}-merged", root / "base", root / name)
+            root / "base" if name == NAME else write_merged(root / f"{name}-merged", root / "base", root / name)
         )
 
     return of
@@ -106,14 +112,13 @@ def reference(root):
 
 @pytest.fixture(scope="module")
 def server(root):
-    command = [*COMMAND, PATHS, f"everything={root / 'everything'}"]
-    with serving(ENGINE, command, root / "base", root / "log", ENVIRONMENT) as server:
+    flags = [*FLAGS, PATHS, f"everything={root / 'everything'}"]
+    with serving(ENGINE, root / "base", flags, root / "log", ENVIRONMENT) as server:
         yield server
 
 
 def post(server, prompt, name):
-    model = {"model": name} if ENGINE == "vllm" else {"lora_path": None if name == "m" else name}
-    request = server.request(prompt, 16, 0.0, **model)
+    request = server.request(prompt, 16, 0.0, **NAMED(name))
     return httpx.post(f"{server.url}{request['url']}", json=request["json"], timeout=300)
 
 
@@ -161,6 +166,7 @@ def test_each_request_of_a_batch_is_answered_with_its_adapter(server, all_loaded
         assert off(ask(server, ["m", *ADAPTERS]), reference) < TOLERANCE
 
 
+@pytest.mark.exhaustive
 def test_the_adapters_do_something_and_their_rows_order_matters(root, reference):
     config = QNextConfig.from_pretrained(root / "base")
     tensors, flat = load_file(root / "everything" / WEIGHTS), {}
@@ -174,21 +180,37 @@ def test_the_adapters_do_something_and_their_rows_order_matters(root, reference)
         assert (right - logprobs).abs().max() > 1000 * TOLERANCE
 
 
-def test_an_adapter_comes_and_goes_while_others_serve(server, root, reference):
-    def missing():
-        return post(server, PROMPTS[0], "passing").status_code in (400, 404)
-
+@pytest.fixture(scope="module")
+def passed(server, root, reference):
+    """An adapter that came, served beside another and went."""
     write_adapter(root / "passing", root / "base", rf"model\.{ATTENTION}", 2, 5, seed=7)
-    assert missing()
+    assert missing(server, "passing")
     assert load(server, "passing", root / "passing").status_code == 200
     assert off(ask(server, ["passing", "everything"]), reference) < TOLERANCE
     assert unload(server, "passing").status_code == 200
-    if ENGINE == "vllm":
-        assert missing()
-    else:  # SGLang reads it again when a request names it.
-        assert off(ask(server, ["passing", "everything"], PROMPTS[:2]), reference) < TOLERANCE
-        assert unload(server, "passing").status_code == 200
+
+
+def missing(server, name):
+    return post(server, PROMPTS[0], name).status_code in (400, 404)
+
+
+@pytest.mark.exhaustive
+def test_an_adapter_comes_and_goes_while_others_serve(server, passed, reference):
     assert off(ask(server, ["everything", "m"]), reference) < TOLERANCE
+
+
+@pytest.mark.exhaustive
+@pytest.mark.only("vllm")
+def test_an_adapter_that_went_is_missing(server, passed):
+    assert missing(server, "passing")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.exhaustive
+@pytest.mark.only("sglang")
+def test_an_adapter_that_went_is_read_again_when_a_request_names_it(server, passed, reference):
+    assert off(ask(server, ["passing", "everything"], PROMPTS[:2]), reference) < TOLERANCE
+    assert unload(server, "passing").status_code == 200
 
 
 def test_more_adapters_than_are_kept_are_read_again(server, root, reference):
@@ -244,6 +266,8 @@ def experts(directory, root):
     write_adapter(directory, root / "base", r"model\..*experts\.\d+\..*", 3, 3)
 
 
+# What has a loaded adapter replaced, where the engine can.
+IN_PLACE = {"vllm": {"load_inplace": True}, "sglang": {}}[ENGINE]
 REFUSED = {
     "another base": (another_base, ["does not fit this model", "wrongly shaped", "in_proj_qkvz", "trained on"]),
     "more layers": (more_layers, ["not in this model", "model.layers.{4..6}.linear_attn.in_proj_qkvz"]),
@@ -251,10 +275,12 @@ REFUSED = {
     "fused experts": (fused_experts, ["cannot adapt here", "layers.0.mlp.experts", "merge it into the weights"]),
     "half": (half, ["missing", "model.layers.0.linear_attn.in_proj_qkvz.lora_B"]),
     "another rank": (another_rank, ["has rank 1", "2 in adapter_config.json"]),
-    "embedding and head": (heads, ["target modules", "lm_head"] if ENGINE == "vllm" else ["target modules"]),
+    "embedding and head": (heads, ["target modules", *{"vllm": ["lm_head"], "sglang": []}[ENGINE]]),
 }
 
 
+@pytest.mark.exhaustive
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_adapter_that_does_not_fit_is_refused_and_the_server_goes_on(server, root, reference, case):
     write, words = REFUSED[case]
@@ -265,16 +291,16 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_server_goes_on(server, 
     assert answer.status_code >= 400
     for word in words:
         assert word in answer.text
-    if ENGINE == "vllm":  # Nor does it take the place of one that serves.
-        assert load(server, "everything", directory, load_inplace=True).status_code >= 400
+    if IN_PLACE:
+        assert load(server, "everything", directory, **IN_PLACE).status_code >= 400
     assert off(ask(server, ["everything", "m"], PROMPTS[:2]), reference) < TOLERANCE
 
 
 def test_drafts_without_an_adapter_leave_its_answers_as_they_are(root, reference):
     """MTP on two ranks: the draft is the base's, and what is accepted is what the adapted model would say."""
     modules = [f"{name}={root / name}" for name in ("everything", "mixers")]
-    command = [*COMMAND, *WITH_MTP_ON_TWO_RANKS, PATHS, *modules]
-    with serving(ENGINE, command, root / "base", root / "mtp.log", ENVIRONMENT) as server:
+    flags = [*FLAGS, *WITH_MTP_ON_TWO_RANKS, PATHS, *modules]
+    with serving(ENGINE, root / "base", flags, root / "mtp.log", ENVIRONMENT) as server:
         assert f"is served by {ENGINE}_ext.mtp" in server.log.read_text()
         for _ in range(2):
             assert off(ask(server, ["m", "everything", "mixers"]), reference) < TOLERANCE

@@ -11,28 +11,24 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from openai import OpenAI
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.engines import process, server
-from qnext_plugin.engines.config import mtp_flags
+from qnext_plugin.engines import process
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
+from tests.support.serving import EXACT, MTP, NAME, Server, serving
 from tests.support.tolerances import LOGPROB_FLOAT32
-
-pytestmark = pytest.mark.engine
 
 TRAINED_LENGTH, SERVED_LENGTH = 256, 1000
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED_LENGTH}
 CONFIG = {"max_position_embeddings": TRAINED_LENGTH}
-EXACT = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(SERVED_LENGTH)]
+LONG = [*EXACT, "--enforce-eager", "--max-model-len", str(SERVED_LENGTH)]
 TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 RECOMMENDED = {"temperature": 0.7, "top_p": 0.8, "presence_penalty": 1.5, "extra_body": {"top_k": 20, "min_p": 0}}
 LONGER = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
@@ -41,22 +37,6 @@ WEATHER = {
     "description": "The weather in a city.",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
-
-
-@dataclass(frozen=True)
-class Server:
-    model: str
-    url: str
-    log: Path
-    client: OpenAI
-
-    def chat(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        return self.client.chat.completions.create(model=self.model, messages=messages, **options)
-
-    def who_serves(self) -> set[tuple[str, str, str]]:
-        """Each process's kind, the class and where it is from, as the start-up lines say."""
-        line = r"\((\w+) pid=.*qnext-plugin \S+: (\w+)\S* (?:is served by|.*registered from) ([\w.]+)"
-        return set(re.findall(line, self.log.read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +52,21 @@ def written(tmp_path_factory):
 @pytest.fixture
 def serve(tmp_path):
     @contextmanager
-    def serving(model: Path, *options: str, **env: str) -> Iterator[Server]:
-        log = tmp_path / "serve.log"
-        with server.serving("vllm", str(model), options, log, env=env) as running:
-            with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=180) as client:
-                yield Server(str(model), running.url, log, client)
-            running.process.send_signal(signal.SIGINT)
-            assert running.process.wait(60) == 0, process.tail(log)
-            assert_gone(running.process.pid)
+    def started(model: Path, *flags: str, **env: str) -> Iterator[Server]:
+        with serving("vllm", model, flags, tmp_path / "log", env) as server:
+            yield server
+            server.client.close()
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(60) == 0, process.tail(server.log)
+            assert_gone(server.process.pid)
 
-    return serving
+    return started
+
+
+def who_serves(server: Server) -> set[tuple[str, str, str]]:
+    """Each process's kind, the class and where it is from, as the start-up lines say."""
+    line = r"\((\w+) pid=.*qnext-plugin \S+: (\w+)\S* (?:is served by|.*registered from) ([\w.]+)"
+    return set(re.findall(line, server.log.read_text()))
 
 
 def assert_gone(group: int) -> None:
@@ -99,26 +84,26 @@ def test_plain(written, serve):
     with serve(written / "bfloat16", "--tensor-parallel-size", "2", "--max-model-len", str(TRAINED_LENGTH)) as server:
         registered = {("EngineCore", "Qwen3NextForCausalLM", "vllm_ext")}
         workers = {(f"Worker_TP{i}", "Qwen3NextForCausalLM", "vllm_ext.model") for i in (0, 1)}
-        assert server.who_serves() >= registered | workers
+        assert who_serves(server) >= registered | workers
         ask(server)
 
 
 def test_mtp_past_the_trained_length(written, serve):
-    flags = ["--tensor-parallel-size", "2", *mtp_flags("vllm", 2), *TOOLS]
-    with serve(written / "plain", *flags, *EXACT, **LONGER) as server:
+    flags = ["--tensor-parallel-size", "2", *MTP["vllm"], *TOOLS]
+    with serve(written / "plain", *flags, *LONG, **LONGER) as server:
         classes = ("Qwen3NextForCausalLM", "vllm_ext.model"), ("Qwen3NextMTP", "vllm_ext.mtp")
-        assert server.who_serves() >= {(f"Worker_TP{i}", *served) for i in (0, 1) for served in classes}
+        assert who_serves(server) >= {(f"Worker_TP{i}", *served) for i in (0, 1) for served in classes}
         ask(server)
         call_tools(server)
         assert_rope(server, written, "plain", wrong="yarn")
 
 
-@pytest.mark.parametrize("where", ["config", "override"])
+@pytest.mark.parametrize("where", ["override", pytest.param("config", marks=pytest.mark.exhaustive)])
 def test_yarn(written, serve, where):
     rope = YARN | {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}
     flags = ["--hf-overrides", json.dumps({"rope_parameters": rope})] if where == "override" else []
-    with serve(written / ("plain" if where == "override" else "yarn"), *flags, *EXACT, **LONGER) as server:
-        assert ("Worker", "Qwen3NextForCausalLM", "vllm_ext.model") in server.who_serves()
+    with serve(written / ("plain" if where == "override" else "yarn"), *flags, *LONG, **LONGER) as server:
+        assert ("Worker", "Qwen3NextForCausalLM", "vllm_ext.model") in who_serves(server)
         assert_rope(server, written, "yarn", wrong="plain")
 
 
@@ -158,7 +143,7 @@ def assert_rope(server: Server, written: Path, right: str, wrong: str) -> None:
     """Each token's log-probability, prompt and completion, past the trained length, is that of `transformers`."""
     prompt = tokens(SERVED_LENGTH - 100, seed=3)
     answer = server.client.completions.create(
-        model=server.model,
+        model=NAME,
         prompt=list(prompt),
         max_tokens=20,
         temperature=0,

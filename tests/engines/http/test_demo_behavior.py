@@ -1,83 +1,41 @@
 """What users see, on the trained demo checkpoint: answers, recall, tool calls, thinking and accepted drafts.
 
-One server a run, started as users start it (bfloat16, prefix caching, MTP where there is one) and asked over HTTP by
+One server, started as users start it (bfloat16, prefix caching, MTP where there is one) and asked over HTTP by
 eight clients at a time, so that prefills come in chunks, mixed with decoding. Float32 `transformers` answers the same
 prompts.
 """
 
 import json
 import re
-import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
-from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from qnext_plugin.engines import server as engine_server
-from qnext_plugin.engines.config import EngineConfig, mtp_flags
-from qnext_plugin.verify.comparison import Result, check_conditions, compare
-from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.rows import Query, Reference
-from qnext_plugin.verify.runner import Run, Start
 from tests.support import demo
 from tests.support.demo import Messages, Prompt
-from tests.support.installed import ENGINE, MUTANTS
-from tests.support.tolerances import LOGPROB_FLOAT32
+from tests.support.installed import ENGINE
+from tests.support.references import whole
+from tests.support.serving import NAME, Server
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.parametrize("server", ["demo"], indirect=True)
 
-MODEL = "demo"
 DRAFT_CLASS = {"vllm": "Qwen3NextMTP", "sglang": "Qwen3NextForCausalLMMTP"}
-FLAGS = {
-    "vllm": [
-        *("--enforce-eager", "--enable-prompt-tokens-details"),
-        *("--max-model-len", "8192", "--max-num-seqs", "8", "--max-num-batched-tokens", "640"),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
-    ],
-    "sglang": [
-        *("--enable-cache-report", "--context-length", "8192", "--max-running-requests", "8"),
-        *("--chunked-prefill-size", "256", "--max-mamba-cache-size", "64"),
-        *("--tool-call-parser", "qwen", "--reasoning-parser", "qwen3"),
-    ],
-}
-OFFLINE = {
-    "vllm": EngineConfig(draft_tokens=2, prefix_caching=True, token_budget=512, num_blocks=120),
-    "sglang": EngineConfig(draft_tokens=2, prefix_caching=True, token_budget=256),
-}
 INSTRUCT, THINKING = ({"chat_template_kwargs": {"enable_thinking": on}} for on in (False, True))
 
 
-@dataclass(frozen=True)
-class Server:
-    url: str
-    log: str
-    client: OpenAI
-
-    def chat(self, messages: Messages, extra: dict[str, Any] = INSTRUCT, **options: Any) -> Any:
-        return self.client.chat.completions.create(
-            model=MODEL, messages=messages, temperature=0, max_tokens=64, extra_body=extra, **options
-        )
-
-    def metric(self, name: str) -> dict[str, float]:
-        """Samples of a counter by their ``position`` label."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-        return {s.labels.get("position", ""): s.value for f in families for s in f.samples if s.name == name}
+def chat(server: Server, messages: Messages, extra: dict[str, Any] = INSTRUCT, **options: Any) -> Any:
+    return server.chat(messages, temperature=0, max_tokens=64, extra_body=extra, **options)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, checkpoint):
-    log = tmp_path_factory.mktemp("demo") / "log"
-    flags = ["--served-model-name", MODEL, *FLAGS[ENGINE], *mtp_flags(ENGINE, 2)]
-    with (
-        engine_server.serving(ENGINE, str(checkpoint("demo")), flags, log) as running,
-        OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=180) as client,
-    ):
-        yield Server(running.url, log.read_text(), client)
+def counter(server: Server, name: str) -> dict[str, float]:
+    """Samples of a counter by their ``position`` label."""
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text)
+    return {s.labels.get("position", ""): s.value for f in families for s in f.samples if s.name == name}
 
 
 def together(ask: Callable[[Any], Any], prompts: Iterable[Any]) -> list[Any]:
@@ -87,7 +45,7 @@ def together(ask: Callable[[Any], Any], prompts: Iterable[Any]) -> list[Any]:
 
 def share_right(server: Server, prompts: list[Prompt], label: str, exact: Reference) -> float:
     """The share of prompts with the right answer, within a point of what `transformers` gets right."""
-    answers = together(lambda prompt: server.chat(prompt.messages).choices[0].message.content, prompts)
+    answers = together(lambda prompt: chat(server, prompt.messages).choices[0].message.content, prompts)
     wrong = [(p.messages[-1]["content"][-40:], a) for p, a in zip(prompts, answers, strict=True) if a != p.answer]
     share = 1 - len(wrong) / len(prompts)
     theirs = sum(would_say(exact, prompt) for prompt in prompts) / len(prompts)
@@ -104,39 +62,45 @@ def would_say(exact: Reference, prompt: Prompt) -> bool:
 
 @pytest.fixture(scope="module")
 def exact(checkpoint) -> Reference:
-    return Whole(checkpoint("demo"))
+    return whole(checkpoint("demo"))
 
 
 def test_our_classes_serve(server):
     for name, module in (("Qwen3NextForCausalLM", "model"), (DRAFT_CLASS[ENGINE], "mtp")):
-        assert re.search(rf"qnext-plugin \S+: {name} is served by {ENGINE}_ext\.{module}\b", server.log)
+        assert re.search(rf"qnext-plugin \S+: {name} is served by {ENGINE}_ext\.{module}\b", server.log.read_text())
 
 
 def test_closed_questions(server, exact):
     assert share_right(server, demo.questions(), "closed questions", exact) >= 0.95
 
 
+def accepted_by_counters(server: Server, prompts: list[Prompt]) -> list[int]:
+    """Steps in which at least 0, 1 and 2 drafts were accepted while these were answered."""
+    names = [f"vllm:spec_decode_num_{what}_total" for what in ("drafts", "accepted_tokens_per_pos")]
+    before = [counter(server, name) for name in names]
+    together(lambda prompt: chat(server, prompt.messages), prompts)
+    steps, drafts = (
+        {p: n - old.get(p, 0) for p, n in counter(server, m).items()} for m, old in zip(names, before, strict=True)
+    )
+    return [int(n) for n in (steps[""], drafts["0"], drafts["1"])]
+
+
+def accepted_by_answers(server: Server, prompts: list[Prompt]) -> list[int]:
+    """The same, of an engine that says so with each answer."""
+    extra = INSTRUCT | {"return_spec_tokens_details": True}
+    answers = together(lambda prompt: chat(server, prompt.messages, extra), prompts)
+    steps = [answer.sglext["spec_tokens_details"]["spec_correct_drafts_histogram"] for answer in answers]
+    return [sum(sum(histogram[n:]) for histogram in steps) for n in range(3)]
+
+
+ACCEPTED = {"vllm": accepted_by_counters, "sglang": accepted_by_answers}[ENGINE]
+
+
 def test_accepted_drafts(server):
-    at_least = accepted(server, demo.questions())
+    at_least = ACCEPTED(server, demo.questions())
     rates = [n / at_least[0] for n in at_least[1:]]
     print(f"accepted: {rates[0]:.1%} and {rates[1]:.1%} of {at_least[0]} steps, {1 + sum(rates):.2f} tokens per step")
     assert rates[0] >= 0.85 and rates[1] >= 0.65 and 1 + sum(rates) >= 2.3
-
-
-def accepted(server: Server, prompts: list[Prompt]) -> list[int]:
-    """Steps in which at least 0, 1 and 2 drafts were accepted while these were answered."""
-    if ENGINE == "vllm":
-        names = [f"vllm:spec_decode_num_{what}_total" for what in ("drafts", "accepted_tokens_per_pos")]
-        before = [server.metric(name) for name in names]
-        together(lambda prompt: server.chat(prompt.messages), prompts)
-        steps, drafts = (
-            {p: n - old.get(p, 0) for p, n in server.metric(m).items()} for m, old in zip(names, before, strict=True)
-        )
-        return [int(n) for n in (steps[""], drafts["0"], drafts["1"])]
-    extra = INSTRUCT | {"return_spec_tokens_details": True}
-    answers = together(lambda prompt: server.chat(prompt.messages, extra), prompts)
-    steps = [answer.sglext["spec_tokens_details"]["spec_correct_drafts_histogram"] for answer in answers]
-    return [sum(sum(histogram[n:]) for histogram in steps) for n in range(3)]
 
 
 @pytest.mark.parametrize(("length", "at_least"), [(256, 0.98), (1024, 0.95)])
@@ -144,16 +108,21 @@ def test_recall(server, exact, length, at_least):
     first, second = zip(*demo.recall(length, 32), strict=True)
     assert share_right(server, list(first), f"recall at {length}", exact) >= at_least
     assert share_right(server, list(second), f"recall at {length}, a turn later", exact) >= at_least
-    if ENGINE == "sglang":  # on vLLM a block of bfloat16 is longer than half of these prompts: see `offline`
-        for prompt in second[:4]:
-            _, again = (server.chat(prompt.messages) for _ in range(2))
-            assert again.choices[0].message.content == prompt.answer or not would_say(exact, prompt)
-            assert again.usage.prompt_tokens_details.cached_tokens >= length / 2
+
+
+@pytest.mark.only("sglang")
+@pytest.mark.parametrize("length", [256, 1024])
+def test_recall_on_prefix_hits(server, exact, length):
+    """On vLLM a block of bfloat16 is longer than half of these prompts; see ``test_demo_offline``."""
+    for _, prompt in demo.recall(length, 4):
+        _, again = (chat(server, prompt.messages) for _ in range(2))
+        assert again.choices[0].message.content == prompt.answer or not would_say(exact, prompt)
+        assert again.usage.prompt_tokens_details.cached_tokens >= length / 2
 
 
 def test_tool_calls(server):
     def ask(prompt: Prompt) -> Any:
-        choice = server.chat(prompt.messages, tools=prompt.options["tools"], tool_choice="auto").choices[0]
+        choice = chat(server, prompt.messages, tools=prompt.options["tools"], tool_choice="auto").choices[0]
         return [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []], choice
 
     prompts = demo.tool_calls()
@@ -182,18 +151,18 @@ def test_tool_turn(server, stream):
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call-1", "content": result},
     ]
-    answer = server.chat(messages, tools=[demo.WEATHER], tool_choice="auto").choices[0]
+    answer = chat(server, messages, tools=[demo.WEATHER], tool_choice="auto").choices[0]
     assert (answer.message.content, answer.finish_reason) == ("It is 17 degrees and cloudy in Kalholm.", "stop")
     assert not answer.message.tool_calls
 
 
 def call_whole(server: Server, messages: Messages) -> tuple[str, str]:
-    (call,) = server.chat(messages, tools=[demo.WEATHER], tool_choice="auto").choices[0].message.tool_calls
+    (call,) = chat(server, messages, tools=[demo.WEATHER], tool_choice="auto").choices[0].message.tool_calls
     return call.function.name, call.function.arguments
 
 
 def call_streamed(server: Server, messages: Messages) -> tuple[str, str]:
-    chunks = server.chat(messages, tools=[demo.WEATHER], tool_choice="auto", stream=True)
+    chunks = chat(server, messages, tools=[demo.WEATHER], tool_choice="auto", stream=True)
     deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
     functions = [call.function for delta in deltas for call in delta.tool_calls or []]
     assert not "".join(delta.content or "" for delta in deltas).strip()
@@ -216,7 +185,7 @@ def test_tool_turn_through_qwen_agent(server):
             return json.dumps({"temperature": -4, "sky": "snowy"})
 
     generation = {"temperature": 0, "extra_body": INSTRUCT}
-    llm = {"model_type": "oai", "model": MODEL, "model_server": f"{server.url}/v1", "api_key": "none"}
+    llm = {"model_type": "oai", "model": NAME, "model_server": f"{server.url}/v1", "api_key": "none"}
     agent = Assistant(llm=llm | {"generate_cfg": generation}, function_list=[Weather()])
     *_, said = agent.run([{"role": "user", "content": "What is the weather in Norham?"}])
     assert asked == [{"city": "Norham"}]
@@ -228,9 +197,9 @@ def test_tool_turn_through_qwen_agent(server):
 def test_thinking_is_apart_from_the_answer(server, stream):
     def ask(prompt: Prompt) -> tuple[str, str]:
         if not stream:
-            message = server.chat(prompt.messages, THINKING).choices[0].message
+            message = chat(server, prompt.messages, THINKING).choices[0].message
             return reasoning(message), message.content
-        chunks = server.chat(prompt.messages, THINKING, stream=True)
+        chunks = chat(server, prompt.messages, THINKING, stream=True)
         deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
         return "".join(map(reasoning, deltas)), "".join(delta.content or "" for delta in deltas)
 
@@ -248,7 +217,7 @@ def reasoning(message: Any) -> str:
 
 def test_instruct_does_not_think(server):
     for prompt in demo.questions()[:8]:
-        message = server.chat(prompt.messages).choices[0].message
+        message = chat(server, prompt.messages).choices[0].message
         assert (reasoning(message), message.content) == ("", prompt.answer)
 
 
@@ -256,40 +225,6 @@ def test_base_completes_raw_text(server):
     for prompt in demo.questions()[:8]:
         text = f"Question: {prompt.messages[0]['content']}\nAnswer:"
         answer = server.client.completions.create(
-            model=MODEL, prompt=text, temperature=0, max_tokens=64, stop=["\n"]
+            model=NAME, prompt=text, temperature=0, max_tokens=64, stop=["\n"]
         ).choices[0]
         assert answer.text == f" {prompt.answer}"
-
-
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory, checkpoint) -> dict[str, Result]:
-    """Recall on prefix hits in one float32 engine, as it is and with the recurrent state dropped at each restore."""
-    dropped = next(m.path for m in MUTANTS if m.applied.__name__ == "state_dropped_at_prefix_restore")
-    runs = [Run("intact", demo.RECALL), Run("dropped", demo.RECALL, mutant=dropped)]
-    root = tmp_path_factory.mktemp("offline") / "recall"
-    start = Start(ENGINE, checkpoint("demo"), OFFLINE[ENGINE], runs, root)
-    start.run(timeout=600)
-    return {run.key: start[run.key] for run in runs}
-
-
-def test_float32_is_what_transformers_computes(offline, exact):
-    """Also with MTP, whose drafts are mostly accepted here: the answer is the one without it."""
-    check_conditions(demo.RECALL, OFFLINE[ENGINE], offline["intact"])
-    difference = compare(offline["intact"], exact, LOGPROB_FLOAT32)
-    print(f"largest log-probability difference {difference.max:.2g} at {difference.worst}")
-    assert difference.max <= LOGPROB_FLOAT32, difference.worst
-    assert not difference.wrong_tokens
-
-
-def test_recall_fails_without_the_recurrent_state(offline):
-    right, broken = recalled(offline["intact"]), recalled(offline["dropped"])
-    print(f"recall on prefix hits: {right:.0%}, without the recurrent state {broken:.0%}")
-    assert right >= 0.9
-    assert broken <= 0.5
-
-
-def recalled(result: Result) -> float:
-    """The share of right answers among those that began with a prefix hit."""
-    answers = zip(result.batches[1], demo.RECALLED, strict=True)
-    right = [c.token_ids[: len(p.answer_ids)] == p.answer_ids for c, (_, p) in answers]
-    return sum(right) / len(right)

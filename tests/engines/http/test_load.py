@@ -7,35 +7,22 @@ import asyncio
 import os
 import random
 import time
-from dataclasses import dataclass
 
 import httpx
 import pytest
-import torch
 
 from qnext_plugin.engines import process
 from qnext_plugin.verify.comparison import EXPERT_TIE
-from qnext_plugin.verify.rows import Query, Rows
+from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
-from qnext_plugin.verify.tolerances import SERVED_LOGPROB_FLOAT32
-from tests.engines.conftest import whole
-from tests.support.installed import ENGINE
+from tests.support.references import TOLERANCE, whole
+from tests.support.requests import Request, error
 from tests.support.serving import MAX_LEN, Answer, Server
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.parametrize("server", ["crowded"], indirect=True)
 
 REQUESTS = int(os.environ.get("QNEXT_LOAD_REQUESTS", "100"))
 CONCURRENT = 16
-TOLERANCE = SERVED_LOGPROB_FLOAT32[ENGINE]
-
-
-@dataclass(frozen=True)
-class Request:
-    prompt: tuple[int, ...]
-    max_tokens: int
-    temperature: float
-    dropped_after: int | None
-    """Seconds / 1000 after which the client goes away; ``None``: it stays."""
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:
@@ -79,19 +66,11 @@ async def send(server: Server, made: list[Request], halfway: list[int]) -> list[
         return await asyncio.gather(*(one(client, request) for request in made))
 
 
-def error(request: Request, answer: Answer, expected: Rows) -> float:
-    """Largest difference of log-probability; infinite where a greedy token is not the reference's."""
-    chosen = expected.gather(torch.tensor(answer.token_ids)[:, None])[:, 0]
-    if request.temperature == 0 and (expected.logprobs.amax(1) - chosen).max() > 2 * TOLERANCE:
-        return float("inf")
-    return float((chosen - torch.tensor(answer.logprobs)).abs().max())
-
-
-def test_each_answer_is_right_on_its_own(crowded_server, checkpoint):
-    made, before, halfway = requests(REQUESTS), crowded_server.metrics(), []
+def test_each_answer_is_right_on_its_own(server, checkpoint):
+    made, before, halfway = requests(REQUESTS), server.metrics(), []
     begin = time.monotonic()
-    answers = asyncio.run(send(crowded_server, made, halfway))
-    seconds, end = time.monotonic() - begin, crowded_server.resident_bytes()
+    answers = asyncio.run(send(server, made, halfway))
+    seconds, end = time.monotonic() - begin, server.resident_bytes()
 
     model, errors, ties = whole(checkpoint("tiny")), [], 0
     for i, (request, answer) in enumerate(zip(made, answers, strict=True)):
@@ -105,9 +84,9 @@ def test_each_answer_is_right_on_its_own(crowded_server, checkpoint):
             else:
                 errors.append((off, i))
     growth = end / halfway[0] - 1
-    after = crowded_server.metrics()
+    after = server.metrics()
     print(
-        f"{ENGINE}: {len(made)} requests, {answers.count(None)} dropped, in {seconds:.0f} s; "
+        f"{server.engine}: {len(made)} requests, {answers.count(None)} dropped, in {seconds:.0f} s; "
         f"preemptions {after['preempted'] - before['preempted']:.0f}; error {max(errors)[0]:.2g}, {ties} ties; "
         f"memory {end / 2**20:.0f} MiB, {growth:+.2%} in the second half"
     )
@@ -116,13 +95,13 @@ def test_each_answer_is_right_on_its_own(crowded_server, checkpoint):
     assert after["preempted"] > before["preempted"], "the cache never ran out"
     if REQUESTS >= 1000:
         assert growth < 0.02
-    assert_idle(crowded_server)
+    assert_idle(server)
 
 
-def test_a_prompt_of_one_token_beside_others_starts_from_nothing(crowded_server, checkpoint):
+def test_a_prompt_of_one_token_beside_others_starts_from_nothing(server, checkpoint):
     """With drafts its first step looks like one of those beside it."""
-    made = [Request(tokens(1 if i % 3 else 90, seed=2000 + i), 12, 0, None) for i in range(48)]
-    answers, model = asyncio.run(send(crowded_server, made, [])), whole(checkpoint("tiny"))
+    made = [Request(tokens(1 if i % 3 else 90, seed=2000 + i), 12) for i in range(48)]
+    answers, model = asyncio.run(send(server, made, [])), whole(checkpoint("tiny"))
     errors = []
     for request, answer in zip(made, answers, strict=True):
         (expected,) = model([Query((*request.prompt, *answer.token_ids), len(answer.token_ids))])

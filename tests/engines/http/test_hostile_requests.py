@@ -8,12 +8,12 @@ import pytest
 
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
-from tests.engines.conftest import whole
-from tests.engines.test_load import TOLERANCE, Request, error
 from tests.support.installed import ENGINE
+from tests.support.references import TOLERANCE, whole
+from tests.support.requests import Request, error
 from tests.support.serving import MAX_LEN
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.parametrize("server", ["crowded"], indirect=True)
 
 COMPLETION = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
@@ -95,14 +95,14 @@ NOT_SENT = {"vllm": set(), "sglang": {"absurd answers"}}[ENGINE]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_SENT])
-def test_answer_is_clean_and_others_are_served(crowded_server, checkpoint, case):
+def test_answer_is_clean_and_others_are_served(server, checkpoint, case):
     path, content = CASES[case]
-    other = Request(tokens(40, seed=len(case)), 6, 0, None)
-    with httpx.Client(base_url=crowded_server.url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
-        served = pool.submit(client.post, **crowded_server.request(other.prompt, other.max_tokens, 0))
+    other = Request(tokens(40, seed=len(case)), 6)
+    with httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(client.post, **server.request(other.prompt, other.max_tokens, 0))
         hostile = client.post(path, content=content, headers={"Content-Type": "application/json"})
-        answers = [crowded_server.parse(served.result())]
-        answers.append(crowded_server.parse(client.post(**crowded_server.request(other.prompt, 6, 0))))
+        answers = [server.parse(served.result())]
+        answers.append(server.parse(client.post(**server.request(other.prompt, 6, 0))))
     print(f"{case}: {hostile.status_code} {hostile.text[:300]}")
     for answer in answers:
         (expected,) = whole(checkpoint("tiny"))([Query((*other.prompt, *answer.token_ids), len(answer.token_ids))])

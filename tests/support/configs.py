@@ -1,0 +1,27 @@
+"""A ``config.json`` in the published dialect, with small sizes of which few are equal."""
+
+PUBLISHED = {
+    "model_type": "qwen3_next",
+    "vocab_size": 311,
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "full_attention_interval": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 12,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "linear_conv_kernel_dim": 3,
+    "intermediate_size": 96,
+    "max_position_embeddings": 262144,
+    "num_experts": 9,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+    "rope_theta": 10000000,
+    "rope_scaling": None,
+    "partial_rotary_factor": 0.25,
+    "mlp_only_layers": [],
+}

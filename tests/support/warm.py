@@ -1,0 +1,110 @@
+"""Processes that are forked from one that has imported the engine, which is most of what a start takes.
+
+They are as new as others, but for what import leaves behind. What a start of its own means is left to others: servers,
+commands and ranks of a group are started as users start them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+from unittest.mock import patch
+
+from qnext_plugin.engines import process
+
+# What a start imports of the engine; nothing of ours, which the engine has to find itself.
+MODULES = {
+    "vllm": ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
+    "sglang": ("sglang.srt.entrypoints.engine", "sglang.srt.managers.scheduler"),
+}
+
+
+class Forked:
+    """As much of a ``Popen`` as ``process`` uses."""
+
+    returncode: int | None = None
+
+    def __init__(self, parent: "Warm", pid: int, stdin: IO[bytes]) -> None:
+        self.parent, self.pid, self.stdin = parent, pid, stdin
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.parent.ask(pid=self.pid)["returncode"]
+        return self.returncode
+
+    def wait(self, timeout: float = 20) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.05)
+        return status
+
+
+class Warm:
+    """The process that has imported an engine; it is started when it is first used."""
+
+    def __init__(self, engine: str, log: Path) -> None:
+        self.engine, self.log = engine, log
+        self.process: subprocess.Popen[str] | None = None
+        self.lock = threading.Lock()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        with self.lock:
+            return self._ask(request)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.process is None:
+            command = [sys.executable, "-m", "tests.workers.warm", *MODULES[self.engine]]
+            with self.log.open("w") as log:
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, process.tail(self.log)
+        return dict(json.loads(answer))
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+
+    @contextmanager
+    def started(
+        self,
+        command: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] = MappingProxyType({}),
+        python: str = sys.executable,
+    ) -> Iterator[Forked]:
+        """As ``process.started``, of ``-m MODULE``."""
+        minus_m, module, *argv = command
+        assert (minus_m, python) == ("-m", sys.executable), command
+        pipe = log.with_name(f"{log.name}.input")
+        os.mkfifo(pipe)
+        pid = self.ask(module=module, argv=argv, env=dict(env), input=str(pipe), log=str(log))["pid"]
+        child = Forked(self, pid, pipe.open("wb"))
+        try:
+            yield child
+        finally:
+            with suppress(BrokenPipeError):
+                child.stdin.close()
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+    @contextmanager
+    def forking(self) -> Iterator[None]:
+        """What is started meanwhile is forked."""
+        with patch.object(process, "started", self.started):
+            yield
