@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
