@@ -14,8 +14,6 @@ COMMANDS = ("plot", "quantize")
 """Extras that only a command needs."""
 OTHER_NAMES = {"flash-linear-attention": "fla"}
 """Distributions whose module has another name."""
-BROUGHT_BY_TORCH = {"triton"}
-"""Where it is used: torch's builds for GPUs require their version of it."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CPU_PROJECT = tomllib.loads((ROOT / "sglang_cpu" / "pyproject.toml").read_text())["project"]
 OUR_NAME = re.compile(rf"({'|'.join(PACKAGES)})[.:][\w.:]*\w")
@@ -40,13 +38,13 @@ def imports_of(package: str) -> set[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_a_package_imports_is_declared(package: str) -> None:
     extras = (ENGINES[package],) if package in ENGINES else COMMANDS
-    assert imports_of(package) <= declared() | declared(*extras) | BROUGHT_BY_TORCH
+    assert imports_of(package) <= declared() | declared(*extras)
 
 
 def test_what_is_declared_is_imported() -> None:
     assert declared() <= {name for package in PACKAGES for name in imports_of(package)}
     assert declared(*COMMANDS) <= imports_of("qnext_plugin")
-    files = [statements(ast.parse(file.read_text()), lazy=True) for file in (ROOT / "bench").rglob("*.py")]
+    files = [statements(ast.parse(file.read_text()), lazy=True) for file in (ROOT / "tests" / "gpu").rglob("*.py")]
     benchmarks = {s.module for file in files for s in file if isinstance(s, ast.ImportFrom) and s.module}
     assert declared("baselines") <= others(benchmarks)
 
@@ -78,5 +76,6 @@ def test_name_in_a_string_exists(name: str) -> None:
     assert module in modules(), f"{name}: there is no module {module}"
     nodes = list(ast.walk(modules()[module]))
     defined = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.alias)}
+    defined |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     offered_lazily = {node.value for node in nodes if isinstance(node, ast.Constant)}  # as in vllm_ext/__init__.py
     assert attribute in defined | offered_lazily, f"{module} has no {attribute}"

@@ -14,6 +14,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - ``test_vllm_executors``, experts sharded: experts in parallel there; Ray and ``test_nodes``: ``tp2-mtp2``
 - ``test_lora``: its first test; what does not fit: ``test_sglang_lora_rows`` and ``tests/test_lora.py``
 - ``test_bench``: ``tests/test_bench.py``, and for the way to an engine ``test_verify``
+- what loads a checkpoint with packed words where vLLM lacks their operator: ``gptq`` of the same
 - ``test_package``: ``scripts/setup``, which builds and installs the package that all tests here import
 """
 

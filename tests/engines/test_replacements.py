@@ -10,8 +10,6 @@ from qnext_plugin.engines import process
 from qnext_plugin.replacements import problem_with, resolve
 from tests.support.installed import ENGINE
 
-pytestmark = pytest.mark.engine
-
 REPLACEMENTS = import_module(f"{ENGINE}_ext.compat").REPLACEMENTS
 
 LOAD_PLUGINS = {

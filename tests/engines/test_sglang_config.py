@@ -5,7 +5,6 @@ import pytest
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
 def test_yarn_override_in_either_spelling(tmp_path, key, kind):

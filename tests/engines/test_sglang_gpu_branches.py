@@ -9,8 +9,6 @@ import torch
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import QNextConfig
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

@@ -206,7 +206,6 @@ def test_an_adapter_that_went_is_missing(server, passed):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.exhaustive
 @pytest.mark.only("sglang")
 def test_an_adapter_that_went_is_read_again_when_a_request_names_it(server, passed, reference):
     assert off(ask(server, ["passing", "everything"], PROMPTS[:2]), reference) < TOLERANCE
@@ -279,7 +278,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.exhaustive
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_adapter_that_does_not_fit_is_refused_and_the_server_goes_on(server, root, reference, case):
