@@ -145,11 +145,9 @@ def plain_method(layer: nn.Module) -> QuantizeMethodBase | None:
     return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
 
 
-def is_plain_method(method: Any) -> bool:
-    return isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod | UnquantizedFusedMoEMethod)
-
-
-SGLANG = Engine("SGLang", is_plain_method, plain_method, lambda layer: {"weight_loader": layer.weight_loader})
+PLAIN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
+SGLANG = Engine("SGLang", PLAIN_METHODS, plain_method, lambda layer: {"weight_loader": layer.weight_loader})
+is_plain = SGLANG.is_plain
 
 
 def experts_quantization(quant_config: QuantizationConfig | None, prefix: str) -> QuantizationConfig | None:
@@ -161,12 +159,6 @@ def experts_quantization(quant_config: QuantizationConfig | None, prefix: str) -
         parts = quant_config.checkpoint.parts(prefix, quant_config.config_of_model.num_experts)
         return quant_config if parts else None
     return quant_config
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's weights are floating-point."""
-    method = getattr(layer, "quant_method", None)
-    return method is None or is_plain_method(method)
 
 
 def report(model: nn.Module, checkpoint: Checkpoint, *, draft: bool) -> None:

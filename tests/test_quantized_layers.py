@@ -133,10 +133,10 @@ def test_one_line_for_each_reason(checkpoint):
 
 
 class Method:
-    """A quantization method of an engine, which holds floating-point weights if ``plain``."""
+    """A quantization method of an engine."""
 
-    def __init__(self, plain=False, refusal=None):
-        self.plain, self.refusal = plain, refusal
+    def __init__(self, refusal=None):
+        self.refusal = refusal
 
     def create_weights(self, layer, size, weight_loader):
         layer.scheme, layer.weight = "half made", nn.Parameter(torch.empty(size))
@@ -145,7 +145,11 @@ class Method:
             raise self.refusal
 
 
-ENGINE = Engine("Engine", lambda method: method.plain, lambda layer: Method(plain=True), lambda _: {"weight_loader": 2})
+class Plain(Method):
+    """One that holds floating-point weights."""
+
+
+ENGINE = Engine("Engine", (Plain,), lambda layer: Plain(), lambda layer: {"weight_loader": 2})
 OUT_OF_MEMORY = torch.OutOfMemoryError("memory")
 MISTAKE = KeyError("a mistake")
 
@@ -167,7 +171,7 @@ def raising(error):
     [
         (Method, None, None),
         (Method, "rows", "rows"),
-        (lambda: Method(plain=True), None, "Engine has no fp8 method for it"),
+        (Plain, None, "Engine has no fp8 method for it"),
         (lambda: None, None, "Engine has no fp8 method for it"),
         (lambda: raising(NotImplementedError("no\n kernel")), None, "Engine: no kernel"),
         (lambda: Method(refusal=ValueError("too\nsmall")), None, "Engine: too small"),
@@ -176,7 +180,7 @@ def raising(error):
 def test_a_layer_is_served_as_stored_or_says_why_not(choose, reason, said):
     layer = constructed(choose, reason)
     assert getattr(layer, "dequantized", None) == said
-    assert layer.quant_method.plain == (said is not None)
+    assert ENGINE.is_plain(layer) == (said is not None)
     assert "create_weights" not in vars(layer.quant_method)
     assert len(layer._parameters) == 1
 
@@ -186,7 +190,7 @@ def test_nothing_is_left_of_a_refused_method():
     assert layer.weight.weight_loader == 2, "a plain layer has its own loader"
     layer = nn.Module()
     method = choose_method(
-        Engine("Engine", lambda _: False, lambda layer: SimpleNamespace(create_weights=lambda *_, **__: None)),
+        Engine("Engine", (), lambda layer: SimpleNamespace(create_weights=lambda *_, **__: None)),
         *(layer, None, lambda: Method(refusal=ValueError())),
         quantization="fp8",
         must_be_stored=False,

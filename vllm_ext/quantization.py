@@ -7,7 +7,6 @@ in different ways, packed words or blocks that straddle sections or ranks, and w
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -112,17 +111,9 @@ def plain_method(layer: nn.Module) -> QuantizeMethodBase:
     return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
 
 
-def is_plain_method(method: Any) -> bool:
-    return isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod | UnquantizedFusedMoEMethod)
-
-
-VLLM = Engine("vLLM", is_plain_method, plain_method)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's weights are floating-point."""
-    method = getattr(layer, "quant_method", None)
-    return method is None or is_plain_method(method)
+PLAIN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
+VLLM = Engine("vLLM", PLAIN_METHODS, plain_method)
+is_plain = VLLM.is_plain
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:

@@ -62,17 +62,22 @@ def view_of(engine_config: Config, answers: type, /, **attributes: Any) -> Confi
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine is asked about its quantization methods.
+    """What an engine's quantization methods are.
 
-    ``is_plain``: whether a method holds floating-point weights. ``plain`` makes such a method for a layer, or None
-    where the engine makes it itself. ``plain_arguments`` are those for its ``create_weights`` that differ from the
-    ones for a quantized layer.
+    ``plain_methods`` are the classes of those that hold floating-point weights. ``plain`` makes such a method for a
+    layer, or None where the engine makes it itself. ``plain_arguments`` are those for its ``create_weights`` that
+    differ from the ones for a quantized layer.
     """
 
     name: str
-    is_plain: Callable[[Any], bool]
+    plain_methods: tuple[type, ...]
     plain: Callable[[nn.Module], Any]
     plain_arguments: Callable[[nn.Module], dict[str, Any]] = lambda layer: {}
+
+    def is_plain(self, layer: nn.Module) -> bool:
+        """Whether a layer's weights are floating-point."""
+        method = getattr(layer, "quant_method", None)
+        return method is None or isinstance(method, self.plain_methods)
 
 
 def choose_method(
@@ -115,7 +120,7 @@ def choose_method(
         except _REFUSALS as e:
             reason = refused(e)
         else:
-            if method is not None and not engine.is_plain(method):
+            if method is not None and not isinstance(method, engine.plain_methods):
                 method.create_weights = create_weights
                 return method
             reason = f"{engine.name} has no {quantization} method for it"
