@@ -1,4 +1,4 @@
-"""One server at a time, shared by the tests of this folder that ask for it by name."""
+"""One server at a time, shared by the tests of this folder, which ask for it by name."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -114,8 +114,8 @@ def test_recall(server, exact, length, at_least):
 @pytest.mark.parametrize("length", [256, 1024])
 def test_recall_on_prefix_hits(server, exact, length):
     """On vLLM a block of bfloat16 is longer than half of these prompts; see ``test_demo_offline``."""
-    for _, prompt in demo.recall(length, 4):
-        _, again = (chat(server, prompt.messages) for _ in range(2))
+    for first, prompt in demo.recall(length, 4):
+        *_, again = (chat(server, turn.messages) for turn in (first, prompt, prompt))
         assert again.choices[0].message.content == prompt.answer or not would_say(exact, prompt)
         assert again.usage.prompt_tokens_details.cached_tokens >= length / 2
 
