@@ -34,7 +34,8 @@ def case(request, serve, checkpoint):
 @pytest.mark.parametrize("case", NAMES, indirect=True)
 def test_vllm_blocks(case):
     config, serving, _, memory = case
-    block_size = 32 if config.prefix_caching else None
+    flags = dict(zip(config.flags[::2], config.flags[1::2], strict=True))
+    block_size = int(flags.get("--block-size", 32)) if config.prefix_caching else None
     state_dtype = default_state_dtype("vllm", "cpu", {}, serving.dtype)
     cache = VllmCache(serving, state_dtype, DEVICES["cpu"], config.prefix_caching, block_size)
     assert memory["block_size"] == cache.block_size

@@ -25,9 +25,10 @@ executor = "vllm_ext.ray_executor.CpuRayExecutor" if find_spec("ray") else "mp"
 parallel = SimpleNamespace(
     enable_expert_parallel=True, data_parallel_size=2, pipeline_parallel_size=2, distributed_executor_backend=executor
 )
-config = SimpleNamespace(lora_config=1, speculative_config=1, parallel_config=parallel)
+cache = SimpleNamespace(prefix_match_unit=32)
+used = dict(lora_config=1, speculative_config=1, parallel_config=parallel, cache_config=cache)
 compat.lacks_bfloat16 = lambda: True
-apply = lambda: compat.apply(config)
+apply = lambda: [compat.apply(SimpleNamespace(**used, use_v2_model_runner=v2)) for v2 in (False, True)]
 """,
     "sglang": "apply = lambda: compat.apply(compat.Uses(model=True, drafts=True, adapters=True, quantization=True))",
 }
