@@ -10,7 +10,10 @@ PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
 
 
 def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
-    """Return the model's dimensions; raise ``ValueError`` for a bad config or an impossible tensor-parallel size."""
+    """Return the model's dimensions.
+
+    Raise ``ValueError`` for an inconsistent config or a tensor-parallel size that it cannot take.
+    """
     config = QNextConfig.from_dict(vllm_config.model_config.hf_text_config.to_dict())
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     config.check_tensor_parallel(tp_size)

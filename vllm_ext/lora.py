@@ -1,7 +1,7 @@
 """Checks the LoRA adapters that vLLM reads against the model, and puts their rows in the order of our weights.
 
-vLLM calls ``load_adapter`` instead of its own method (``compat.REPLACEMENTS``), so that a model that has
-``prepare_adapter`` sees each adapter before any of it is used.
+``load_adapter`` replaces a method of vLLM (``compat.REPLACEMENTS``), so that a model that has ``prepare_adapter`` sees
+each adapter before any of it is used.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,7 @@ def absent_draft() -> type:
 
 
 def initialize_attn_backend(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wrap ``GPUModelRunner.initialize_attn_backend``, which expects a draft on every stage."""
+    """Wrap ``GPUModelRunner.initialize_attn_backend``: it expects a draft on every stage, so add a stand-in."""
     if not get_pp_group().is_last_rank:
         runner.drafter = absent_draft()()
     return original(runner, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Replacements for vLLM methods with gaps on CPUs; ``compat.REPLACEMENTS`` has the reason and the end of each."""
+"""Replacements for vLLM methods that have gaps on CPUs; ``compat.REPLACEMENTS`` tells why and until when."""
 
 import inspect
 from collections.abc import Callable

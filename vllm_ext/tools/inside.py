@@ -73,8 +73,10 @@ def _sequence(sequences: Sequence[Sequence[int]], prompt: Sequence[int]) -> Sequ
 
 
 def record_draft(worker: Any) -> Callable[[], list[dict[str, Any]]]:
-    """Record each draft step of a single request, its position and logits; return a function that ends this and returns
-    the steps."""
+    """Record position and logits of each draft step of a single request.
+
+    Return a function that stops the recording and returns the steps.
+    """
     runner, steps = worker.model_runner, []
     model, propose = runner.drafter.model, runner.drafter.propose
     compute_logits = model.compute_logits
