@@ -88,7 +88,7 @@ class ByCheckpoint:
 
 
 def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
-    """Return why quantized modules that vLLM would take as stored cannot be: it would fail at the first request."""
+    """Return why quantized modules cannot be served as stored where vLLM would try, and fail at the first request."""
     if not current_platform.is_cpu() or has_cpu_wna16():
         return None
     if any(is_quantized(leaves) and stored_format(leaves) in WORDS for leaves in modules.values()):
@@ -97,7 +97,7 @@ def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
 
 
 def engine_method(quant_config: QuantizationConfig, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-    """Return vLLM's choice; raise ``ValueError`` for FP8 experts without a kernel, before vLLM fails after loading."""
+    """Return vLLM's choice; raise ``ValueError`` for FP8 experts without a kernel; vLLM fails only after loading."""
     method = resolve_quant_method(quant_config, layer, prefix)
     backend = getattr(method, "fp8_backend", None)
     if backend is not None and backend.name == "NONE":

@@ -114,8 +114,8 @@ class PackedHeadMethod(UnquantizedEmbeddingMethod):
 class DraftHeadMethod(UnquantizedEmbeddingMethod):
     """A draft's head in int8 with a scale for each row.
 
-    A head reads more bytes than the draft's layer, and int8 halves them. It may miss a draft that is nearly as likely
-    as another. The target verifies all drafts with its own head.
+    A head reads more bytes than the draft's layer, and int8 halves them. Rounding may change which of two nearly
+    equally likely tokens is drafted; the target verifies drafts with its own head.
     """
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
