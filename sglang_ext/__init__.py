@@ -1,1 +1,1 @@
-"""Qwen3-Next for SGLang. Nothing is imported until SGLang calls an entry point of ``register``."""
+"""The Qwen3-Next model for SGLang. Nothing is imported until SGLang calls an entry point of ``register``."""

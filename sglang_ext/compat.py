@@ -1,6 +1,6 @@
-"""Everything that depends on the version of SGLang: branches on it, and what is replaced in it (``REPLACEMENTS``).
+"""Everything that depends on the version of SGLang: version branches, and our replacements in it (``REPLACEMENTS``).
 
-It imports nothing else of this package: functions of ours are named by strings and imported where they are needed.
+It imports nothing else of this package: strings name our functions, which are imported where they are needed.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from sglang.version import __version__
 from qnext_plugin.replacements import Feature, Replacement, install
 
 ON_CPU: bool = current_platform.device_type == "cpu"
-"""Whether this process computes on a CPU, and so with kernels of ours."""
+"""True if this process computes on a CPU, and so with our kernels."""
 
 
 def check_platform() -> None:
-    """``ValueError`` where a CPU is to compute without the platform that brings the kernels for it."""
+    """Raise ``ValueError`` if this process computes on a CPU without the platform that provides our kernels."""
     if ON_CPU and type(current_platform).__module__ != "sglang_ext.cpu.platform":
         raise ValueError(
             f"the platform is {type(current_platform).__name__}, expected qnext-plugin's own to compute on this CPU; "
@@ -27,10 +27,10 @@ def check_platform() -> None:
 
 
 def unpadded(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as the checkpoint has it.
+    """Return a configuration's values as the checkpoint has them.
 
-    On CPU SGLang 0.5.23 pads sizes for its AMX kernels in place (``adjust_config_with_unaligned_cpu_tp``), keeping the
-    originals beside them. It can go when that leaves out-of-tree platforms alone.
+    On CPUs SGLang 0.5.23 pads sizes in place for its AMX kernels (``adjust_config_with_unaligned_cpu_tp``) and keeps
+    the originals beside them. Can go when that leaves out-of-tree platforms alone.
     """
     prefix = "original_"
     originals = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
@@ -40,41 +40,41 @@ def unpadded(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def bind_topk(topk: Any, experts: Any) -> None:
-    """Tell the router which kernels run the experts, whose input it prepares.
+    """Tell the router which kernels run the experts, because it prepares their input.
 
-    SGLang 0.5.22 asks the server's arguments instead. The question can go with its support.
+    SGLang 0.5.22 reads the server's arguments instead. The check can go when its support ends.
     """
     if hasattr(topk, "bind_runner_backend"):
         topk.bind_runner_backend(experts.runner_backend, routing_method_type=experts.routing_method_type)
 
 
 def is_prefill_alone(forward_batch: Any) -> bool:
-    """Whether the linear-attention kernels run on prompts only, also where a decode step is labelled as one.
+    """Return whether linear-attention kernels run on prompts only, and not on a decode step labeled as prompts.
 
-    SGLang 0.5.22 does not say, so False there. ``logical_forward_mode`` is enough when its support goes.
+    Always False on SGLang 0.5.22, which does not tell. ``logical_forward_mode`` is enough when its support ends.
     """
     mode = getattr(forward_batch, "logical_forward_mode", None)
     return mode is not None and bool(mode.is_extend_without_speculative())
 
 
 def uses_expert_location(experts: Any) -> bool:
-    """Whether a layer's experts are where the load balancer wants them, which those of a draft are not.
+    """Return whether the load balancer places a layer's experts; it does not place those of a draft.
 
-    SGLang 0.5.22 makes no difference. The question can go with its support.
+    SGLang 0.5.22 makes no difference between them. The check can go when its support ends.
     """
     return bool(getattr(experts, "uses_expert_location", True))
 
 
 @dataclass(frozen=True)
 class Uses:
-    """What a process uses of SGLang, as far as replacements depend on it."""
+    """The features of SGLang that a process uses, as far as replacements depend on them."""
 
     model: bool = False
-    """It builds one of our models."""
+    """True if the process builds one of our models."""
     drafts: bool = False
     adapters: bool = False
     quantization: bool = False
-    """It reads the configuration of a quantized checkpoint."""
+    """True if the process reads the configuration of a quantized checkpoint."""
 
 
 @cache
@@ -279,16 +279,16 @@ REPLACEMENTS = (
 
 
 def apply(uses: Uses) -> None:
-    """Install what a process needs that ``uses`` so much of SGLang; idempotent. ``RuntimeError`` where it cannot be."""
+    """Install the replacements that these ``uses`` need; idempotent. Raise ``RuntimeError`` if one fails."""
     install(REPLACEMENTS, uses, "SGLang", __version__, _hook)
 
 
 def _hook(replacement: Replacement, ours: Any) -> None:
-    """Install by SGLang's own registry of hooks, which also reaches modules that have imported the target already."""
+    """Install through SGLang's registry of hooks, which also reaches modules that have already imported the target."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     target = replacement.target.replace(":", ".")
     HookRegistry.register(target, ours, HookType[replacement.kind.upper()])
     HookRegistry.apply_hooks()
-    if target not in HookRegistry._patched:  # it logs what went wrong, and goes on
+    if target not in HookRegistry._patched:  # it only logs errors
         raise RuntimeError(f"SGLang {__version__} could not hook {target}; its log says why")

@@ -1,4 +1,4 @@
-"""SGLang's configuration class, completed: both dialects, irregular layer types, correct RoPE."""
+"""Completes SGLang's configuration class: both dialects, irregular layer types and correct RoPE."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,14 +16,14 @@ ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"
 
 
 class Qwen3NextConfig(EngineConfig):
-    """What SGLang reads of the model; tokenizers and processors are looked up by this class's name.
+    """The model's configuration for SGLang, which also finds tokenizers and processors by this class's name.
 
-    The parent drops ``layer_types`` and, in one of the dialects, everything about RoPE. ``ValueError`` where
-    ``QNextConfig`` finds the values inconsistent; without arguments it is the parent's default.
+    The parent drops ``layer_types`` and, in one of the dialects, everything about RoPE. The constructor raises
+    ``ValueError`` where ``QNextConfig`` finds inconsistent values; without arguments it creates the parent's default.
     """
 
     def __init__(self, **values: Any) -> None:
-        # It also checks RoPE before it has set what that depends on.
+        # The parent checks RoPE before it has set what RoPE depends on, so we pass it none.
         super().__init__(**{name: value for name, value in values.items() if name not in ROPE})
         if not values:
             return
@@ -49,14 +49,14 @@ class Qwen3NextConfig(EngineConfig):
 
 
 def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
-    """Our validated view of ``config`` as it stands, overrides of the command line included.
+    """Return our validated view of ``config`` as it is now, with overrides of the command line.
 
-    ``ValueError`` for inconsistent values, or a tensor-parallel size that they do not allow.
+    Raise ``ValueError`` for inconsistent values or a tensor-parallel size that they do not allow.
     """
     values = unpadded(config.to_dict())
     rope = values.get("rope_parameters") or {}
     if rope.get("rope_type") == "default" and "type" in rope:
-        # SGLang merges an override in the older spelling into our complete dictionary, which has the newer one.
+        # SGLang merges an override in the older spelling, `type`, into our dictionary, which has the newer one.
         values["rope_parameters"] = rope | {"rope_type": rope["type"]}
     view = QNextConfig.from_dict(values)
     view.check_tensor_parallel(tp_size)
@@ -64,9 +64,9 @@ def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
 
 
 def speculates(spec: Any, model_path: str) -> bool:
-    """Whether the model's own draft is asked for; ``ValueError`` for any other.
+    """Return whether the user requests the model's own draft; raise ``ValueError`` for any other draft.
 
-    ``spec`` has SGLang's names for the options of speculation.
+    ``spec`` has the options of speculation under SGLang's names.
     """
     algorithm, draft = spec.speculative_algorithm, spec.speculative_draft_model_path
     if algorithm is None:
@@ -83,5 +83,8 @@ def speculates(spec: Any, model_path: str) -> bool:
 
 
 def draft_config(config: QNextConfig) -> QNextConfig:
-    """The draft's layer alone: full attention and, if there are experts, sparse, whatever the trunk's layers are."""
+    """Return the config of the draft's only layer: full attention, and sparse if there are experts.
+
+    It does not depend on the types of the trunk's layers.
+    """
     return replace(config, num_hidden_layers=1, layer_types=(FULL,), mlp_only_layers=(), decoder_sparse_step=1)

@@ -16,10 +16,10 @@ from sglang_ext.norm import ZeroCenteredRMSNorm
 
 
 class GatedAttention(nn.Module):
-    """``[num_tokens, hidden_size]`` to this rank's share of the same (a partial sum).
+    """An attention layer that maps ``[num_tokens, hidden_size]`` to this rank's partial sum of the same shape.
 
-    ``q_proj`` yields query and gate interleaved by head, as stored: SGLang's fused prologue takes it so, and elsewhere
-    both are views of it.
+    ``q_proj`` returns query and gate interleaved by head, as stored. SGLang's fused prologue takes them in this form;
+    without it, both are views of the output.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class GatedAttention(nn.Module):
             base=config.rope_parameters["rope_theta"],
             rope_scaling=dict(config.rope_parameters),
         )
-        # The fused prologue rounds queries and keys to bfloat16, of a float32 model too.
+        # The fused prologue rounds queries and keys to bfloat16, even for a float32 model.
         self.fused = is_cuda() and torch.get_default_dtype() != torch.float32
         self.attn = RadixAttention(
             self.num_heads,
@@ -87,7 +87,7 @@ class GatedAttention(nn.Module):
     def _prologue(
         self, positions: torch.Tensor, q_gate: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Norms, RoPE and the gate apart: ``q`` and ``k`` flat, ``gate`` [num_tokens, num_heads, head_dim]."""
+        """Apply norms and RoPE; return ``q`` and ``k`` flat, and ``gate`` as [num_tokens, num_heads, head_dim]."""
         if self.fused:
             from sglang.kernels.ops.attention.fused_qk_rmsnorm_rope_gate import fused_qk_gemma_rmsnorm_rope_gate
 

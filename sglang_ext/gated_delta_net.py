@@ -1,4 +1,4 @@
-"""Gated DeltaNet on SGLang's hybrid state pool, its weights flat: ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
+"""Gated DeltaNet on SGLang's hybrid state pool, with flat weights ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
 
 import torch
 from sglang.srt.environ import envs
@@ -18,7 +18,7 @@ from sglang_ext.norm import RMSNormGated
 
 
 class CausalConv1d(nn.Module):
-    """Weight of the depthwise convolution over this rank's ``[q|k|v]`` channels: ``[conv_dim, 1, width]``."""
+    """The depthwise convolution's weight for this rank's ``[q|k|v]`` channels: ``[conv_dim, 1, width]``."""
 
     def __init__(self, dims: GatedDeltaNetDims, tp_rank: int, tp_size: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class CausalConv1d(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """One Gated DeltaNet mixer, ``[num_tokens, hidden_size]`` to this rank's share of the same (a partial sum)."""
+    """A Gated DeltaNet mixer that maps ``[num_tokens, hidden_size]`` to this rank's partial sum of the same shape."""
 
     def __init__(
         self, config: QNextConfig, layer_idx: int, quant_config: QuantizationConfig | None, prefix: str
@@ -100,11 +100,11 @@ class GatedDeltaNet(nn.Module):
             qkv, z = qkvz.split([self.dims.conv_dim, self.dims.value_dim], dim=-1)
             b, a = ba.chunk(2, dim=-1)
             if not ON_CPU and not is_prefill_alone(forward_batch):
-                # Of SGLang's GPU kernels only those for prefill are known to take strides.
+                # Only those GPU kernels of SGLang that serve prefill are known to accept strides.
                 qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
             out = self.attn(forward_batch, qkv, a, b)
         heads = (-1, self.dims.num_v_heads, self.dims.head_v_dim)
         z, out = z.unflatten(-1, heads[1:]) if z.ndim == 2 else z, out.view(heads)
-        if len(out) < len(z):  # rows that attention data parallelism pads with
+        if len(out) < len(z):  # attention data parallelism adds padding rows
             out = torch.cat([out, out.new_zeros(len(z) - len(out), *heads[1:])])
         return self.out_proj(self.norm(out, z).flatten(1))[0]

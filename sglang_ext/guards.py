@@ -1,6 +1,6 @@
-"""Guards around what SGLang does with updates of weights and with requests, on every device.
+"""Guards around SGLang's functions for weight updates and requests, on every device.
 
-``compat.REPLACEMENTS`` says where each is put, and why.
+``compat.REPLACEMENTS`` lists where each is installed, and why.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from qnext_plugin.checkpoint.stored import Checkpoint
 Around = Callable[..., Any]
 
 vocab_size: int = 0
-"""That of the model which this process serves; its constructor sets it."""
+"""The vocabulary size of the model that this process serves; the model's constructor sets it."""
 
 
 def begin_weight_update(original: Around, updater: Any, *args: Any, **kwargs: Any) -> Any:
-    """``WeightUpdater.begin_weight_update`` that tells a model of ours."""
+    """Wrap ``WeightUpdater.begin_weight_update``: tell a model of ours that an update begins."""
     _begin(updater)
     return original(updater, *args, **kwargs)
 
@@ -25,7 +25,7 @@ update_weights_from_ipc = begin_weight_update
 
 
 def update_weights_from_disk(original: Around, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
-    """``WeightUpdater.update_weights_from_disk`` that asks a model of ours before it changes anything."""
+    """Wrap ``WeightUpdater.update_weights_from_disk``: ask a model of ours before anything is changed."""
     from sglang_ext.quantization import loading_from, read_checkpoint
 
     try:
@@ -38,7 +38,7 @@ def update_weights_from_disk(original: Around, updater: Any, model_path: str, *a
 
 
 def update_weights_from_tensor(original: Around, *args: Any, **kwargs: Any) -> Any:
-    """``WeightUpdater.update_weights_from_tensor`` that answers an update which a model of ours refuses."""
+    """Wrap ``WeightUpdater.update_weights_from_tensor``: return a refusal of our model as a failed update."""
     try:
         return original(*args, **kwargs)
     except RefusedUpdate as e:
@@ -52,13 +52,13 @@ def _begin(updater: Any, checkpoint: Checkpoint | None = None) -> None:
 
 
 def validate_request(original: Around, req: Any, *args: Any, **kwargs: Any) -> Any:
-    """``validate_input_length`` that also answers a request which would end the scheduler process."""
+    """Wrap ``validate_input_length``: also refuse a request that would end the scheduler process."""
     ids = req.origin_input_ids
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         message = f"token ids from {min(ids)} to {max(ids)} found, expected 0 to {vocab_size - 1}"
-        req.set_finish_with_abort(message)  # what is returned here ends no request for an embedding
+        req.set_finish_with_abort(message)  # the message alone does not end a request for an embedding
         return message
     if (asked := req.logprob.top_logprobs_num) > vocab_size:
-        req.logprob.top_logprobs_num = 0  # what is refused is still computed with what runs beside it
+        req.logprob.top_logprobs_num = 0  # a refused request is still computed along with others
         return f"{asked} log-probabilities asked for, of {vocab_size} token ids"
     return original(req, *args, **kwargs)

@@ -1,10 +1,10 @@
-"""What serves a Gated DeltaNet layer, and matrix products.
+"""The kernels of Gated DeltaNet layers, and the matrix products.
 
 ======  ====================================================================================================
 device  convolution and delta rule
 ======  ====================================================================================================
 GPU     SGLang's own kernels and choices (``--linear-attn-backend``), on the flat layout
-CPU     ``cpu.gated_delta_net``: ``qnext_plugin.ops`` behind the names and signatures of SGLang's kernels, any dtype and
+CPU     ``cpu.gated_delta_net``: ``qnext_plugin.ops`` under the names and signatures of SGLang's kernels, any dtype and
         size; decode on float32 states is compiled, as are products with bfloat16 weights (``cpu.gemm``)
 ======  ====================================================================================================
 """
@@ -17,7 +17,7 @@ from sglang_ext.compat import ON_CPU
 
 
 def register_cpu_kernels() -> None:
-    """Give SGLang what it has no implementation of on a CPU, by its own extension point; idempotent."""
+    """Register the kernels that SGLang lacks on CPUs, through SGLang's extension point; idempotent."""
     if ON_CPU:
         from sglang_ext.cpu import gemm
 
@@ -25,7 +25,7 @@ def register_cpu_kernels() -> None:
 
 
 def plain_weights(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, ``model``'s weights are as they were declared, so that some or all can be loaded."""
+    """Return a context in which ``model``'s weights have their declared form, so that some or all can be loaded."""
     if not ON_CPU:
         return nullcontext()
     from sglang_ext.cpu import gemm

@@ -1,4 +1,4 @@
-"""How SGLang loads a model that serves again: it copies tensors over the old ones as they come."""
+"""Loads a model on SGLang, also again while it serves: SGLang copies tensors over the old ones as they come."""
 
 from typing import Any
 
@@ -32,15 +32,16 @@ class Loading(LoadGuard):
         return layer_name(name.rpartition(".")[0])
 
     def entrances(self) -> list[tuple[Any, str]]:
-        """The runner decides whether to replay a graph: it is called for the trunk in every step, for the draft at
-        least with prompts.
+        """Return the model and its runner, which decides whether to replay a graph.
+
+        The runner is called for the trunk in every step, and for the draft at least with prompts.
         """
         return [(owner, "forward") for owner in (self._model, self._runner) if owner is not None]
 
     def begin(self, runner: Any, checkpoint: Checkpoint | None = None) -> None:
-        """An update of ``runner``'s model begins: of tensors to come, or of a checkpoint.
+        """Begin an update of ``runner``'s model from a checkpoint, or from tensors that are still to come.
 
-        ``ValueError`` where the checkpoint does not fit.
+        Raise ``ValueError`` if the checkpoint does not fit.
         """
         if checkpoint is not None and checkpoint.headers is not None:
             checkpoint.check(self.config, self.mtp)

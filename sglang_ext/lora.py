@@ -1,7 +1,7 @@
-"""LoRA adapters: what SGLang has read is held against the model, and its rows are put in the order of our weights.
+"""Checks the LoRA adapters that SGLang reads against the model, and puts their rows in the order of our weights.
 
-SGLang calls ``process_weight`` and ``normalize_weights`` in the place of its own methods (``compat.REPLACEMENTS``), so
-that a model which has ``prepare_adapter`` sees the tensors of an adapter before they are sorted and stacked.
+``process_weight`` and ``normalize_weights`` replace methods of SGLang (``compat.REPLACEMENTS``), so that a model that
+has ``prepare_adapter`` sees the tensors of an adapter before they are sorted and stacked.
 """
 
 import math
@@ -22,14 +22,14 @@ from qnext_plugin.config import QNextConfig
 from sglang_ext.compat import ON_CPU
 
 PREFIX = "base_model.model."
-# SGLang stacks these, and expects most of a group where it finds one.
+# SGLang stacks the modules of a group; where an adapter has one of them, it expects most of the others.
 GROUPS = packed_modules(grouped=False)
 
 
 def hidden_dim(config: QNextConfig, module: str, layer_idx: int, tp_size: int) -> tuple[int, int]:
-    """(inputs, outputs) of a module of ours, by the last segment of its name, or of the routed experts as one.
+    """Return (inputs, outputs) of a module of ours by the last segment of its name; routed experts are one module.
 
-    SGLang divides by ``tp_size`` the outputs of what it does not know to be whole on every rank.
+    SGLang divides the outputs by ``tp_size`` for modules that it does not know to be whole on every rank.
     """
     hidden, head = config.hidden_size, config.head_dim
     q_dim, kv_dim = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -57,7 +57,7 @@ def hidden_dim(config: QNextConfig, module: str, layer_idx: int, tp_size: int) -
 
 
 def process_weight(original: Callable[..., None], adapter: Any, name: str, tensor: Tensor) -> None:
-    """``LoRAAdapter._process_weight`` that only keeps the tensor, for ``normalize_weights``."""
+    """Wrap ``LoRAAdapter._process_weight``: only keep the tensor for ``normalize_weights``."""
     if hasattr(adapter.base_model, "prepare_adapter"):
         adapter.__dict__.setdefault("tensors_read", {})[name] = tensor.cpu()
     else:
@@ -65,15 +65,17 @@ def process_weight(original: Callable[..., None], adapter: Any, name: str, tenso
 
 
 def normalize_weights(original: Callable[..., None], adapter: Any) -> None:
-    """``LoRAAdapter._normalize_weights`` after the model has said what to make of each tensor."""
+    """Wrap ``LoRAAdapter._normalize_weights``: first let the model prepare the tensors."""
     if hasattr(adapter.base_model, "prepare_adapter"):
         adapter.base_model.prepare_adapter(adapter, adapter.__dict__.pop("tensors_read", {}))
     original(adapter)
 
 
 def prepare(config: QNextConfig, model: nn.Module, adapter: LoRAAdapter, tensors: Mapping[str, Tensor]) -> None:
-    """Give ``adapter`` its tensors, ``lora_B`` of the input projections in flat order and with what SGLang stacks
-    complete; ``ValueError`` for an adapter that cannot be served."""
+    """Give ``adapter`` its tensors; raise ``ValueError`` for an adapter that cannot be served.
+
+    ``lora_B`` of the input projections is put in flat order, and zeros complete the groups that SGLang stacks.
+    """
     modules: dict[str, dict[str, Tensor]] = {}
     left_out, settings = set(), adapter.config.hf_config
     for full_name, tensor in tensors.items():
@@ -107,7 +109,7 @@ def prepare(config: QNextConfig, model: nn.Module, adapter: LoRAAdapter, tensors
         outer, _, last = module.rpartition(".")
         if kind := KINDS.get(last):
             b = ungroup(b, config.gdn, kind, "lora_B.weight")
-        if kind == "ba":  # an A for each section, as SGLang repeats that of in_proj_qkvz itself
+        if kind == "ba":  # one A for each section; SGLang repeats only that of in_proj_qkvz itself
             a = a.repeat(2, 1)
         put(adapter, module, a, b)
         group = next((group for group in GROUPS.values() if last in group), [])
@@ -117,19 +119,19 @@ def prepare(config: QNextConfig, model: nn.Module, adapter: LoRAAdapter, tensors
             if other not in pairs:
                 rows, inputs = weights[f"{other}.weight"]
                 put(adapter, other, torch.zeros(rank, inputs, dtype=a.dtype), torch.zeros(rows, rank, dtype=b.dtype))
-    # Also where it is "all-linear", for which SGLang knows only some of them.
+    # This also replaces "all-linear", for which SGLang knows only some of our modules.
     names = {name for layer in adapter.layers for name in layer.weights}
     adapter.config.target_modules = sorted({name.split(".")[-3] for name in names})
 
 
 def not_adapted(module: str) -> bool:
-    """Whether it is a routed expert where SGLang cannot adapt one, or all of a layer as `transformers` 5 has them."""
+    """Return whether this is a routed expert on a CPU or, as in `transformers` 5, all experts of a layer at once."""
     _, *rest = module.split(".experts")
     return bool(rest) and (ON_CPU or not rest[0][1:2].isdigit())
 
 
 def check_served(model: nn.Module, modules: Iterable[str]) -> None:
-    """``ValueError`` for modules that a server which has started adapts none of: SGLang would leave them out."""
+    """Raise ``ValueError`` for modules that a started server does not adapt: SGLang would leave them out."""
     layers = dict(model.named_modules())
     adapted = {name for name, layer in layers.items() if isinstance(layer, BaseLayerWithLoRA)}
     missing = [

@@ -1,4 +1,4 @@
-"""Qwen3-Next for SGLang: decoder layer, trunk and causal LM."""
+"""Qwen3-Next for SGLang: the decoder layer, the trunk and the causal LM."""
 
 import logging
 from collections.abc import Iterable
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def stages(config: QNextConfig, layer_idx: int) -> tuple[Any, Any]:
-    """What the two halves of a layer compute on and leave behind, for SGLang to place its communication between."""
+    """Declare what the two halves of a layer take and leave, so that SGLang can place communication between them."""
     following = min(layer_idx + 1, config.num_hidden_layers - 1)
     return declare_attn(), declare_ffn(
         sparse=config.is_sparse(layer_idx), next_layer_sparse=config.is_sparse(following)
@@ -85,7 +85,7 @@ class DecoderLayer(nn.Module):
         forward_batch: ForwardBatch,
         captured: AuxHiddenStateList | None = None,
     ) -> torch.Tensor:
-        """The residual stream is the batch's; ``captured`` receives it as it enters this layer."""
+        """Run the layer; the batch holds the residual stream, which ``captured`` receives as it enters this layer."""
         hidden_states = self.attn_boundary.prepare(hidden_states, forward_batch, capture_gathered=captured)
         if not forward_batch.forward_mode.is_idle() and hidden_states.shape[0]:
             if self.full_attention:
@@ -237,29 +237,29 @@ class Qwen3NextForCausalLM(nn.Module):
         return self.model.embed_tokens
 
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Without a weight of the head where it is packed: SGLang then shares the module itself."""
+        """Return both weights, None for a head without ``weight``; SGLang also shares the head module itself."""
         return self.model.embed_tokens.weight, getattr(self.lm_head, "weight", None)
 
     def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
-        """``layer_ids`` are layers whose output an EAGLE3 draft reads, which is what the next one is given."""
+        """Set the ``layer_ids`` whose output an EAGLE3 draft reads; we capture it as the input of the next layer."""
         last = self.qnext_config.num_hidden_layers
         captured = [2, last // 2, last - 3] if layer_ids is None else [idx + 1 for idx in layer_ids]
         self.model.layers_to_capture = frozenset(captured)
 
     def prepare_adapter(self, adapter: LoRAAdapter, tensors: dict[str, torch.Tensor]) -> None:
-        """Called with each LoRA adapter and what SGLang has read of it, before it is used."""
+        """Prepare a LoRA adapter from the tensors that SGLang has read; called before the adapter is used."""
         prepare(self.qnext_config, self, adapter, tensors)
 
     def get_hidden_dim(self, module_name: str, layer_idx: int) -> tuple[int, int]:
         return hidden_dim(self.qnext_config, module_name, layer_idx, get_parallel().tp_size)
 
     def get_stacked_multiply(self, module_name: str) -> int:
-        """How many ``lora_A`` SGLang keeps for one of our modules."""
+        """Return how many ``lora_A`` SGLang keeps for one of our modules."""
         merged = MERGED.get(module_name.removesuffix("_moe"))
         return 1 if merged is None else merged.num_sections
 
     def should_apply_lora(self, module_name: str) -> bool:
-        """Not on a CPU to routed experts, for which SGLang has Triton kernels only."""
+        """Return False for routed experts on a CPU, because SGLang has only Triton kernels for them."""
         return not (ON_CPU and module_name.endswith(".mlp.experts"))
 
     @classmethod

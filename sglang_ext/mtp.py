@@ -1,4 +1,4 @@
-"""The multi-token-prediction draft: one full-attention layer fed with the next token and the trunk's hidden state."""
+"""The multi-token-prediction draft: a full-attention layer that reads the next token and the trunk's hidden state."""
 
 import logging
 from collections.abc import Iterable
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 class MultiTokenPredictor(Qwen3NextModel):
-    """``fc([norm(embedding of the next token) | norm(hidden)])``, a decoder layer, ``norm``.
+    """The draft's layers: ``fc([norm(embedding of the next token) | norm(hidden)])``, a decoder layer and ``norm``.
 
-    ``hidden``, ``[num_tokens, hidden_size]``, comes from the trunk's final norm, or from this module for further steps.
-    It runs on the last pipeline stage alone, so it always starts from embeddings.
+    ``hidden`` ``[num_tokens, hidden_size]`` comes from the trunk's final norm or, in later draft steps, from this
+    module. It runs only on the last pipeline stage, so it always starts from embeddings.
     """
 
     def __init__(self, config: QNextConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
@@ -64,7 +64,7 @@ class MultiTokenPredictor(Qwen3NextModel):
             embeddings = self.pre_fc_norm_embedding(embeddings)
             hidden_states = self.pre_fc_norm_hidden(hidden_states)
         x, _ = self.fc(torch.cat([embeddings, hidden_states], dim=-1))
-        # The load balancer would take it for the trunk's first layer.
+        # The load balancer would otherwise take this layer for the trunk's first one.
         with get_global_expert_distribution_recorder().disable_this_region():
             return super().forward(input_ids, positions, forward_batch, x)
 
@@ -123,12 +123,12 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         return self.model.embed_tokens.weight, self.lm_head.weight
 
     def set_embed_and_head(self, embed: torch.Tensor, head: torch.Tensor | None) -> None:
-        """Share the trunk's; on pipelines ``embed`` is this draft's own, which SGLang has read from the checkpoint."""
+        """Share the trunk's weights; with pipelines SGLang has read ``embed`` from the checkpoint for the draft."""
         for module, weight in ((self.model.embed_tokens, embed), (self.lm_head, head)):
             if weight is not None:
-                del module.weight  # what replaces it need not be a parameter
+                del module.weight  # the new one need not be a parameter
                 module.weight = weight
 
     def set_lm_head_from_target(self, target_lm_head: nn.Module) -> None:
-        """The module itself, which may hold its weight in another form."""
+        """Share the trunk's head module itself, which may hold its weight in another form."""
         self.lm_head = target_lm_head

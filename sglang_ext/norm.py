@@ -1,4 +1,4 @@
-"""The norms of the model: SGLang's, and one for the DeltaNet output that also serves on CPUs."""
+"""The model's norms: SGLang's own, and one for the DeltaNet output that also runs on CPUs."""
 
 import torch
 from sglang.kernels.ops.attention.fla.layernorm_gated import RMSNorm
@@ -11,7 +11,7 @@ __all__ = ["RMSNormGated", "ZeroCenteredRMSNorm"]
 
 
 class RMSNormGated(RMSNorm):
-    """``norm(x) * silu(z)`` over the last dimension; ``x``, ``z`` [num_tokens, num_v_heads, head_v_dim]."""
+    """The norm ``norm(x) * silu(z)`` over the last dimension of ``x``, ``z`` [num_tokens, num_v_heads, head_v_dim]."""
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         if ON_CPU:

@@ -1,7 +1,7 @@
-"""Which layers are quantized: what the checkpoint stores decides, not the lists in its configuration.
+"""Decides which layers are quantized, by what the checkpoint stores and not by the lists in its configuration.
 
-A layer that cannot be served as stored has its weight dequantized while loading, and the log says why. On a CPU that is
-every one: SGLang's package from PyPI has no quantized kernels for it.
+The weight of a layer that cannot be served as stored is dequantized while loading, and the log gives the reason. On a
+CPU these are all layers: SGLang's package from PyPI has no quantized kernels for CPUs.
 """
 
 import logging
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class DequantizedConfig(QuantizationConfig):
-    """What stands for every quantization on a CPU: no layer has a quantized form, any floating-point type serves."""
+    """The stand-in for every quantization on a CPU: no layer is quantized, and any floating-point type serves."""
 
     def get_name(self) -> str:
         return "dequantized"
@@ -63,7 +63,7 @@ _updates: list[Checkpoint] = []
 
 @contextmanager
 def loading_from(checkpoint: Checkpoint) -> Iterator[None]:
-    """Meanwhile the weights that are loaded are those of another checkpoint."""
+    """Make ``being_loaded`` return another checkpoint inside this context."""
     _updates.append(checkpoint)
     try:
         yield
@@ -72,12 +72,12 @@ def loading_from(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def being_loaded(served: Checkpoint) -> Checkpoint:
-    """The checkpoint that weights come from: an update's, or the one that is ``served``."""
+    """Return the checkpoint that weights come from: that of an update, or the ``served`` one."""
     return _updates[-1] if _updates else served
 
 
 def read_checkpoint(path: str | None = None) -> Checkpoint:
-    """The checkpoint that is to be loaded: the server's, or the one at ``path`` on its way in as an update."""
+    """Return the checkpoint to load: the server's, or the one at ``path`` for an update."""
     model = get_model()
     if path is not None:
         return read_served(path, None, "auto", model.download_dir)
@@ -87,9 +87,9 @@ def read_checkpoint(path: str | None = None) -> Checkpoint:
 def layer_quantization(
     checkpoint: Checkpoint, config: QNextConfig, quant_config: QuantizationConfig | None
 ) -> QuantizationConfig | None:
-    """The ``quant_config`` for our layers: SGLang's own, unless it is known how the checkpoint stores each of them.
+    """Return our layers' ``quant_config``: SGLang's own, unless we know how the checkpoint stores each layer.
 
-    ``ValueError`` on a CPU where it is not: no layer could be dequantized.
+    Raise ``ValueError`` on a CPU if we do not know it, because no layer could be dequantized.
     """
     if quant_config is None:
         return None
@@ -110,7 +110,7 @@ def layer_quantization(
 
 
 class ByCheckpoint:
-    """Answers for each layer from the checkpoint; comes before the class of SGLang's own configuration."""
+    """A mixin that answers for each layer from the checkpoint; it precedes the class of SGLang's configuration."""
 
     checkpoint: Checkpoint
     config_of_model: QNextConfig
@@ -139,7 +139,7 @@ class ByCheckpoint:
 
 
 def plain_method(layer: nn.Module) -> QuantizeMethodBase | None:
-    """SGLang's method for a layer whose weight is floating-point; None for experts, which make it themselves."""
+    """Return SGLang's method for a layer with a floating-point weight; None for experts, which make it themselves."""
     if isinstance(layer, FusedMoE):
         return None
     return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
@@ -151,9 +151,9 @@ is_plain = SGLANG.is_plain
 
 
 def experts_quantization(quant_config: QuantizationConfig | None, prefix: str) -> QuantizationConfig | None:
-    """The ``quant_config`` for a layer's experts: None where they are stored plain.
+    """Return the ``quant_config`` for a layer's experts: None where they are stored plain.
 
-    SGLang's layers of experts ask the configuration itself what they hold, not only the method that it gives them.
+    SGLang's expert layers ask the configuration itself what they hold, not only the method that it gives them.
     """
     if isinstance(quant_config, ByCheckpoint):
         parts = quant_config.checkpoint.parts(prefix, quant_config.config_of_model.num_experts)
@@ -170,7 +170,7 @@ def report(model: nn.Module, checkpoint: Checkpoint, *, draft: bool) -> None:
 def dequantized(
     weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module, checkpoint: Checkpoint
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """Turn the stored tensors of each module whose layer of ``model`` is plain into one weight; pass the others on."""
+    """Turn a module's stored tensors into one weight where its layer in ``model`` is plain; pass the others on."""
 
     def has_expert(experts: nn.Module, expert: int) -> bool:
         location = get_global_expert_location_metadata()

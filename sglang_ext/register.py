@@ -1,4 +1,4 @@
-"""Entry points: SGLang calls ``register`` in each of its processes and ``platform`` when it first asks for one."""
+"""The entry points: SGLang calls ``register`` in each of its processes, and ``platform`` when it first needs one."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ def disabled() -> bool:
 
 
 def verdict() -> "Verdict":
-    """Whether our classes serve with this version of SGLang on this platform."""
+    """Return whether our classes can serve with this version of SGLang on this platform."""
     from sglang.srt.platforms import current_platform
 
     from qnext_plugin.engines.versions import refuse_platform
@@ -40,7 +40,7 @@ def verdict() -> "Verdict":
 
 
 def version_verdict(modules: tuple[str, ...]) -> "Verdict":
-    """Whether ``modules`` of ours serve with this version of SGLang, which may still be in the middle of its import."""
+    """Return whether our ``modules`` can serve with this version of SGLang, which may not be fully imported yet."""
     from sglang.version import __version__ as engine_version
 
     from qnext_plugin.engines.versions import judge
@@ -49,9 +49,9 @@ def version_verdict(modules: tuple[str, ...]) -> "Verdict":
 
 
 def register() -> None:
-    """Put our configuration and model in the place of SGLang's own for this architecture, if they serve; idempotent.
+    """Replace SGLang's configuration and model of this architecture by ours, if ours can serve; idempotent.
 
-    SGLang logs an error of a plugin and goes on with its own model. ``SystemExit`` ends the process instead.
+    SGLang logs other errors of a plugin and goes on with its own model; ``SystemExit`` ends the process instead.
     """
     if disabled():
         logger.info("qnext-plugin: off (QNEXT_DISABLE is set); SGLang's own model serves")
@@ -86,21 +86,21 @@ def register_config() -> None:
 
 
 def register_models() -> None:
-    """Name our models as SGLang's external package, which its registry prefers and reads when a model is loaded.
+    """Name our models as SGLang's external package, which its registry prefers and reads when it loads a model.
 
     Importing the registry here instead would import every model of SGLang in processes that need none.
     """
     package = os.environ.setdefault(MODELS_VARIABLE, MODELS)
     if package == MODELS and REGISTRY not in sys.modules:
         return
-    # The user has a package of their own, or the registry has read the variable already.
+    # The user has named another package, or the registry has already read the variable.
     from sglang.srt.models.registry import ModelRegistry, import_model_classes
 
     ModelRegistry.models.update(import_model_classes(MODELS, strict=True))
 
 
 def platform() -> str | None:
-    """The CPU platform where there is no accelerator and SGLang's own CPU engine is not asked for."""
+    """Return our CPU platform, unless there is an accelerator or the user requests SGLang's own CPU engine."""
     import torch
 
     own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1"

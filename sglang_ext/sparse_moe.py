@@ -1,4 +1,4 @@
-"""The feed-forward halves of a layer: mixture of experts with a gated shared expert, and the dense MLP.
+"""The feed-forward halves of a layer: the mixture of experts with a gated shared expert, and the dense MLP.
 
 Both return this rank's share of the output (a partial sum), which the layer's boundary completes.
 """
@@ -26,7 +26,7 @@ from sglang_ext.quantization import experts_quantization
 
 
 class MLP(nn.Module):
-    """SwiGLU, ``[num_tokens, hidden_size]`` to the same; ``replicated`` on every rank or split over them."""
+    """A SwiGLU, ``replicated`` on every rank or split over them; keeps the shape ``[num_tokens, hidden_size]``."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class MLP(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Softmax over all experts, top-k, plus one shared expert; ``[num_tokens, hidden_size]`` to the same."""
+    """The top-k experts by softmax plus one shared expert; maps ``[num_tokens, hidden_size]`` to the same shape."""
 
     def __init__(
         self, config: QNextConfig, layer_idx: int, quant_config: QuantizationConfig | None, prefix: str
@@ -99,7 +99,7 @@ class SparseMoeBlock(nn.Module):
             prefix=add_prefix("experts", prefix),
         )
         bind_topk(self.topk, self.experts)
-        # Where each rank routes tokens of its own, its output is complete, not a partial sum.
+        # Where each rank routes its own tokens, the shared expert's output is complete, not a partial sum.
         self.shared_expert = MLP(
             config,
             config.shared_expert_intermediate_size,
@@ -117,14 +117,14 @@ class SparseMoeBlock(nn.Module):
         shared = self.shared_expert(hidden_states)
         router_logits, _ = self.gate(hidden_states)
         out = self.experts(hidden_states, self.topk(hidden_states, router_logits))
-        # The kernel takes the weight alone, without what an adapter adds to it.
+        # The kernel takes only the weight, without what a LoRA adapter adds to it.
         if is_cuda() and isinstance(self.shared_expert_gate, ReplicatedLinear):
             fused_gate_sigmoid_mul_add(hidden_states, self.shared_expert_gate.weight.squeeze(0), shared, out)
             return out
         return out + torch.sigmoid(self.shared_expert_gate(hidden_states)[0]) * shared
 
     def expert_weights(self) -> list[torch.Tensor]:
-        """What SGLang's expert-parallel load balancer moves between ranks."""
+        """Return the weights that SGLang's expert-parallel load balancer moves between ranks."""
         return [
             param.data
             for name, param in self.experts.named_parameters()

@@ -13,10 +13,10 @@ from sglang_ext.compat import ON_CPU
 
 
 def cache_params(config: QNextConfig, engine_config: PretrainedConfig, layers: list[int]) -> Mamba2CacheParams:
-    """Shapes and dtypes of one cache slot of one rank, for the given layers.
+    """Return the shapes and dtypes of one cache slot on one rank, for the given layers.
 
-    SGLang's GPU kernels keep the recurrent state as ``[num_v_heads, head_v_dim, head_k_dim]``; ours for CPU keep it
-    canonical, ``[num_v_heads, head_k_dim, head_v_dim]``. The bytes are the same.
+    SGLang's GPU kernels keep the recurrent state as ``[num_v_heads, head_v_dim, head_k_dim]``; our CPU kernels keep it
+    canonical, ``[num_v_heads, head_k_dim, head_v_dim]``. Both take the same number of bytes.
     """
     dims = config.gdn
     shape = Mamba2StateShape.create(
@@ -36,9 +36,9 @@ def cache_params(config: QNextConfig, engine_config: PretrainedConfig, layers: l
 
 
 def state_dtypes(engine_config: PretrainedConfig) -> Mamba2StateDType:
-    """As SGLang chooses them, but the convolution's inputs are kept as they are unless the user says otherwise.
+    """Return SGLang's choice of state dtypes, with the convolution's inputs unrounded unless the user sets a dtype.
 
-    SGLang's own default, bfloat16 for every model, rounds what a float32 or float16 model convolves.
+    SGLang's default, bfloat16 for every model, rounds the inputs that a float32 or float16 model convolves.
     """
     dtypes = mamba2_state_dtype(engine_config)
     if envs.SGLANG_MAMBA_CONV_DTYPE.is_set():
@@ -47,7 +47,7 @@ def state_dtypes(engine_config: PretrainedConfig) -> Mamba2StateDType:
 
 
 def activation_dtype(engine_config: PretrainedConfig) -> torch.dtype:
-    """What ``--dtype`` means for this checkpoint: SGLang serves a float32 one in float16 unless told otherwise."""
+    """Return the dtype that ``--dtype`` means for this checkpoint; SGLang's default for a float32 one is float16."""
     asked = get_model().dtype
     names = {"half": torch.float16, "float": torch.float32}
     if asked != "auto":

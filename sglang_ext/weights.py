@@ -1,4 +1,4 @@
-"""From checkpoint names and rows to our parameters."""
+"""Maps names and rows of a checkpoint to our parameters."""
 
 from collections.abc import Iterable, Iterator
 
@@ -24,9 +24,9 @@ def load_weights(
     *,
     complete: bool,
 ) -> set[str]:
-    """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded.
+    """Load the trunk's tensors from a stream with checkpoint names; return the names of the loaded parameters.
 
-    ``complete``: the stream holds all of them, so that a parameter left without a value is a ``ValueError``.
+    ``complete`` means that the stream holds all tensors: a parameter without a value then raises ``ValueError``.
     """
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name, config))
     return _load(model, config, checkpoint, dequantized(trunk, model, checkpoint), complete, set())
@@ -40,7 +40,7 @@ def load_draft_weights(
     *,
     complete: bool,
 ) -> set[str]:
-    """The same for ``mtp.*``; SGLang hands the draft the trunk's embedding and head."""
+    """Load ``mtp.*`` in the same way; SGLang gives the draft the trunk's embedding and head."""
     draft = ((name, tensor) for name, tensor in weights if name.split(".")[0] == "mtp")
     plain = dequantized(draft, model, checkpoint)
     renamed = ((f"model.{name.removeprefix('mtp.')}", tensor) for name, tensor in plain)
@@ -59,7 +59,7 @@ def _load(
     loaded = set()
     for name, tensor in weights:
         if layer_name(name.rpartition(".")[0]) not in layers:
-            continue  # another pipeline stage's
+            continue  # it is on another pipeline stage
         for param_name, rows, args in placements(name, tensor, config, checkpoint.quant_method):
             if param_name in params:
                 param = params[param_name]
@@ -73,7 +73,7 @@ def _load(
 
 
 def is_trunk(name: str, config: QNextConfig) -> bool:
-    """Neither the draft's, nor a tied head stored all the same, nor what follows from the configuration."""
+    """Return whether a tensor is the trunk's: no draft's, no stored copy of a tied head, no RoPE frequencies."""
     parts = name.split(".")
     tied_head = parts[0] == "lm_head" and config.tie_word_embeddings
     return parts[0] != "mtp" and not tied_head and parts[-2:] != ["rotary_emb", "inv_freq"]
@@ -82,7 +82,7 @@ def is_trunk(name: str, config: QNextConfig) -> bool:
 def placements(
     name: str, tensor: torch.Tensor, config: QNextConfig, quant_method: str | None
 ) -> Iterator[tuple[str, torch.Tensor, tuple[object, ...]]]:
-    """Where a checkpoint tensor goes: our parameter's name, the rows for it, what its loader has to know besides."""
+    """Yield where a checkpoint tensor goes: our parameter's name, its rows, and more arguments for its loader."""
     module, _, leaf = name.rpartition(".")
     *outer, last = module.split(".")
     prefix = ".".join(outer)
@@ -119,5 +119,5 @@ def _expert(
 
 
 def _sections(tensor: torch.Tensor, config: QNextConfig, layer: str, count: int) -> tuple[torch.Tensor, ...]:
-    """The first sections of an input projection's rows."""
+    """Return the first ``count`` sections of an input projection's rows."""
     return tensor.split(section_sizes(config.gdn, KINDS[layer])[:count])

@@ -1,4 +1,4 @@
-"""Qwen3-Next for vLLM. The engine resolves ``vllm_ext:<class>``; nothing is imported before it does."""
+"""The Qwen3-Next model for vLLM. Modules are imported only when vLLM resolves ``vllm_ext:<class>``."""
 
 from typing import Any
 

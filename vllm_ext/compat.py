@@ -1,6 +1,6 @@
-"""Everything that depends on the version of vLLM: branches on it, and what is replaced in it (``REPLACEMENTS``).
+"""Everything that depends on the version of vLLM: version branches, and our replacements in it (``REPLACEMENTS``).
 
-It imports nothing else of this package: functions of ours are named by strings and imported where they are needed.
+It imports nothing else of this package: strings name our functions, which are imported where they are needed.
 """
 
 import copy
@@ -19,25 +19,25 @@ from qnext_plugin.replacements import Feature, Replacement, install
 
 
 def has_fused_mtp_decode() -> bool:
-    """Whether this build of vLLM has the CUDA kernel from the convolution's output to the gated norm's."""
+    """Return whether this vLLM has the CUDA kernel that fuses all from the convolution's to the gated norm's output."""
     return hasattr(torch.ops._C, "fused_gdn_decode_post_conv_mtp")
 
 
 def has_cpu_wna16() -> bool:
-    """Whether the CPU operators of this build have the product with weights of four bits: the AVX2 build does not.
+    """Return whether this build's CPU operators have the product with 4-bit weights; the AVX2 build does not.
 
-    Can go when vLLM 0.33's ``CPUWNA16LinearKernel.can_implement`` asks for it.
+    Can go when vLLM 0.33's ``CPUWNA16LinearKernel.can_implement`` checks for it.
     """
     return hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 class KeepsBlockSize(VerifyAndUpdateConfig):
-    """Keeps vLLM from cutting prompts elsewhere than at the ends of its cache's blocks.
+    """A configuration check that makes vLLM cut prompts only at the ends of its cache's blocks.
 
-    After an engine process has enlarged its blocks to hold a recurrent state, vLLM sets up the configuration again, and
-    on a CPU the block size is back at its default, unless it is the user's. The scheduler then cuts prompts at that
-    one's multiples, and states are cached as those of positions that they are not at. Mended in vLLM 0.33: can go with
-    the support of 0.32.
+    An engine process enlarges its blocks to hold a recurrent state. Then vLLM sets up the configuration again, which on
+    a CPU resets the block size to its default, unless the user has set one. The scheduler would cut prompts at
+    multiples of the default, and states would be cached under wrong positions. Fixed in vLLM 0.33: can go when support
+    of 0.32 ends.
     """
 
     @staticmethod
@@ -48,9 +48,9 @@ class KeepsBlockSize(VerifyAndUpdateConfig):
 
 
 def experts_config(vllm_config: VllmConfig) -> AbstractContextManager[Any]:
-    """The configuration to build routed experts in: with LoRA vLLM takes a Triton kernel for them, also on a CPU.
+    """Return a context to build routed experts in that hides LoRA on CPUs, where vLLM would choose a Triton kernel.
 
-    Can go when ``select_unquantized_moe_backend`` asks for the platform first.
+    Can go when ``select_unquantized_moe_backend`` checks the platform first.
     """
     if vllm_config.lora_config is None or not current_platform.is_cpu():
         return nullcontext()
@@ -60,7 +60,7 @@ def experts_config(vllm_config: VllmConfig) -> AbstractContextManager[Any]:
 
 
 class ReloadSession:
-    """What vLLM 0.32 and 0.33 record, module by module, while a model that serves is loaded again."""
+    """The record that vLLM 0.32 and 0.33 keep of each module while a serving model is loaded again."""
 
     def __init__(self, model: nn.Module) -> None:
         from vllm.model_executor.model_loader.reload import layerwise
@@ -76,12 +76,12 @@ class ReloadSession:
 
     @property
     def untouched(self) -> bool:
-        """Whether nothing has been loaded since it was opened."""
+        """Return whether the session is open and nothing has been loaded in it yet."""
         return all(info.can_load() and not info.load_numel for _, info in self._modules())
 
     @property
     def needed(self) -> bool:
-        """Whether none is open on a model whose weights are packed, as they always are on CPU."""
+        """Return whether a session must be opened: weights are packed, as always on CPU, and none is open."""
         recorded = any(any(info.restore_metadata) for _, info in self._modules())
         return current_platform.is_cpu() and recorded and not self.is_open
 
@@ -92,7 +92,7 @@ class ReloadSession:
         self._layerwise.finalize_layerwise_reload(self._model, get_current_vllm_config().model_config)
 
     def abandon(self) -> bool:
-        """Put the old tensors of unfinished modules back; returns whether that is all of them."""
+        """Put the old tensors of unfinished modules back; return whether this restores every module."""
         modules = self._modules()
         unfinished = [(module, info) for module, info in modules if info.can_load()]
         for module, info in unfinished:
@@ -102,7 +102,7 @@ class ReloadSession:
 
 
 def lacks_bfloat16() -> bool:
-    """Whether this is a CPU without instructions for products in bfloat16, for which ours are compiled by Numba."""
+    """Return whether this is a CPU without bfloat16 product instructions; Numba compiles our products for it."""
     return current_platform.is_cpu() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -129,7 +129,7 @@ STAGES_ON_CPU = on_cpu("pipeline parallelism", lambda config: config.parallel_co
 MTP_STAGES_ON_CPU = on_cpu(
     "MTP with pipeline parallelism", lambda config: MTP_ON_CPU.is_used(config) and STAGES_ON_CPU.is_used(config)
 )
-# The executor is given as a class or by its name.
+# The user gives the executor as a class or by its name.
 RAY_ON_CPU = on_cpu("Ray", lambda config: "CpuRayExecutor" in str(config.parallel_config.distributed_executor_backend))
 
 REPLACEMENTS = (
@@ -281,5 +281,5 @@ REPLACEMENTS = (
 
 
 def apply(vllm_config: VllmConfig) -> None:
-    """Install what a process with this configuration needs; idempotent. ``RuntimeError`` where it cannot be."""
+    """Install the replacements that this configuration needs; idempotent. Raise ``RuntimeError`` if one fails."""
     install(REPLACEMENTS, vllm_config, "vLLM", vllm.__version__)

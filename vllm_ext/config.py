@@ -1,4 +1,4 @@
-"""Our validated view of vLLM's configuration; the engine's own objects are never changed."""
+"""Our validated view of vLLM's configuration. Only ``KeepsBlockSize`` changes vLLM's own objects."""
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -10,7 +10,10 @@ PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
 
 
 def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
-    """The model's dimensions; ``ValueError`` for an inconsistent config or a tensor-parallel size it cannot take."""
+    """Return the model's dimensions.
+
+    Raise ``ValueError`` for an inconsistent config or a tensor-parallel size that it cannot take.
+    """
     config = QNextConfig.from_dict(vllm_config.model_config.hf_text_config.to_dict())
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     config.check_tensor_parallel(tp_size)
@@ -18,7 +21,7 @@ def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
 
 
 class CheckedConfig(KeepsBlockSize):
-    """Called by vLLM as soon as it has a configuration for this architecture, before it starts any process."""
+    """The check that vLLM calls once it has a configuration for this architecture, before it starts any process."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -27,7 +30,7 @@ class CheckedConfig(KeepsBlockSize):
 
 
 def check_draft(vllm_config: VllmConfig) -> None:
-    """``ValueError`` for any draft but the model's own."""
+    """Raise ``ValueError`` for any draft except the model's own."""
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):
         raise ValueError(
@@ -37,7 +40,7 @@ def check_draft(vllm_config: VllmConfig) -> None:
 
 
 def check_speculation(vllm_config: VllmConfig) -> None:
-    """``ValueError`` for any draft but the model's own, and for flags with which it would not be served right."""
+    """Raise ``ValueError`` for any draft except the model's own, and for flags that would make it serve wrongly."""
     check_draft(vllm_config)
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if vllm_config.speculative_config is None or stages == 1 or not current_platform.is_cpu():

@@ -16,10 +16,10 @@ from vllm_ext.norm import ZeroCenteredRMSNorm
 
 
 class GatedAttention(nn.Module):
-    """``[num_tokens, hidden_size]`` to the same.
+    """An attention layer that maps ``[num_tokens, hidden_size]`` to the same shape.
 
-    ``q_proj`` yields query and gate interleaved by head, as stored: vLLM's fused prologue takes it so, and elsewhere
-    both are views of it.
+    ``q_proj`` returns query and gate interleaved by head, as stored. vLLM's fused prologue takes them in this form;
+    without it, both are views of the output.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class GatedAttention(nn.Module):
         self.k_norm = ZeroCenteredRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             config.head_dim,
-            # vLLM's table ends here, and with VLLM_ALLOW_LONG_MAX_MODEL_LEN positions go on past the trained length.
+            # vLLM's table ends here; VLLM_ALLOW_LONG_MAX_MODEL_LEN allows positions past the trained length.
             max_position=max(config.max_position_embeddings, vllm_config.model_config.max_model_len),
             rope_parameters=dict(config.rope_parameters),
         )

@@ -1,4 +1,4 @@
-"""Gated DeltaNet on vLLM's mamba-style state cache, its weights flat: ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
+"""Gated DeltaNet on vLLM's mamba-style state cache, with flat weights ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from vllm_ext.state import state_dtypes, state_shapes
 
 
 class CausalConv1d(nn.Module):
-    """Weight of the depthwise convolution over this rank's ``[q|k|v]`` channels: ``[conv_dim, 1, width]``."""
+    """The depthwise convolution's weight for this rank's ``[q|k|v]`` channels: ``[conv_dim, 1, width]``."""
 
     def __init__(self, dims: GatedDeltaNetDims, tp_rank: int, tp_size: int) -> None:
         super().__init__()
@@ -37,10 +37,10 @@ class CausalConv1d(nn.Module):
 
 
 class GatedDeltaNet(nn.Module, MambaBase):
-    """One Gated DeltaNet mixer, ``[num_tokens, hidden_size]`` to the same.
+    """A Gated DeltaNet mixer that maps ``[num_tokens, hidden_size]`` to the same shape.
 
-    vLLM's registered op splits the graph and calls ``_forward_core_fused_norm_packed`` with the two projections as
-    they come out of their GEMMs; everything between them and ``out_proj`` happens in the selected kernels.
+    vLLM's registered op splits the graph and calls ``_forward_core_fused_norm_packed`` with the outputs of the two
+    input projections. The selected kernels do everything between these and ``out_proj``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         tp_rank = get_tensor_model_parallel_rank()
         dims = config.gdn
         self.dims = dims.shard(self.tp_size)
-        # The names by which vLLM's kernel warm-up recognizes a layer of this kind.
+        # vLLM's kernel warm-up recognizes a Gated DeltaNet layer by these names.
         self.num_k_heads, self.num_v_heads = dims.num_k_heads, dims.num_v_heads
         self.head_k_dim, self.head_v_dim = dims.head_k_dim, dims.head_v_dim
         self.conv_kernel_size = dims.conv_kernel_size
@@ -124,11 +124,11 @@ class GatedDeltaNet(nn.Module, MambaBase):
     def _forward_core_fused_norm_packed(
         self, mixed_qkvz: torch.Tensor, ba: torch.Tensor, core_attn_out: torch.Tensor
     ) -> None:
-        """Convolution, delta rule and gated norm of this step's tokens, written to ``core_attn_out``.
+        """Compute convolution, delta rule and gated norm of this step's tokens and write them to ``core_attn_out``.
 
-        ``mixed_qkvz`` is ``[num_tokens, conv_dim + value_dim]``, ``ba`` ``[num_tokens, 2 * num_v_heads]``,
-        ``core_attn_out`` ``[num_tokens, num_v_heads, head_v_dim]``. Rows past the step's own (graph padding) become
-        zero, as does everything in a profile run, which has no metadata: stale memory there may hold NaN.
+        ``mixed_qkvz`` is ``[num_tokens, conv_dim + value_dim]``, ``ba`` is ``[num_tokens, 2 * num_v_heads]`` and
+        ``core_attn_out`` is ``[num_tokens, num_v_heads, head_v_dim]``. Rows after this step's tokens (graph padding)
+        are set to zero because stale memory may hold NaN, and so are all rows of a profile run, which has no metadata.
         """
         by_layer = get_forward_context().attn_metadata
         metadata = by_layer.get(self.prefix) if isinstance(by_layer, dict) else None

@@ -1,4 +1,4 @@
-"""vLLM's GPU kernels for the flat layout: convolution, packed decode, fused MTP decode, and its prefill backends."""
+"""vLLM's GPU kernels for the flat layout: convolution, packed decode, fused MTP decode and the prefill backends."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from vllm_ext.state import DeltaNetLayer, conv_view, state_dtypes
 
 
 def fused_mtp_decode_obstacle(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> str:
-    """Why vLLM's fused kernel from the convolution's output to the gated norm's cannot serve; empty where it can."""
+    """Return why vLLM's fused kernel (from the convolution's to the gated norm's output) cannot serve, or ""."""
     conv_dtype, recurrent_dtype = state_dtypes(vllm_config)
     dtypes = {vllm_config.model_config.dtype, conv_dtype}
     obstacles = {
@@ -48,21 +48,22 @@ def fused_mtp_decode_obstacle(dims: GatedDeltaNetDims, vllm_config: VllmConfig) 
 
 
 def torch_prefill_reason(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
-    """Why ``qnext_plugin.ops`` computes prefills behind vLLM's convolution; empty where vLLM's kernels do."""
+    """Return why ``qnext_plugin.ops`` computes prefills after vLLM's convolution; "" where vLLM's kernels do."""
     if dtype == torch.float32:
         return "vLLM's kernels take no float32"
     key, value = dims.head_k_dim, dims.head_v_dim
     if next_power_of_2(key) != next_power_of_2(value):
-        # Its masks for keys and values then have different shapes under one name; Triton's interpreter lets that pass.
+        # Its masks for keys and values share a name, so their shapes must agree, except in Triton's interpreter.
         return f"vLLM's fused_post_conv_prep does not compile for heads of {key} and {value}"
     return ""
 
 
 class GpuKernels:
-    """In a full CUDA graph a batch is padded: rows past the real ones carry the null slot, which kernels skip.
+    """The kernels of Gated DeltaNet layers on GPUs.
 
-    The packed decode makes such a row zero. The two that verify drafts leave it as it was, and it goes on to the
-    experts, so it must not be what happens to be in memory.
+    A full CUDA graph pads the batch: rows past the real ones carry the null slot, which kernels skip. The packed decode
+    sets such rows to zero. The two kernels that verify drafts leave them unchanged, and they go on to the experts, so
+    we set them to zero: they must not hold stale memory.
     """
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
@@ -79,7 +80,7 @@ class GpuKernels:
         self.warm = False
 
     def describe(self) -> dict[str, tuple[str, str]]:
-        """By phase: what ``record`` will say of it, and why not something faster."""
+        """Return for each phase the name that ``record`` will get, and why no faster kernel serves."""
         reason = f"no fused kernel: {self.obstacle}" if self.obstacle else "in a batch without prefills"
         return {
             "prefill": (f"triton, {self.prefill_backend}", self.prefill_obstacle),
@@ -91,7 +92,7 @@ class GpuKernels:
         pass
 
     def warm_up(self, layer: DeltaNetLayer, mixed_qkvz: Tensor, ba: Tensor) -> None:
-        """Autotune and compile the prefill kernels while memory is still free: later the cache holds it all."""
+        """Autotune and compile the prefill kernels while memory is free; later the cache takes all of it."""
         if self.warm:
             return
         self.warm = True
@@ -201,7 +202,7 @@ class GpuKernels:
         a: Tensor,
         out: Tensor,
     ) -> None:
-        """Prefills, and before them the decodes of a mixed batch, which share the convolution's one launch."""
+        """Compute prefills and, before them, the decodes of a mixed batch; both share one launch of the convolution."""
         mixed = causal_conv1d_fn(
             qkv.transpose(0, 1),
             layer.conv1d.weight.squeeze(1),

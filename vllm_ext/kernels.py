@@ -1,19 +1,19 @@
-"""Which kernels serve a Gated DeltaNet layer.
+"""Selects the kernels that serve a Gated DeltaNet layer.
 
 ======  =======================================================  ==================================================
-device  condition                                                serves
+device  condition                                                kernels
 ======  =======================================================  ==================================================
-GPU     float32 prefill, which vLLM's backends refuse            ``qnext_plugin.ops`` behind vLLM's convolution
-GPU     prefill, K and V under different powers of two           the same: vLLM's preparation does not compile there
+GPU     float32 prefill, which vLLM's backends refuse            ``qnext_plugin.ops`` after vLLM's convolution
+GPU     prefill, next powers of two of K and V differ            as above: vLLM's preparation does not compile
 GPU     otherwise                                                ``gpu_kernels``: vLLM's Triton, CUDA and FlashInfer
 CPU     convolution: bfloat16, width 4, AVX512-BF16 or Arm bf16  ``cpp``: vLLM's C++ convolution
 CPU     delta rule: bfloat16, K = V in (64, 128)                 ``cpp``: vLLM's C++ delta rule
-CPU     that of prompts on x86 without AVX512                    ``torch``, in a ninth of the time of vLLM's
-CPU     otherwise, each on its own                               ``torch``: ``qnext_plugin.ops``, any dtype and size
+CPU     delta rule of prompts on x86 without AVX512              ``torch``, which takes a ninth of vLLM's time
+CPU     otherwise, convolution and delta rule separately         ``torch``: ``qnext_plugin.ops``, any dtype and size
 ======  =======================================================  ==================================================
 
-Matrix products are vLLM's choice, but for bfloat16 on CPUs with AVX512-BF16 and without AMX, and on CPUs with AVX2 and
-nothing for bfloat16 (``gemm``).
+vLLM chooses the matrix products, except those in bfloat16 on CPUs with AVX512-BF16 but no AMX, and on CPUs with AVX2
+but no bfloat16 instructions (``cpu.gemm``).
 """
 
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def select_kernels(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> "CpuKernels | GpuKernels":
-    """The kernels for a layer whose rank holds ``dims``."""
+    """Return the kernels for a layer; ``dims`` are the sizes on this rank."""
     if current_platform.is_cpu():
         from vllm_ext.cpu.gated_delta_net import CpuKernels
 
@@ -42,7 +42,7 @@ def select_kernels(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> "CpuKern
 
 
 def register_cpu_kernels(vllm_config: VllmConfig) -> None:
-    """Give vLLM what it has no implementation of on a CPU, by its own extension point; idempotent."""
+    """Register the kernels that vLLM lacks on CPUs, through vLLM's extension point; idempotent."""
     if current_platform.is_cpu() and vllm_config.speculative_config is not None:
         from vllm_ext.cpu import triton
 
@@ -50,7 +50,7 @@ def register_cpu_kernels(vllm_config: VllmConfig) -> None:
 
 
 def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
-    """Which matrix products serve ``model``, where that is not vLLM's choice; called before weights are loaded."""
+    """Choose the matrix products of ``model`` where we replace vLLM's choice; call before weights are loaded."""
     if current_platform.is_cpu():
         from vllm_ext.cpu import gemm
 
@@ -58,7 +58,7 @@ def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig)
 
 
 def choose_draft_head(head: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> bool:
-    """Whether a draft keeps a head of its own; called before weights are loaded."""
+    """Give a draft its own int8 head where possible, and return whether it has one; call before weights are loaded."""
     if not current_platform.is_cpu():
         return False
     from vllm_ext.cpu import gemm

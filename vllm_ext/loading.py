@@ -1,7 +1,7 @@
-"""How vLLM loads a model that serves again.
+"""Loads a model on vLLM, the first time and again while it serves.
 
-vLLM packs weights as it loads them. To load again, it opens a session in which a module's tensors are collected until
-all of them are there, then packed and copied over the old ones.
+vLLM packs weights as it loads them. To load again it opens a session: this collects a module's tensors until all have
+arrived, then packs them and copies them over the old ones.
 """
 
 from collections.abc import Iterable
@@ -22,16 +22,16 @@ class Loading(LoadGuard):
     def __init__(
         self, model: nn.Module, config: QNextConfig, vllm_config: VllmConfig, checkpoint: Checkpoint, role: Role
     ) -> None:
-        # vLLM loads the trunk again without the draft, so only the draft's own checkpoints must hold it.
+        # vLLM loads the trunk again without the draft, so only what is loaded for the draft must contain it.
         is_first = vllm_config.load_config.load_format != "dummy"
         super().__init__(config, role, drafts_required=role == "draft", is_first=is_first)
         self._model, self._vllm_config = model, vllm_config
-        self.checkpoint = checkpoint  # the one that is served, or being loaded
+        self.checkpoint = checkpoint  # the one that serves or is being loaded
         # The loader may pass on only this rank's experts.
         self._some_experts = vllm_config.parallel_config.enable_ep_weight_filter
         self.check_first = not (check_checkpoint(checkpoint, config, vllm_config, self.mtp) or self._some_experts)
         self._served_path = vllm_config.model_config.model
-        self._before: list[str] = []  # modules that were incomplete before the session that is open
+        self._before: list[str] = []  # modules that were incomplete before the open session
 
     def takes(self, name: str) -> bool:
         return is_draft(name) if self.role == "draft" else is_trunk(name)
@@ -43,13 +43,13 @@ class Loading(LoadGuard):
         return self.takes(name) and not (self._some_experts and unit(name).endswith(".experts"))
 
     def entrances(self) -> list[tuple[Any, str]]:
-        """What vLLM's runners call outside of graphs: of the trunk in every step, of the draft at least for prompts."""
+        """Return what vLLM's runners call outside of graphs: the trunk in each step, the draft at least for prompts."""
         methods = ["forward", "compute_logits", *(["get_top_tokens"] if self.role == "draft" else [])]
         pooler = getattr(self._model, "pooler", None)  # vLLM's subclasses for embeddings and classification have one
         return [(self._model, name) for name in methods] + ([] if pooler is None else [(pooler, "forward")])
 
     def is_unused(self, name: str) -> bool:
-        """Whether vLLM may leave out a file of nothing but such tensors: not where the stream is what is checked."""
+        """Return whether vLLM may skip a file that holds only such tensors; it may not where the stream is checked."""
         return not self.check_first and not self.takes(name)
 
     def update(self, weights: Weights, copy: Copy) -> set[str]:
@@ -58,7 +58,7 @@ class Loading(LoadGuard):
 
     def _update(self, weights: Weights, copy: Copy) -> set[str]:
         session = ReloadSession(self._model)
-        opened_here = session.needed  # whoever calls ``load_weights`` of a live model itself has opened none
+        opened_here = session.needed  # a direct call of ``load_weights`` on a live model opens none
         if opened_here or session.untouched:
             self._incomplete = {module: set() for module in self._incomplete}
             self._before = list(self._incomplete)
@@ -77,7 +77,7 @@ class Loading(LoadGuard):
                 session.close()
             self._served_path = self._vllm_config.model_config.model
         except Exception as e:
-            # vLLM keeps the path that it was given, for later updates too.
+            # vLLM would otherwise keep the refused path for later updates too.
             self._vllm_config.model_config.model, self.checkpoint = self._served_path, served
             if not session.is_open:
                 unchanged = not self._changed

@@ -1,7 +1,7 @@
-"""LoRA adapters: what vLLM has read is held against the model, and its rows are put in the order of our weights.
+"""Checks the LoRA adapters that vLLM reads against the model, and puts their rows in the order of our weights.
 
-vLLM calls ``load_adapter`` in the place of its own method (``compat.REPLACEMENTS``), so that a model which has
-``prepare_adapter`` sees each adapter before anything of it is used.
+``load_adapter`` replaces a method of vLLM (``compat.REPLACEMENTS``), so that a model that has ``prepare_adapter`` sees
+each adapter before any of it is used.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def load_adapter(original: Callable[..., LoRAModel], worker_manager: Any, lora_request: Any) -> LoRAModel:
-    """``WorkerLoRAManager._load_adapter`` that shows the model what it has read."""
+    """Wrap ``WorkerLoRAManager._load_adapter``: pass the adapter that it has read to the model."""
     adapter = original(worker_manager, lora_request)
     model = worker_manager._adapter_manager.model
     if hasattr(model, "prepare_adapter"):
@@ -31,9 +31,9 @@ def load_adapter(original: Callable[..., LoRAModel], worker_manager: Any, lora_r
 
 
 def prepare(model: nn.Module, manager: "LoRAModelManager", config: QNextConfig, adapter: LoRAModel) -> None:
-    """Put ``lora_B`` of the input projections in flat order; ``ValueError`` for an adapter that cannot be served.
+    """Put ``lora_B`` of the input projections in flat order; raise ``ValueError`` for an adapter that cannot be served.
 
-    Fused tensors of routed experts, which no checkpoint has a name for, are left to vLLM where it adapts experts.
+    Fused tensors of routed experts have no checkpoint names; where vLLM adapts experts, we leave them to vLLM.
     """
     adapted, layers, filtered = manager.modules, dict(model.named_modules()), manager.lora_config.target_modules
     left_out = [
@@ -41,7 +41,7 @@ def prepare(model: nn.Module, manager: "LoRAModelManager", config: QNextConfig, 
         for name in adapter.loras
         if (layer := layer_name(name)) in layers
         and layer not in adapted
-        # What --lora-target-modules leaves out, vLLM leaves out of adapters.
+        # vLLM ignores what an adapter has for modules that --lora-target-modules excludes.
         and is_in_target_modules(layer, filtered, manager.packed_modules_mapping)
     ]
     if left_out:

@@ -1,4 +1,4 @@
-"""Qwen3-Next for vLLM: decoder layer, trunk and causal LM."""
+"""Qwen3-Next for vLLM: the decoder layer, the trunk and the causal LM."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -48,7 +48,7 @@ from vllm_ext.sparse_moe import MLP, SparseMoeBlock
 from vllm_ext.state import state_dtypes, state_shapes
 from vllm_ext.weights import load_weights
 
-# Under vLLM's own logger tree, whose handlers and level are the user's.
+# A logger in vLLM's tree uses the handlers and the level that the user has set for vLLM.
 logger = init_logger("vllm.qnext_plugin")
 
 
@@ -145,7 +145,7 @@ class Qwen3NextModel(nn.Module, EagleModelMixin):
 
 
 class ExpertBookkeeping(MixtureOfExperts):
-    """What vLLM's expert-parallel load balancer reads and updates."""
+    """The attributes that vLLM's expert-parallel load balancer reads and updates."""
 
     def describe_experts(self, layers: Iterable[nn.Module]) -> None:
         blocks = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), SparseMoeBlock)]
@@ -228,7 +228,7 @@ class Qwen3NextForCausalLM(
         return self._loading.load(weights, copy)
 
     def prepare_adapter(self, adapter: LoRAModel) -> None:
-        """Called with each LoRA adapter that vLLM has read, before it is used."""
+        """Prepare a LoRA adapter that vLLM has read; ``lora.load_adapter`` calls this before the adapter is used."""
         prepare(self, self.lora_manager, self.qnext_config, adapter)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The multi-token-prediction draft: one full-attention layer fed with the next token and the trunk's hidden state."""
+"""The multi-token-prediction draft: a full-attention layer that reads the next token and the trunk's hidden state."""
 
 from collections.abc import Iterable
 
@@ -29,10 +29,10 @@ logger = init_logger("vllm.qnext_plugin")
 
 @support_torch_compile
 class MultiTokenPredictor(nn.Module):
-    """``fc([norm(embedding of the next token) | norm(hidden)])``, a decoder layer, ``norm``.
+    """The draft's layers: ``fc([norm(embedding of the next token) | norm(hidden)])``, a decoder layer and ``norm``.
 
-    ``hidden_states`` ``[num_tokens, hidden_size]`` come from the trunk's final norm, or from this module for further
-    steps. It runs on the last pipeline stage alone, so it always starts from embeddings.
+    ``hidden_states`` ``[num_tokens, hidden_size]`` come from the trunk's final norm or, in later draft steps, from this
+    module. It runs only on the last pipeline stage, so it always starts from embeddings.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str = "") -> None:
@@ -104,7 +104,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         self.describe_experts(self.model.layers)
         choose_gemms(self.model, self.config, vllm_config)
         if choose_draft_head(self.lm_head, self.config, vllm_config):
-            self.has_own_lm_head = True  # otherwise vLLM puts the target's in the place of ours
+            self.has_own_lm_head = True  # otherwise vLLM replaces it by the target's
         report(self, checkpoint, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextMTP is served by %s", __version__, type(self).__module__)
 
@@ -127,7 +127,7 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The most likely ids, for which ranks exchange one logit each and not the vocabulary's."""
+        """Return the most likely ids; ranks exchange one logit each instead of those of the whole vocabulary."""
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:

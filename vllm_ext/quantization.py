@@ -1,7 +1,7 @@
-"""Which layers are quantized: what the checkpoint stores decides, not the lists in its configuration.
+"""Decides which layers are quantized, by what the checkpoint stores and not by the lists in its configuration.
 
-A layer that cannot be served as stored has its weight dequantized while loading, and the log says why: shards stored
-in different ways, packed words or blocks that straddle sections or ranks, and what vLLM has no kernel for.
+The weight of a layer that cannot be served as stored is dequantized while loading, and the log gives the reason: its
+shards are stored in different formats, packed words or blocks cross sections or ranks, or vLLM has no kernel for it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,7 +34,7 @@ logger = init_logger("vllm.qnext_plugin")
 
 
 def read_checkpoint(vllm_config: VllmConfig) -> Checkpoint:
-    """The checkpoint that is to be loaded. What it says of its quantization is vLLM's reading, with all overrides."""
+    """Return the checkpoint to load, with its quantization settings as vLLM reads them, overrides included."""
     model, loading = vllm_config.model_config, vllm_config.load_config
     quantization = getattr(model.hf_config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, Mapping):
@@ -46,7 +46,7 @@ def read_checkpoint(vllm_config: VllmConfig) -> Checkpoint:
 def layer_quantization(
     checkpoint: Checkpoint, config: QNextConfig, vllm_config: VllmConfig
 ) -> QuantizationConfig | None:
-    """The ``quant_config`` for our layers: vLLM's own, unless it is known how the checkpoint stores each of them."""
+    """Return our layers' ``quant_config``: vLLM's own, unless we know how the checkpoint stores each layer."""
     engine_config = vllm_config.quant_config
     if engine_config is None or checkpoint.quantized is None:
         return engine_config
@@ -57,13 +57,14 @@ def layer_quantization(
         config_of_model=config,
         tp_size=vllm_config.parallel_config.tensor_parallel_size,
         engine_config=without_exclusions(engine_config),
-        # It quantizes what is asked for by flags, after this has answered: only layers that are served as stored.
+        # vLLM would apply this (quantization by flags) to every answer of ours. ``engine_config`` keeps it, so that it
+        # applies only to layers that are served as stored.
         online_quantization_config=None,
     )
 
 
 class ByCheckpoint:
-    """Answers for each layer from the checkpoint; comes before the class of vLLM's own configuration."""
+    """A mixin that answers for each layer from the checkpoint; it precedes the class of vLLM's configuration."""
 
     checkpoint: Checkpoint
     config_of_model: QNextConfig
@@ -87,7 +88,7 @@ class ByCheckpoint:
 
 
 def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
-    """Why quantized modules cannot be served as stored although vLLM would; it fails only at the first request."""
+    """Return why quantized modules cannot be served as stored where vLLM would try, and fail at the first request."""
     if not current_platform.is_cpu() or has_cpu_wna16():
         return None
     if any(is_quantized(leaves) and stored_format(leaves) in WORDS for leaves in modules.values()):
@@ -96,7 +97,7 @@ def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
 
 
 def engine_method(quant_config: QuantizationConfig, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-    """vLLM's choice; ``ValueError`` for FP8 experts without a kernel, where vLLM fails only once they are loaded."""
+    """Return vLLM's choice; raise ``ValueError`` for FP8 experts without a kernel; vLLM fails only after loading."""
     method = resolve_quant_method(quant_config, layer, prefix)
     backend = getattr(method, "fp8_backend", None)
     if backend is not None and backend.name == "NONE":
@@ -105,7 +106,7 @@ def engine_method(quant_config: QuantizationConfig, layer: nn.Module, prefix: st
 
 
 def plain_method(layer: nn.Module) -> QuantizeMethodBase:
-    """vLLM's method for a layer whose weight is floating-point."""
+    """Return vLLM's method for a layer whose weight is floating-point."""
     if isinstance(layer, RoutedExperts):
         return UnquantizedFusedMoEMethod(layer.moe_config)
     return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
@@ -117,7 +118,7 @@ is_plain = VLLM.is_plain
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of ``model`` by the names of the layers that they hold the weights of."""
+    """Return the modules of ``model``, keyed by the name of the layer whose weights they hold."""
     return {name.removesuffix(".routed_experts"): module for name, module in model.named_modules()}
 
 
@@ -130,7 +131,7 @@ def report(model: nn.Module, checkpoint: Checkpoint, *, draft: bool) -> None:
 def dequantized(
     weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module, checkpoint: Checkpoint, vllm_config: VllmConfig
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """Turn the stored tensors of each module whose layer of ``model`` is plain into one weight; pass the others on."""
+    """Turn a module's stored tensors into one weight where its layer in ``model`` is plain; pass the others on."""
     redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
 
     def has_expert(experts: nn.Module, expert: int) -> bool:

@@ -1,4 +1,4 @@
-"""Entry point ``vllm.general_plugins``: vLLM calls ``register`` in each of its processes."""
+"""The entry point ``vllm.general_plugins``: vLLM calls ``register`` in each of its processes."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ ARCHITECTURES = {name: f"vllm_ext:{name}" for name in ("Qwen3NextForCausalLM", "
 
 
 def verdict() -> "Verdict":
-    """Whether our classes serve with this version of vLLM on this platform."""
+    """Return whether our classes can serve with this version of vLLM on this platform."""
     import vllm
     from vllm.platforms import current_platform
 
@@ -30,7 +30,7 @@ def verdict() -> "Verdict":
 
 
 def register() -> None:
-    """Put our classes in the place of vLLM's own for this architecture, if they serve; idempotent."""
+    """Replace vLLM's own classes for this architecture by ours, if ours can serve; idempotent."""
     logger = logging.getLogger("vllm.qnext_plugin")
     if os.environ.get("QNEXT_DISABLE", "0") not in ("", "0"):
         logger.info("qnext-plugin %s: off, QNEXT_DISABLE is set", __version__)
@@ -48,5 +48,5 @@ def register() -> None:
 
     from vllm_ext.config import CheckedConfig
 
-    MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", CheckedConfig)  # vLLM has none of its own
+    MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", CheckedConfig)  # vLLM has no entry for it
     logger.info("qnext-plugin %s: %s registered from vllm_ext", __version__, ", ".join(ARCHITECTURES))

@@ -1,4 +1,4 @@
-"""The name that users type: ``--scheduler-cls vllm_ext.scheduler.PipelineDraftScheduler``."""
+"""Provides the name that users type: ``--scheduler-cls vllm_ext.scheduler.PipelineDraftScheduler``."""
 
 from vllm_ext.cpu.scheduler import PipelineDraftScheduler
 

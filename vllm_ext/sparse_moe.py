@@ -1,4 +1,4 @@
-"""The feed-forward halves of a layer: mixture of experts with a gated shared expert, and the dense MLP."""
+"""The feed-forward halves of a layer: the mixture of experts with a gated shared expert, and the dense MLP."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ from vllm_ext.compat import experts_config
 
 
 class MLP(nn.Module):
-    """SwiGLU, its output scaled by ``sigmoid(gate(x))`` where a gate is given."""
+    """A SwiGLU layer whose output is scaled by ``sigmoid(gate(x))`` if a gate is given."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class MLP(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Softmax over all experts, top-k, plus one shared expert; ``[num_tokens, hidden_size]`` to the same."""
+    """The top-k experts by softmax plus one shared expert; maps ``[num_tokens, hidden_size]`` to the same shape."""
 
     def __init__(
         self, config: QNextConfig, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str
@@ -75,7 +75,7 @@ class SparseMoeBlock(nn.Module):
         self.n_physical_experts = self.n_logical_experts + self.n_redundant_experts
         self.n_local_physical_experts = self.n_physical_experts // get_ep_group().device_group.size()
 
-        # Rounded logits choose other experts. On a GPU the experts' kernels say which type they take.
+        # Rounded logits would choose other experts. On a GPU the experts' kernels determine the type.
         on_cpu = current_platform.is_cpu()
         self.gate = GateLinear(
             config.hidden_size,
@@ -92,7 +92,7 @@ class SparseMoeBlock(nn.Module):
             config.shared_expert_intermediate_size,
             quant_config,
             prefix=f"{prefix}.shared_expert",
-            # Not the module: it belongs to this block, where an adapter may take its place.
+            # A lambda, not the module: the module belongs to this block, where a LoRA adapter may replace it.
             gate=lambda x: self.shared_expert_gate(x)[0],
             reduce_results=False,
             disable_tp=self.is_sequence_parallel,
@@ -117,7 +117,7 @@ class SparseMoeBlock(nn.Module):
         num_tokens = hidden_states.shape[0]
         if self.is_sequence_parallel:
             hidden_states = sequence_parallel_chunk(hidden_states)
-        # The runner applies the gate itself, so what it takes for logits is the hidden states.
+        # The runner applies the gate itself, so it takes the hidden states as ``router_logits``.
         out = self.experts(hidden_states=hidden_states, router_logits=hidden_states)
         if self.is_sequence_parallel:
             out = tensor_model_parallel_all_gather(out, 0)[:num_tokens]

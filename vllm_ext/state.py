@@ -1,4 +1,4 @@
-"""The Gated DeltaNet cache as vLLM stores it, and what kernels read of a layer."""
+"""The Gated DeltaNet cache as vLLM stores it, and the attributes of a layer that kernels read."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from qnext_plugin.config import GatedDeltaNetDims
 
 
 class DeltaNetLayer(Protocol):
-    """What kernels read of a Gated DeltaNet layer: this rank's sizes and weights, and its caches."""
+    """The attributes of a Gated DeltaNet layer that kernels read: sizes and weights on this rank, and caches."""
 
     dims: GatedDeltaNetDims
     head_k_dim: int
@@ -36,7 +36,7 @@ class DeltaNetLayer(Protocol):
 
 
 def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-    """(conv_state, recurrent_state), from ``--mamba-cache-dtype`` and ``--mamba-ssm-cache-dtype``."""
+    """Return the dtypes of (conv_state, recurrent_state) by ``--mamba-cache-dtype``, ``--mamba-ssm-cache-dtype``."""
     cache_config = vllm_config.cache_config
     return MambaStateDtypeCalculator.gated_delta_net_state_dtype(
         vllm_config.model_config.dtype, cache_config.mamba_cache_dtype, cache_config.mamba_ssm_cache_dtype
@@ -46,10 +46,10 @@ def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
 def state_shapes(
     dims: GatedDeltaNetDims, tp_size: int, num_draft_tokens: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one cache slot of one rank.
+    """Return the shapes of one cache slot on one rank.
 
     vLLM's GPU kernels keep the recurrent state as ``[num_v_heads, head_v_dim, head_k_dim]``; its CPU kernels and
-    ours keep it canonical, ``[num_v_heads, head_k_dim, head_v_dim]``. The bytes are the same.
+    ours keep it canonical, ``[num_v_heads, head_k_dim, head_v_dim]``. Both take the same number of bytes.
     """
     conv, (heads, v, k) = MambaStateShapeCalculator.gated_delta_net_state_shape(
         tp_size,
@@ -64,13 +64,13 @@ def state_shapes(
 
 
 def copy_blocks(original: Callable[..., None], kv_caches: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-    """vLLM's copy of cache blocks, given the largest view of each page first.
+    """Wrap vLLM's copy of cache blocks: pass it the largest view of each page first.
 
-    Layers of different kinds share pages. vLLM copies the first view of each address and leaves out the others.
+    Layers of different kinds share pages. vLLM copies the first view of each address and skips the others.
     """
     original(sorted(kv_caches, key=lambda view: view.nbytes, reverse=True), *args, **kwargs)
 
 
 def conv_view(conv_state: torch.Tensor) -> torch.Tensor:
-    """The convolution cache as ``[slots, conv_dim, columns]``, whichever axis vLLM puts first."""
+    """Return the convolution cache as ``[slots, conv_dim, columns]``, whichever axis vLLM puts first."""
     return conv_state if is_conv_state_dim_first() else conv_state.transpose(1, 2)

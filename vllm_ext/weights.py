@@ -1,4 +1,4 @@
-"""From checkpoint names and rows to our parameters."""
+"""Maps names and rows of a checkpoint to our parameters."""
 
 import re
 from collections.abc import Container, Iterable, Iterator
@@ -16,7 +16,7 @@ from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
 from vllm_ext.quantization import dequantized
 
-# Whole segments: each pattern starts at a dot and ends at one.
+# Patterns start and end with a dot, so that they match only whole segments.
 STACKED = WeightsMapper(
     orig_to_new_stacked={
         f".{block}.{part}.": (f".{block}.{layer}.", sections if len(sections) > 1 else sections[0])
@@ -33,14 +33,14 @@ def check_checkpoint(
     vllm_config: VllmConfig,
     mtp: Literal["required", "optional"] = "optional",
 ) -> bool:
-    """Compare a checkpoint's safetensors headers with what the config promises, before a weight is read.
+    """Compare a checkpoint's safetensors headers with what the config implies, before any weight is read.
 
-    Returns whether they could be had; otherwise ``check_stream`` compares what is loaded.
+    Return whether the headers were available; if not, ``check_stream`` compares the tensors as they are loaded.
     """
     if checkpoint.headers is None:
         return False
     if vllm_config.model_config.runner_type == "pooling":
-        # A classifier has a head of its own, which vLLM knows, and neither it nor an embedding model needs the other.
+        # vLLM knows a classifier's own head (``score``); classifiers and embedding models need no ``lm_head``.
         headers = {name: info for name, info in checkpoint.headers.items() if name.split(".")[0] != "score"}
         checkpoint, config = replace(checkpoint, headers=headers), replace(config, tie_word_embeddings=True)
     checkpoint.check(config, mtp)
@@ -54,7 +54,7 @@ def load_weights(
     checkpoint: Checkpoint,
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> set[str]:
-    """Load the trunk's tensors from a stream in checkpoint names; returns the parameters loaded."""
+    """Load the trunk's tensors from a stream with checkpoint names; return the names of the loaded parameters."""
     layers = {name for name, _ in model.named_modules()}
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name) and is_here(name, layers))
     plain = dequantized(trunk, model, checkpoint, vllm_config)
@@ -68,7 +68,7 @@ def load_draft_weights(
     checkpoint: Checkpoint,
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> set[str]:
-    """Load ``mtp.*``, and the embedding and head that the draft shares with the trunk or holds a copy of."""
+    """Load ``mtp.*``, and the embedding and head, which the draft shares with the trunk or holds a copy of."""
     draft = ((name, tensor) for name, tensor in weights if is_draft(name))
     plain = dequantized(draft, model, checkpoint, vllm_config)
     return _load(model, config, ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in plain))
@@ -79,7 +79,7 @@ def is_trunk(name: str) -> bool:
 
 
 def is_here(name: str, layers: Container[str]) -> bool:
-    """Whether a tensor belongs to no layer, or to one of ``layers``: others are another pipeline stage's."""
+    """Return whether a tensor belongs to no layer or to one of ``layers``; others are on another pipeline stage."""
     return not name.startswith("model.layers.") or layer_name(name.rpartition(".")[0]) in layers
 
 
@@ -88,7 +88,7 @@ def is_draft(name: str) -> bool:
 
 
 def unit(name: str) -> str:
-    """Our module, or parameter of its own, that a checkpoint's tensor is a part of."""
+    """Return the module of ours that a checkpoint's tensor is part of, or its name if it is a parameter by itself."""
     layer = layer_of(name.rpartition(".")[0])
     return name if layer.endswith(".linear_attn") else layer
 
@@ -99,7 +99,7 @@ def _load(model: nn.Module, config: QNextConfig, weights: Iterable[tuple[str, to
 
 
 def _tied(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The head is the embedding, stored or not; loaded by name too, because vLLM packs it apart on CPU."""
+    """Pass the embedding on as head too, whether a head is stored or not: on CPUs vLLM packs the head separately."""
     for name, tensor in weights:
         if name.split(".")[0] != "lm_head":
             yield name, tensor
@@ -110,7 +110,7 @@ def _tied(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, to
 def flatten(
     weights: Iterable[tuple[str, torch.Tensor]], config: QNextConfig, quant_method: str | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Reorder the rows of the input projections from grouped by key head to flat; pass everything else on."""
+    """Reorder the rows of the input projections from grouped by key head to flat; pass other tensors on."""
     for name, tensor in weights:
         module, _, suffix = name.rpartition(".")
         kind = KINDS.get(module.rpartition(".")[2])

@@ -1,4 +1,4 @@
-"""Softmax attention over SGLang's paged cache on CPU, with torch's own kernel."""
+"""Softmax attention over SGLang's paged cache on CPUs, with torch's own kernel."""
 
 import math
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from sglang.srt.speculative.eagle_utils import TreeMaskMode
 from torch import Tensor
 
 Group = tuple[slice | Tensor, Tensor, Tensor | None]
-"""Queries of N sequences: their rows, where their keys are [N, L], and what they see of them [N, 1, Q, L]."""
+"""The queries of N sequences: their rows, locations of their keys [N, L], and which keys they see [N, 1, Q, L]."""
 
 
 class CpuKVPool(MHATokenToKVPool):
-    """Moves the keys and values of accepted drafts with torch: SGLang's own pool starts with a Triton kernel for it."""
+    """A pool that moves keys and values of accepted drafts with torch; SGLang's pool starts a Triton kernel for it."""
 
     def __init__(self, *args: Any, enable_kv_cache_copy: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -28,7 +28,7 @@ class CpuKVPool(MHATokenToKVPool):
 
 
 class CpuAttentionBackend(AttentionBackend):
-    """``q`` [T, heads * head_dim], ``k``, ``v`` [T, kv_heads, head_dim] to [T, heads * head_dim]."""
+    """Attention of ``q`` [T, heads * head_dim] to ``k``, ``v`` [T, kv_heads, head_dim]; gives [T, heads * head_dim]."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class CpuAttentionBackend(AttentionBackend):
 
     @property
     def verify_mask(self) -> VerifyMask | None:
-        """Where SGLang notes which of a sequence's D drafts see each other: [N, D, D]."""
+        """Return the mask in which SGLang notes which of a sequence's D drafts see each other, [N, D, D]."""
         return self._verify_mask
 
     def support_triton(self) -> bool:
         return False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """What every layer of this step reads: where the keys are, and which of them each query may see."""
+        """Prepare what every layer of this step reads: where the keys are, and which of them each query may see."""
         requests, mode = forward_batch.req_pool_indices, forward_batch.forward_mode
         if mode.is_decode_or_idle():
             self.groups = self._uniform(requests, forward_batch.seq_lens - 1, torch.ones(len(requests), 1, 1).bool())
@@ -77,8 +77,10 @@ class CpuAttentionBackend(AttentionBackend):
                 start += length
 
     def _uniform(self, requests: Tensor, prefixes: Tensor, seen: Tensor) -> list["Group"]:
-        """For as many tokens of each sequence: they see all ``prefixes`` [N] before them, and what ``seen`` [N, Q, Q]
-        says of one another."""
+        """Return the groups of sequences with Q tokens each.
+
+        These tokens see all ``prefixes`` [N] tokens before them, and each other as ``seen`` [N, Q, Q] allows.
+        """
         size = seen.shape[1]
         groups: list[Group] = []
         for some in alike(prefixes):
@@ -113,7 +115,7 @@ class CpuAttentionBackend(AttentionBackend):
     def _cache(
         self, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, save: bool
     ) -> tuple[Tensor, Tensor]:
-        """Write this step's keys and values, and return the layer's whole caches [tokens, kv_heads, head_dim]."""
+        """Write this step's keys and values, and return the layer's entire caches [tokens, kv_heads, head_dim]."""
         pool = self.token_to_kv_pool
         if save and k is not None:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
@@ -121,14 +123,17 @@ class CpuAttentionBackend(AttentionBackend):
 
 
 class CpuDraftBackend:
-    """Attention for the steps in which a draft goes on by itself: one backend for each."""
+    """The attention of the steps in which a draft continues by itself, with one backend for each step."""
 
     def __init__(self, runner: Any, topk: int, num_steps: int) -> None:
         self.topk, self.num_steps = topk, num_steps
         self.attn_backends = [CpuAttentionBackend(runner) for _ in range(num_steps - 1)]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Each of ``topk`` branches sees the sequence and its own steps: behind the sequence, branch after branch."""
+        """Prepare each step, in which each of ``topk`` branches sees the sequence and its own steps.
+
+        The cache holds the steps after the sequence, branch after branch.
+        """
         requests, lengths = forward_batch.req_pool_indices, forward_batch.seq_lens
         branches = torch.arange(self.topk)[:, None]
         for backend in self.attn_backends:
@@ -142,18 +147,18 @@ class CpuDraftBackend:
 
 
 def create_decode_backend(factory: Any) -> CpuDraftBackend | None:
-    """``DraftBackendFactory.create_decode_backend``."""
+    """Replace ``DraftBackendFactory.create_decode_backend``; return None for drafts of a single step."""
     steps = factory.speculative_num_steps
     return CpuDraftBackend(factory.draft_model_runner, factory.topk, steps) if steps > 1 else None
 
 
 def create_draft_extend_backend(factory: Any) -> CpuAttentionBackend:
-    """``DraftBackendFactory.create_draft_extend_backend``."""
+    """Replace ``DraftBackendFactory.create_draft_extend_backend``."""
     return CpuAttentionBackend(factory.draft_model_runner)
 
 
 def alike(lengths: Tensor) -> Iterator[Tensor]:
-    """Split N sequences into groups of similar ``lengths``, so that padding does not outgrow them."""
+    """Split N sequences into groups of similar ``lengths`` to limit padding; yield the indices of each group."""
     order = lengths.argsort()
     ordered = lengths[order].tolist()
     start = 0
@@ -164,12 +169,15 @@ def alike(lengths: Tensor) -> Iterator[Tensor]:
 
 
 def tokens_of(sequences: Tensor, size: int) -> Tensor:
-    """Rows of the tokens of some ``sequences`` where each has ``size`` of them."""
+    """Return the rows of the tokens of some ``sequences``, each of which has ``size`` tokens."""
     return (sequences[:, None] * size + torch.arange(size)).flatten()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, mask: Tensor | None) -> Tensor:
-    """``q`` [N, heads, Q, D], ``k``, ``v`` [N, L, kv_heads, D] to [N, heads, Q, D]; causal without a ``mask``."""
+    """Return the attention of ``q`` to ``k``, ``v`` [N, L, kv_heads, D]; ``q`` and result are [N, heads, Q, D].
+
+    It is causal without a ``mask``.
+    """
     k, v = (x.transpose(1, 2).to(q.dtype) for x in (k, v))
     grouped = layer.tp_q_head_num != layer.tp_k_head_num
     return F.scaled_dot_product_attention(

@@ -1,6 +1,6 @@
-"""Gated DeltaNet on CPU: ``qnext_plugin.ops`` behind the names and signatures of SGLang's kernels.
+"""Gated DeltaNet on CPUs: ``qnext_plugin.ops`` under the names and signatures of SGLang's kernels.
 
-Any dtype and size. A decode step on float32 states is compiled (``ops.cpu.delta_rule``).
+They take any dtype and size. A decode step on float32 states is compiled (``ops.cpu.delta_rule``).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from qnext_plugin.ops.cpu import delta_rule
 from sglang_ext.cpu.trees import tree_parents
 
 CHUNK = 64
-"""Tokens between the states that SGLang keeps of a prefill for its prefix cache."""
+"""The number of tokens between the states that SGLang keeps of a prefill for its prefix cache."""
 
 
 def causal_conv1d_fn(
@@ -29,7 +29,7 @@ def causal_conv1d_fn(
     has_initial_state: Tensor,
     **_: Any,
 ) -> Tensor:
-    """``x`` [C, T], N packed sequences; ``conv_states`` [slots, C, W - 1] is updated. Returns [C, T]."""
+    """Convolve N packed sequences ``x`` [C, T] and update ``conv_states`` [slots, C, W - 1]. Return [C, T]."""
     state = torch.where(has_initial_state[:, None, None], conv_states[cache_indices], 0)
     out, conv_states[cache_indices] = ops.causal_conv1d(x.mT, weight, conv_state=state, cu_seqlens=query_start_loc)
     return out.mT
@@ -50,10 +50,10 @@ def causal_conv1d_update(
     retrieve_parent_token: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """``x`` [N, C], one token a sequence; ``conv_state`` [slots, C, W - 1] is updated. Returns [N, C].
+    """Convolve ``x`` [N, C], one token per sequence, and update ``conv_state`` [slots, C, W - 1]. Return [N, C].
 
-    Or ``x`` [N, C, D], drafts to verify, a chain or a tree: ``conv_state`` stays, ``intermediate_conv_window``
-    [rows, D, C, W - 1] receives the state after each of them, ``retrieve_parent_token`` [N, D] the tree's parents.
+    Or verify drafts ``x`` [N, C, D], a chain or a tree: ``conv_state`` stays unchanged, ``intermediate_conv_window``
+    [rows, D, C, W - 1] receives the state after each draft, and ``retrieve_parent_token`` [N, D] the tree's parents.
     """
     state = conv_state[conv_state_indices]
     if x.ndim == 2:
@@ -74,7 +74,7 @@ def causal_conv1d_update(
 
 
 def fused_gdn_gating(A_log: Tensor, a: Tensor, b: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """``a``, ``b`` [T, Hv] to ``g`` and ``beta`` [1, T, Hv]."""
+    """Compute ``g`` and ``beta`` [1, T, Hv] from ``a`` and ``b`` [T, Hv]."""
     g, beta = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
     return g.unsqueeze(0), beta.unsqueeze(0)
 
@@ -85,7 +85,7 @@ class TorchGDNKernel(LinearAttnKernelBase):
     supports_track_state_snapshot = True
 
     def __init__(self) -> None:
-        delta_rule.available()  # compiled now, and not for the first request
+        delta_rule.available()  # compiles it now, not at the first request
 
     def decode(
         self,
@@ -127,7 +127,7 @@ class TorchGDNKernel(LinearAttnKernelBase):
         track_chunk_idx: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None, None]:
-        """``track_state`` [N, Hv, K, V] receives the state after ``track_chunk_idx`` [N] chunks, where that is >= 0."""
+        """Prefill; ``track_state`` [N, Hv, K, V] receives the state after ``track_chunk_idx`` [N] chunks if >= 0."""
         tokens = [x[0] for x in (q, k, v, g, beta)]
         state = ssm_states[cache_indices].float()
         begin, end = query_start_loc[:-1].long(), query_start_loc[1:].long()
@@ -160,8 +160,11 @@ class TorchGDNKernel(LinearAttnKernelBase):
         retrieve_parent_token: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """``cache_steps`` drafts a sequence: ``ssm_states`` stays, ``intermediate_states_buffer``
-        [rows, cache_steps, Hv, K, V] receives the state after each of them."""
+        """Verify ``cache_steps`` drafts per sequence.
+
+        ``ssm_states`` stays unchanged, and ``intermediate_states_buffer`` [rows, cache_steps, Hv, K, V] receives the
+        state after each draft.
+        """
         gates = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
         q, k, v, g, beta = (x.unflatten(0, (-1, cache_steps)) for x in (q[0], k[0], v[0], *gates))
         out, states = ops.verify_gated_delta_rule(
@@ -179,9 +182,9 @@ class TorchGDNKernel(LinearAttnKernelBase):
 
 
 def prefill(tokens: list[Tensor], state: Tensor, begin: Tensor, end: Tensor, out: Tensor) -> Tensor:
-    """Tokens ``begin[i]`` to ``end[i]`` of each sequence from ``state`` [N, Hv, K, V]; returns the state after them.
+    """Compute tokens ``begin[i]`` to ``end[i]`` of each sequence from ``state`` [N, Hv, K, V]; return the state after.
 
-    ``tokens`` are q, k, v, g, beta; what they yield is written to ``out`` [T, Hv, V] in place.
+    ``tokens`` are q, k, v, g and beta; the outputs are written to ``out`` [T, Hv, V] in place.
     """
     lengths = end - begin
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -206,7 +209,7 @@ def track_states_all_layers(
     *_: Any,
     **__: Any,
 ) -> None:
-    """Copy the states of the slots ``cache_indices`` [N] to ``track_indices`` [N] where ``mask`` [N], in every layer.
+    """Copy states from slots ``cache_indices`` [N] to ``track_indices`` [N] where ``mask`` [N] is set, in every layer.
 
     ``conv_states`` and ``ssm_states`` are [layers, slots, ...].
     """
@@ -217,7 +220,7 @@ def track_states_all_layers(
 
 
 def track_states(conv_states: Tensor, ssm_states: Tensor, *args: Any, **kwargs: Any) -> None:
-    """``track_states_all_layers`` for one layer's [slots, ...]."""
+    """Do what ``track_states_all_layers`` does in one layer, whose states are [slots, ...]."""
     track_states_all_layers(conv_states[None], ssm_states[None], *args, **kwargs)
 
 
@@ -229,8 +232,10 @@ def commit_states_after_verify(
     track_steps: Tensor | None,
     src_indices_raw: Tensor | None = None,
 ) -> None:
-    """Copy the states after draft ``steps`` [N] to ``slots`` [N] in every layer, where not negative; the same for what
-    the prefix cache keeps. ``src_indices_raw`` [N] are the rows of the verified sequences if not the first ones.
+    """Copy the states after draft ``steps`` [N] to ``slots`` [N] in every layer, where neither is negative.
+
+    ``track_steps`` and ``track_slots`` do this for the prefix cache. ``src_indices_raw`` [N] are the rows of the
+    verified sequences if those are not the first rows.
     """
     for target, step in ((slots, steps), (track_slots, track_steps)):
         if target is None or step is None:

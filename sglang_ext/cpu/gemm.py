@@ -1,8 +1,8 @@
-"""Matrix products on CPU: bfloat16 weights packed once by oneDNN, as torch ships it, and experts one product each.
+"""Matrix products on CPUs: torch's oneDNN packs bfloat16 weights once, and each expert is one product.
 
-Left as they are, such weights are packed anew in every call, which for a few tokens costs as much as the product.
-``gemm_avx512bf16`` multiplies where it can read what oneDNN packs, oneDNN itself elsewhere. On CPUs with AVX2 and
-nothing for bfloat16, where oneDNN has no fast product, ``gemm_avx2`` packs and multiplies.
+Otherwise such weights would be packed again in every call, which for a few tokens costs as much as the product.
+``gemm_avx512bf16`` multiplies where it can read what oneDNN packs; elsewhere oneDNN multiplies. On CPUs with AVX2 but
+no bfloat16 instructions, where oneDNN has no fast product, ``gemm_avx2`` packs and multiplies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,16 +28,16 @@ from qnext_plugin.ops.cpu.experts import routed_experts
 from sglang_ext.compat import ON_CPU
 
 FOR_AVX2: bool = ON_CPU and avx2.available()
-"""Whether bfloat16 weights are packed for a CPU without instructions for bfloat16."""
+"""True if bfloat16 weights are packed for a CPU without bfloat16 instructions."""
 
 PACKS: bool = FOR_AVX2 or (
     ON_CPU and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
-"""Whether bfloat16 weights are packed in this process; any other CPU takes them as they are."""
+"""True if bfloat16 weights are packed in this process; other CPUs use them as they are."""
 
 
 class Packed:
-    """Matrices of one size as oneDNN packs them, in the place of ``weights`` [matrices, out, in]."""
+    """Matrices of one size, packed by oneDNN, that replace ``weights`` [matrices, out, in]."""
 
     def __init__(self, weights: Tensor) -> None:
         self.matrices = [torch.ops.mkldnn._reorder_linear_weight(matrix) for matrix in weights]
@@ -49,7 +49,7 @@ class Packed:
         return torch.stack([matrix.to_dense() for matrix in self.matrices])
 
     def products(self, x: Tensor, used: Sequence[int], counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
-        """Of ``counts[i]`` rows of ``x`` after one another, by matrix ``used[i]``."""
+        """Multiply consecutive parts of ``x``: its next ``counts[i]`` rows by matrix ``used[i]``."""
         if self.addresses is not None and bias is None and x.dtype == torch.bfloat16:
             record("products")
             return gemm_avx512bf16.products(x, self.addresses[used], counts, self.out_features)
@@ -70,7 +70,7 @@ class Packed:
 
 
 class PackedForAvx2:
-    """The same as ``ops.cpu.gemm_avx2`` packs them."""
+    """Matrices of one size, packed by ``ops.cpu.gemm_avx2``, that replace ``weights`` [matrices, out, in]."""
 
     def __init__(self, weights: Tensor) -> None:
         self.matrices, self.out_features = avx2.pack(weights), weights.shape[1]
@@ -91,7 +91,7 @@ class PackedForAvx2:
 
 
 class Plain:
-    """Matrices as they are, in any data type."""
+    """Matrices that are not packed, in any data type."""
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
@@ -106,7 +106,7 @@ class Plain:
 
 @contextmanager
 def plain_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model``'s weights are as they were declared, so that some or all can be loaded; outside, packed."""
+    """Give ``model``'s weights their declared form inside this context, to load some or all; pack them afterwards."""
     for param in model.parameters():
         if packed := param.__dict__.pop("packed", None):
             param.data = packed.plain().view(param.plain_shape)
@@ -128,7 +128,7 @@ def _pack_all(model: nn.Module) -> None:
 
 
 def pack(param: nn.Parameter) -> None:
-    """Keep a bfloat16 [out, in] or [experts, out, in] as ``param.packed``, and not as it is."""
+    """Replace the data of a bfloat16 [out, in] or [experts, out, in] by a packed form, ``param.packed``."""
     if param.dtype == torch.bfloat16 and not (FOR_AVX2 and param.shape[-1] % 2):
         param.plain_shape = param.shape
         param.packed = (PackedForAvx2 if FOR_AVX2 else Packed)(param.data.view(-1, *param.shape[-2:]))
@@ -136,7 +136,10 @@ def pack(param: nn.Parameter) -> None:
 
 
 def is_untied_head(module: nn.Module) -> bool:
-    """And one that computes in the model's dtype. A tied head is an embedding, whose rows are looked up."""
+    """Return whether this is a head that computes in the model's dtype and is not tied.
+
+    A tied head is also the embedding, whose rows are looked up.
+    """
     method = type(getattr(module, "quant_method", None))
     untied = type(module) is ParallelLMHead and method is UnquantizedEmbeddingMethod
     return untied and not get_exec().features.enable_fp32_lm_head
@@ -150,12 +153,12 @@ class PackedLinearMethod(UnquantizedLinearMethod):
 
 @cache
 def register() -> None:
-    """Have SGLang call ``moe_forward`` on this platform, by its own extension point; idempotent."""
+    """Make SGLang call ``moe_forward`` on this platform, through its extension point; idempotent."""
     BaseFusedOp.register_oot_forward(UnquantizedFusedMoEMethod, moe_forward, current_platform.get_dispatch_key_name())
 
 
 def moe_forward(_: UnquantizedFusedMoEMethod, layer: nn.Module, dispatch_output: StandardDispatchOutput) -> Any:
-    """What SGLang's ``moe_forward_native`` does of it for this model: SiLU, no biases."""
+    """Do what SGLang's ``moe_forward_native`` does for this model: experts with SiLU and without biases."""
     topk_weights, topk_ids, _ = dispatch_output.topk_output
     w13, w2 = (getattr(weight, "packed", None) or Plain(weight) for weight in (layer.w13_weight, layer.w2_weight))
     out = routed_experts(dispatch_output.hidden_states, topk_weights, topk_ids, w13.gate_up, w2.down)

@@ -1,4 +1,4 @@
-"""SGLang on any CPU: an out-of-tree platform, which needs nothing but SGLang's packages from PyPI."""
+"""An out-of-tree platform that runs SGLang on any CPU and needs only SGLang's packages from PyPI."""
 
 import ctypes
 import os
@@ -12,16 +12,16 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 ATTENTION_BACKEND = "qnext_cpu"
 
-# SGLang would fill most of the machine's memory with caches, and spend minutes of the start on writing zeros there.
+# By default SGLang fills most of the memory with caches, and takes minutes at start to write zeros there.
 MAX_RUNNING_REQUESTS = 32
-STATES_PER_REQUEST = 6  # one that runs takes up to five, those it can be resumed from included
+STATES_PER_REQUEST = 6  # a running request takes up to five, including those that it can be resumed from
 MAX_TOTAL_TOKENS = 262144
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """Out of tree because SGLang's own CPU platform imports kernels that are not on PyPI."""
+    """A CPU platform out of SGLang's tree, because SGLang's own one imports kernels that are not on PyPI."""
 
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
@@ -33,18 +33,19 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return ATTENTION_BACKEND
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Caches for a few users, unless the command line says how much memory to use; cores for every rank.
+        """Set caches for a few users, unless the command line sets the memory to use, and cores for every rank.
 
-        LoRA without Triton. And our attention: for a CPU SGLang has chosen by now, without asking
+        Also set LoRA without Triton, and our attention: for a CPU SGLang has already chosen one, without calling
         ``get_default_attention_backend``.
         """
-        if server_args.attention_backend in ("intel_amx", "torch_native"):  # not on PyPI; cannot verify drafts
+        # The first is not on PyPI, and the second cannot verify drafts.
+        if server_args.attention_backend in ("intel_amx", "torch_native"):
             server_args.attention_backend = ATTENTION_BACKEND
-        if server_args.lora_backend == "csgmv":  # SGLang's default, which is of Triton
+        if server_args.lora_backend == "csgmv":  # SGLang's default, which needs Triton
             server_args.lora_backend = "torch_native"
         share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
-        if server_args.pp_size == 1:  # else the first stage may have to look for what the others send
-            server_args.sleep_on_idle = True  # or it asks for work all the time, which takes a core
+        if server_args.pp_size == 1:  # with more stages, the first may have to poll the others
+            server_args.sleep_on_idle = True  # otherwise it polls for work all the time, which takes a core
         if server_args.mem_fraction_static is not None:
             return
         if server_args.max_running_requests is None:
@@ -70,7 +71,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return True
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm == "EAGLE"  # what NEXTN is called by then
+        return algorithm == "EAGLE"  # SGLang has renamed NEXTN to this by then
 
     def get_speculative_cache_locs_fn(self) -> Any:
         from sglang_ext.cpu.speculation import assign_extend_cache_locs
@@ -102,8 +103,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse what is freed. It would return large blocks to the kernel, and getting a page back from there
-    takes longer than most of what a layer does with it."""
+    """Make glibc reuse freed memory instead of returning large blocks to the kernel.
+
+    Getting a page back from the kernel takes longer than most of what a layer does with it.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
@@ -111,7 +114,7 @@ def keep_freed_memory() -> None:
 
 
 def share_cores(ranks: int) -> None:
-    """Bind each rank to cores of its own where SGLang asks the user to: with more ranks than NUMA nodes."""
+    """Bind each rank to separate cores where SGLang asks the user to: with more ranks than NUMA nodes."""
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     if ranks > max(1, nodes):
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))]

@@ -1,4 +1,4 @@
-"""Ours in the place of what SGLang does not do right on CPUs; ``compat.REPLACEMENTS`` says why and until when."""
+"""Replacements for what SGLang does wrong on CPUs; ``compat.REPLACEMENTS`` tells why and until when."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,17 @@ import torch
 
 
 def pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
-    """``Tensor.pin_memory`` where torch cannot pin: the tensor itself."""
+    """Replace ``Tensor.pin_memory`` where torch cannot pin: return the tensor itself."""
     return tensor
 
 
 def allocate(dims: tuple[int, ...], *, dtype: torch.dtype, device: str, **_: Any) -> torch.Tensor:
-    """An entry of ``ALLOC_MEMORY_FUNCS`` that does not pin."""
+    """Allocate a tensor without pinning it, as an entry of ``ALLOC_MEMORY_FUNCS``."""
     return torch.empty(dims, dtype=dtype, device=device)
 
 
 class Unpinned:
-    """``torch``, whose constructors do not pin."""
+    """A stand-in for ``torch`` whose constructors do not pin."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -33,16 +33,16 @@ UNPINNED = Unpinned()
 
 
 def run_lora_b(original: Callable[..., torch.Tensor], backend: Any, **kwargs: Any) -> torch.Tensor:
-    """``TorchNativeLoRABackend.run_lora_b_sgemm`` for linears that are not split, which leave an argument out."""
+    """Wrap ``TorchNativeLoRABackend.run_lora_b_sgemm``: add the argument that linears without a split leave out."""
     kwargs.setdefault("output_offset_cpu", kwargs["output_offset"])
     return original(backend, **kwargs)
 
 
 def has_moe_module(model: Any) -> bool:
-    """``LoRAMemoryPool._has_moe_module`` where nothing computes adapters of routed experts."""
+    """Replace ``LoRAMemoryPool._has_moe_module``: nothing computes adapters of routed experts here."""
     return False
 
 
 def select_top_k_tokens(original: Callable[..., Any], *args: Any) -> Any:
-    """``spec_utils._select_top_k_tokens_later`` as it is written, not compiled."""
+    """Wrap ``spec_utils._select_top_k_tokens_later``: run it as written, not compiled."""
     return getattr(original, "_torchdynamo_orig_callable", original)(*args)

@@ -1,7 +1,7 @@
-"""Speculative decoding on CPU: SGLang's Triton and CUDA kernels that draft trees and verify them, as torch functions.
+"""Speculative decoding on CPUs: torch functions for SGLang's Triton and CUDA kernels that draft and verify trees.
 
 A tree of D drafts per sequence starts with token 0, the last accepted one. Functions have the names and signatures of
-what they replace (``compat.REPLACEMENTS``), and write to the same arguments.
+those that they replace (``compat.REPLACEMENTS``), and write to the same arguments.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from sglang_ext.cpu.trees import tree_parents
 
 
 def _ragged(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every element of ``start[i]`` to ``end[i]`` [N], row after row."""
+    """Return row and column of every element from ``start[i]`` to ``end[i]`` [N], row after row."""
     lengths = (end - start).long()
     rows = torch.arange(len(lengths)).repeat_interleave(lengths)
     return rows, torch.arange(len(rows)) + (start - lengths.cumsum(0) + lengths)[rows]
@@ -23,7 +23,7 @@ def _ragged(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 def assign_extend_cache_locs(
     *, req_pool_indices: Tensor, req_to_token: Tensor, start_offset: Tensor, end_offset: Tensor, **_: Any
 ) -> Tensor:
-    """Cache slots of positions ``start_offset`` to ``end_offset`` of each request, int64."""
+    """Return the cache slots of positions ``start_offset`` to ``end_offset`` of each request, as int64."""
     rows, columns = _ragged(start_offset, end_offset)
     return req_to_token[req_pool_indices[rows], columns].long()
 
@@ -38,7 +38,7 @@ def assign_draft_cache_locs_contiguous_func(
     positions: Tensor | None = None,
     mrope: Tensor | None = None,
 ) -> None:
-    """``out_cache_loc`` [N * topk * num_cols] receives the slots that follow each sequence."""
+    """Write the slots that follow each sequence to ``out_cache_loc`` [N * topk * num_cols]."""
     assert positions is None and mrope is None, "asked for on CUDA only"
     columns = seq_lens[:, None] + torch.arange(topk * num_cols)
     out_cache_loc.copy_(req_to_token[req_pool_indices[:, None], columns].flatten())
@@ -59,13 +59,13 @@ def assign_req_to_token_pool_func(
 def fill_bonus_tokens_func(
     accept_tokens: Tensor, accept_lens: Tensor, bonus_tokens: Tensor, accept_stride: int, batch_size: int
 ) -> None:
-    """The last of each sequence's ``accept_lens`` [N] tokens."""
+    """Write the last of each sequence's ``accept_lens`` [N] tokens to ``bonus_tokens``."""
     last = (accept_lens - 1).long()[:, None]
     bonus_tokens.copy_(accept_tokens.view(batch_size, accept_stride).gather(1, last)[:, 0])
 
 
 def fill_front_out_cache_loc_func(num_front: Tensor, out_cache_loc: Tensor, front_out_cache_loc: Tensor) -> None:
-    """Pack the first ``num_front`` [N] slots of each sequence's in ``out_cache_loc`` [N * D]."""
+    """Pack the first ``num_front`` [N] of each sequence's slots in ``out_cache_loc`` [N * D]."""
     rows, columns = _ragged(torch.zeros_like(num_front), num_front)
     front_out_cache_loc[: len(rows)] = out_cache_loc.view(len(num_front), -1)[rows, columns]
 
@@ -79,7 +79,7 @@ def fill_accept_out_cache_loc_func(
 
 
 def gather_spec_extras(indices: Tensor, *buffers: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Rows ``indices`` [N] of what the last step left for the next, where scheduling overlaps."""
+    """Return rows ``indices`` [N] of what the last step left for the next one, with overlapped scheduling."""
     return tuple(None if buffer is None else buffer[indices] for buffer in buffers)
 
 
@@ -97,8 +97,10 @@ def build_tree_kernel_efficient_func(
     num_verify_tokens: int,
     tree_mask_mode: int,
 ) -> None:
-    """From the chosen candidates' places among all that were drafted (``top_scores_index`` [N, D - 1], ``topk`` to a
-    place in ``parent_list``) to links, positions and ``tree_mask``: [N, D, D], who sees whom."""
+    """Write links, positions and ``tree_mask`` [N, D, D] (which token sees which) of trees of chosen candidates.
+
+    ``top_scores_index`` [N, D - 1] holds their places among all candidates, ``topk`` for each place in ``parent_list``.
+    """
     from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
     assert tree_mask_mode == TreeMaskMode.QLEN_ONLY, "what CpuAttentionBackend.verify_mask asks for"
@@ -113,7 +115,7 @@ def build_tree_kernel_efficient_func(
     visible = torch.eye(depth, dtype=torch.bool).repeat(num_sequences, 1, 1)
     for i in range(1, depth):
         visible[:, i] |= visible[sequences, parents[:, i - 1]]
-    for i in range(depth - 1, 0, -1):  # so that siblings are in order
+    for i in range(depth - 1, 0, -1):  # backwards, so that siblings are in order
         parent = parents[:, i - 1]
         retrieve_next_sibling[:, i] = retrieve_next_token[sequences, parent]
         retrieve_next_token[sequences, parent] = i
@@ -133,8 +135,10 @@ def verify_tree_greedy_func(
     target_predict: Tensor,
     topk: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Follow the drafts ``candidates`` [N, D] that are what the model chose after their parents,
-    ``target_predict`` [N, D]."""
+    """Accept the drafts in ``candidates`` [N, D] that are the model's choice after their parents.
+
+    ``target_predict`` [N, D] holds the model's choices.
+    """
     sequences = torch.arange(len(candidates))
     parents = tree_parents(retrieve_next_token, retrieve_next_sibling)
     last = _walk(
@@ -166,11 +170,11 @@ def tree_speculative_sampling_target_only(
     threshold_acc: float = 1.0,
     deterministic: bool = True,
 ) -> None:
-    """Draw from ``target_probs`` [N, D, vocab], and accept a draft where it is what was drawn.
+    """Draw from ``target_probs`` [N, D, vocab], and accept a draft if it is the drawn token.
 
-    The draw among a token's children is ``uniform_samples`` [N, D]; the next token after the last accepted one is drawn
-    with ``uniform_samples_for_final_sampling`` [N] from what the rejected children leave. Thresholds below 1 accept
-    more, as in SGLang's kernel.
+    ``uniform_samples`` [N, D] draws among a token's children. ``uniform_samples_for_final_sampling`` [N] draws the
+    token after the last accepted one, from what the rejected children leave. Thresholds below 1 accept more, as in
+    SGLang's kernel.
     """
     sequences = torch.arange(len(candidates))
     parents = tree_parents(retrive_next_token, retrive_next_sibling)
@@ -186,14 +190,14 @@ def tree_speculative_sampling_target_only(
     rows, children = _children(parents, last).nonzero(as_tuple=True)
     rest = probs.clone()
     rest[rows, candidates[rows, children]] = 0
-    probs = torch.where(rest.sum(1, keepdim=True) > 0, rest, probs)  # else rounding rejected all there is
+    probs = torch.where(rest.sum(1, keepdim=True) > 0, rest, probs)  # if nothing is left, rounding caused it
     cumulative = probs.cumsum(1)
     drawn = (cumulative <= uniform_samples_for_final_sampling[:, None] * cumulative[:, -1:]).sum(1)
     predicts[retrive_index[sequences, last]] = drawn.to(predicts.dtype)
 
 
 def _children(parents: Tensor, node: Tensor) -> Tensor:
-    """Which of D tokens are children of ``node`` [N]: [N, D]."""
+    """Return which of D tokens are children of ``node`` [N], as a mask [N, D]."""
     children = parents == node[:, None]
     children[:, 0] = False
     return children
@@ -208,9 +212,9 @@ def _walk(
     candidates: Tensor,
     retrieve_index: Tensor,
 ) -> Tensor:
-    """Go down from the root to the first child that ``accepted(node)`` [N, D] allows, and note the way.
+    """Go from the root down, each time to the first child that ``accepted(node)`` [N, D] allows, and record the path.
 
-    Returns each sequence's last accepted token [N].
+    Return each sequence's last accepted token [N].
     """
     node = torch.zeros(len(parents), dtype=torch.long)
     going = torch.ones_like(node, dtype=torch.bool)
@@ -229,9 +233,9 @@ def _walk(
 
 
 def top_k_renorm_prob(probs: Tensor, top_k: Tensor) -> Tensor:
-    """``probs`` [B, vocab] with zeros below the ``top_k`` [B] largest.
+    """Return ``probs`` [B, vocab] with zeros below the ``top_k`` [B] largest.
 
-    Not made to sum to 1 again: top-p, which comes next, is a share of the whole distribution when SGLang samples
+    The result need not sum to 1: top-p, which comes next, is a share of the whole distribution when SGLang samples
     without speculation. ``tree_speculative_sampling_target_only`` normalizes.
     """
     k = min(int(top_k.max()), probs.shape[1])
@@ -240,7 +244,7 @@ def top_k_renorm_prob(probs: Tensor, top_k: Tensor) -> Tensor:
 
 
 def top_p_renorm_prob(probs: Tensor, top_p: Tensor) -> Tensor:
-    """``probs`` [B, vocab] with zeros behind the smallest set that holds ``top_p`` [B]; not made to sum to 1 either."""
+    """Return ``probs`` [B, vocab] with zeros after the smallest set that holds ``top_p`` [B]; not normalized either."""
     k = int((probs > 0).sum(1).max())
     largest, tokens = probs.topk(k, dim=1)
     kept = largest.cumsum(1) - largest <= top_p[:, None]

@@ -1,14 +1,16 @@
-"""SGLang's trees of drafts."""
+"""Reads SGLang's trees of drafts."""
 
 import torch
 from torch import Tensor
 
 
 def tree_parents(next_token: Tensor, next_sibling: Tensor) -> Tensor:
-    """Each token's parent in SGLang's tree of drafts, whose links name first child and next sibling or are -1:
-    all [N, D], the root's own 0."""
+    """Return each token's parent in SGLang's trees of drafts; the root's parent is 0.
+
+    The links name a token's first child and next sibling, or are -1. All tensors are [N, D].
+    """
     num_tokens = next_token.shape[1]
-    parents = next_token.new_zeros(len(next_token), num_tokens + 1)  # the last column takes what links to nothing
+    parents = next_token.new_zeros(len(next_token), num_tokens + 1)  # the last column receives links to nothing
     child, sibling = (torch.where(link < 0, num_tokens, link) for link in (next_token, next_sibling))
     for i in range(num_tokens):
         here = slice(i, i + 1)

@@ -1,1 +1,1 @@
-"""What SGLang's model registry reads: each module names a class in ``EntryClass``."""
+"""The package that SGLang's model registry reads; each module lists its classes in ``EntryClass``."""

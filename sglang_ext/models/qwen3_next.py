@@ -6,7 +6,7 @@ from sglang_ext.register import disabled
 
 
 def entry_classes() -> list[type]:
-    """Our two classes; none where the plugin is off and the process inherited the variable that names this package."""
+    """Return our two classes, or none if the plugin is off but an inherited variable still names this package."""
     if disabled():
         return []
     try:
@@ -18,10 +18,10 @@ def entry_classes() -> list[type]:
 
 
 def refusing(name: str, error: Exception) -> type:
-    """A class that raises ``ImportError`` when a model of it is built.
+    """Return a class that raises ``ImportError`` when a model of it is built.
 
-    Servers of other models read this package too, and must not end. For an error here the registry would serve SGLang's
-    own model.
+    Servers of other models read this package too and must not fail. If the import raised an error, the registry would
+    serve SGLang's own model.
     """
 
     def refuse(*_: Any, **__: Any) -> None:

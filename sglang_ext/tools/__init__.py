@@ -1,1 +1,1 @@
-"""What verify, bench and doctor do inside SGLang's process."""
+"""The code that verify, bench and doctor run inside SGLang's process."""

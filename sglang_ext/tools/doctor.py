@@ -1,6 +1,6 @@
-"""What SGLang would serve here: ``report`` is called in a process of its own by ``qnext doctor``.
+"""Reports what SGLang would serve here; ``qnext doctor`` calls ``report`` in a separate process.
 
-Every question is put to SGLang itself, after it has loaded its plugins as it does to serve.
+It puts every question to SGLang itself, which has loaded its plugins as it does to serve.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ ARCHITECTURES = {"target": "Qwen3NextForCausalLM", "draft": "Qwen3NextForCausalL
 
 
 def examine(model: str, flags: list[str]) -> dict[str, Any]:
-    """``kernels`` by what they serve, ``errors`` that would stop it, ``risks`` with a way out."""
+    """Return ``kernels`` by what they serve, ``errors`` that would stop the start, and ``risks`` with a way out."""
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import prepare_server_args
@@ -46,7 +46,7 @@ def serving_classes() -> dict[str, str]:
 
 
 def check(hf_config: Any, args: Any) -> None:
-    """What the model asks of a configuration before it reads a weight."""
+    """Check a configuration as the model does before it reads a weight."""
     from qnext_plugin.checkpoint.stored import read_served
     from sglang_ext import compat
     from sglang_ext.config import qnext_config, speculates
@@ -61,7 +61,7 @@ def check(hf_config: Any, args: Any) -> None:
 
 
 def kernels(args: Any, dtype: Any) -> dict[str, tuple[str, str]]:
-    """What serves each phase of a Gated DeltaNet layer, experts and attention, and why."""
+    """Return what serves each phase of a Gated DeltaNet layer, experts and attention, and why."""
     from sglang_ext.compat import ON_CPU
 
     if ON_CPU:
@@ -78,7 +78,7 @@ def kernels(args: Any, dtype: Any) -> dict[str, tuple[str, str]]:
 
 
 def kernels_on_cpu(dtype: Any) -> dict[str, tuple[str, str]]:
-    """What serves on CPU, by phase of a layer (convolution, delta rule), and why not something faster."""
+    """Return what serves each phase of a layer (convolution, delta rule) and experts on a CPU, and why not faster."""
     import torch
 
     from qnext_plugin.ops.cpu import delta_rule, gemm_avx512bf16
@@ -99,7 +99,7 @@ def kernels_on_cpu(dtype: Any) -> dict[str, tuple[str, str]]:
 
 
 def risks(hf_config: Any, args: Any) -> list[tuple[str, str]]:
-    """(what may surprise, which flag avoids it) of this configuration."""
+    """Return pairs of what may surprise in this configuration and which flag avoids it."""
     import torch
 
     found = []
@@ -120,6 +120,6 @@ def risks(hf_config: Any, args: Any) -> list[tuple[str, str]]:
 
 
 def report(model: str, flags: list[str]) -> dict[str, Any]:
-    """What ``qnext doctor`` shows; it never raises."""
+    """Return what ``qnext doctor`` shows; never raise."""
     hooks, switches = ("sglang.srt.plugins",), ("SGLANG_PLUGINS",)
     return make_report("sglang_ext", "sglang", hooks, switches, serving_classes, examine, model, flags)

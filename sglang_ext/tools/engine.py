@@ -1,4 +1,4 @@
-"""An SGLang engine that runs scenarios and measures, held by the process of ``qnext_plugin.engines.worker``."""
+"""An SGLang engine for scenarios and measurements; the process of ``qnext_plugin.engines.worker`` holds it."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ BLOCK_SIZE = 64  # tokens between the states that SGLang can keep of a prefill
 
 
 def engine_args(model: str, config: EngineConfig, **more: Any) -> dict[str, Any]:
-    """Keyword arguments of ``sglang.Engine``, ``more`` of them included. The flags of ``config`` win."""
+    """Return the keyword arguments of ``sglang.Engine``, including ``more``; the flags of ``config`` win."""
     args: dict[str, Any] = {
         "model_path": model,
         "dtype": config.dtype,
@@ -44,13 +44,13 @@ def engine_args(model: str, config: EngineConfig, **more: Any) -> dict[str, Any]
     if config.prefix_caching:
         args["mamba_radix_cache_strategy"] = config.snapshots
     drafts = mtp_arguments("sglang", config.draft_tokens, config.tree)
-    # SGLang keeps room for a step's drafts behind the last position that a request may ask for.
+    # SGLang keeps room for a step's drafts after the last position that a request may ask for.
     args["context_length"] += drafts.get("speculative_num_draft_tokens", 0)
     return args | drafts | more | given(config.flags)
 
 
 def given(flags: Sequence[str]) -> dict[str, Any]:
-    """What SGLang's own command line flags set, as keyword arguments; without their defaults."""
+    """Return what SGLang's own command-line flags set, as keyword arguments without defaults."""
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser()
@@ -61,21 +61,21 @@ def given(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def distributions(rows: list[list[tuple[float, int, Any]]], k: int) -> list[tuple[list[int], list[float]]]:
-    """The ``k`` most likely ids of rows of (log-probability, token id, text)."""
+    """Return the ``k`` most likely ids and their logprobs for each row of (log-probability, token id, text)."""
     return [top({token: logprob for logprob, token, _ in row}, k) for row in rows]
 
 
 def start(model: str, config: dict[str, Any], arguments: dict[str, Any]) -> "Engine":
-    """The engine of a process that others call; ``config`` are the fields of an ``EngineConfig``."""
+    """Return the engine of a process that others call; ``config`` holds the fields of an ``EngineConfig``."""
     return Engine(model, EngineConfig(**config), **arguments)
 
 
 class Engine(Worker):
     block_size = BLOCK_SIZE
-    seeded = False  # only in SGLang's deterministic mode, which has kernels of its own
+    seeded = False  # only in SGLang's deterministic mode, which has its own kernels
 
     def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
-        """``more``: further keyword arguments of ``sglang.Engine``."""
+        """Start the engine; ``more`` are further keyword arguments of ``sglang.Engine``."""
         from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
         class Controlled(SGLangEngine):
@@ -83,10 +83,10 @@ class Engine(Worker):
 
         self.config = config
         self.scratch = Path(tempfile.mkdtemp())
-        os.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"  # before temperature
+        os.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"  # those before temperature is applied
         self.controls = 0
         if config.num_tokens:
-            # SGLang admits to a small cache only what it can finish there, so it is told to take requests back.
+            # SGLang admits to a small cache only what it can finish there, so we make it take requests back.
             os.environ["SGLANG_TEST_RETRACT"] = "1"
             os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "20"
         if config.draft_tokens:
@@ -104,7 +104,7 @@ class Engine(Worker):
         self.num_logprobs = num_logprobs(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
 
     def control(self, **change: Any) -> list[dict[str, Any]]:
-        """Tell every scheduler process what to change from now on; returns what each answers, see ``inside``."""
+        """Tell every scheduler process what to change from now on; return the answer of each (see ``inside``)."""
         self.controls += 1
         directory, deadline = self.scratch / str(self.controls), time.monotonic() + 60
         self.engine.collective_rpc("qnext_control", directory=str(directory), change=json.dumps(change))
@@ -149,7 +149,7 @@ class Engine(Worker):
         self.control(record=True)
         result = super().answers(scenario)
         steps = max((one["draft_steps"] for one in self.control(record=False)), key=len)
-        # The draft goes on behind a request's last token, where there is nothing to compare it with.
+        # The draft continues after a request's last token, where there is nothing to compare it with.
         length = len(result.batches[0][0].query.ids)
         return replace(result, draft_steps=[step for step in steps if step["position"] + 1 < length])
 

@@ -1,9 +1,9 @@
-"""What runs inside SGLang's scheduler processes, where the models live.
+"""Code that runs inside SGLang's scheduler processes, where the models live.
 
-``run_scheduler`` starts one in SGLang's place, with a further remote procedure: ``qnext_control`` is told which mutant
-to apply, whether to count what the draft does and what to put in its mouth, and writes what serves and what was counted
-to a file, because SGLang's remote procedures return nothing. Random weights are almost never accepted, so without that
-control nothing past a rejected first draft would be tested.
+``run_scheduler`` starts such a process instead of SGLang's function, and adds the remote procedure ``qnext_control``.
+Its argument sets which mutant to apply, whether to count what the draft does, and what the draft proposes. It writes
+what serves and what was counted to a file, because SGLang's remote procedures return nothing. Drafts of random weights
+are almost never accepted: without control, tests would see only rejected first drafts.
 """
 
 import itertools
@@ -32,7 +32,7 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
 
     class Controlled(scheduler.Scheduler):
         def qnext_control(self: Any, directory: str, change: str) -> None:
-            """``change`` is JSON, because SGLang passes only scalars on."""
+            """Apply ``change`` and write the answer; ``change`` is JSON because SGLang passes only scalars."""
             runner = self.tp_worker.model_runner
             models, draft, changes = [runner.model], None, json.loads(change)
             wanted.update(changes)
@@ -69,7 +69,10 @@ def serving(models: Sequence[Any]) -> dict[str, Any]:
 
 
 def memory(runner: Any, draft: Any = None) -> dict[str, Any]:
-    """Sizes of this rank's caches and weights, in bytes, as they are, of target and draft; what they share once."""
+    """Return the sizes of this rank's caches and weights in bytes, and its numbers of slots and tokens.
+
+    They include the draft's; weights that it shares with the target count once, and packed weights as if unpacked.
+    """
     states = runner.req_to_token_pool.mamba_pool.mamba_cache
     pools, models = [runner.token_to_kv_pool.full_kv_pool], [runner.model]
     if draft is not None:
@@ -94,12 +97,12 @@ def control_draft(
     pattern: str = "own",
     record: bool = False,
 ) -> Iterator[None]:
-    """Propose continuations of ``sequences`` (whole: prompt and output), told apart by prompt, and count.
+    """Propose continuations of ``sequences``, each of prompt and output, and count; the prompt selects the sequence.
 
-    ``pattern`` says how many of a step's drafts are right, one after another on one way down the tree: ``right`` all,
-    ``cycle`` each number from none to all in turn, another one for each request of a batch. ``own``: the model's.
-    ``counts`` receives how many drafts each sequence accepted in each step, and, where there is a single request to
-    ``record``, each step's position and the logits that its drafts are drawn from.
+    ``pattern`` sets how many of a step's drafts are right, one after another on one path down the tree. ``right`` makes
+    all right. ``cycle`` goes through each number from none to all, and differs between the requests of a batch. ``own``
+    keeps the model's drafts. ``counts`` receives how many drafts each sequence accepted in each step. With ``record``,
+    for a single request, it also receives each step's position and the logits that its drafts are drawn from.
     """
     draft, verify, rounds = worker.draft_worker.draft, worker.verify, itertools.count()
     runner, steps = worker.draft_worker.draft_runner, counts["draft_steps"]
@@ -138,7 +141,7 @@ def control_draft(
 
 
 def _replace(drafts: Any, batch: Any, sequences: Sequence[Sequence[int]], pattern: str, step: int) -> None:
-    """Each node of a request's tree becomes right or wrong; of the deepest leaves, another one's way in each step."""
+    """Make each node of a request's tree right or wrong; each step takes the path to another of the deepest leaves."""
     tokens = drafts.draft_token.view(len(batch.reqs), -1)
     links = zip(drafts.retrieve_next_token.tolist(), drafts.retrieve_next_sibling.tolist(), strict=True)
     positions = batch.seq_lens.tolist()

@@ -1,1 +1,1 @@
-"""What vLLM lacks on CPUs."""
+"""The parts that vLLM lacks on CPUs."""

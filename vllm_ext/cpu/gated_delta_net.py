@@ -1,4 +1,4 @@
-"""The CPU kernels: vLLM's C++ ones, and torch for every other data type and size."""
+"""The CPU kernels: vLLM's C++ kernels where they serve, and torch for every other data type and size."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from vllm_ext.state import DeltaNetLayer
 
 
 def cpp_conv_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
-    """Why vLLM's C++ convolution cannot serve; empty where it can."""
+    """Return why vLLM's C++ convolution cannot serve; "" where it can."""
     arm = current_platform.get_cpu_architecture() == CpuArchEnum.ARM
     has_bf16 = torch.cpu.get_capabilities().get("bf16", False) if arm else torch.cpu._is_avx512_bf16_supported()
     obstacles = {
@@ -28,7 +28,7 @@ def cpp_conv_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
 
 
 def cpp_delta_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
-    """Why vLLM's C++ delta rule cannot serve; empty where it can."""
+    """Return why vLLM's C++ delta rule cannot serve; "" where it can."""
     k, v = dims.head_k_dim, dims.head_v_dim
     obstacles = {
         f"it takes bfloat16, not {dtype}": dtype != torch.bfloat16,
@@ -38,13 +38,13 @@ def cpp_delta_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
 
 
 def cpp_prefill_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
-    """Why vLLM's C++ delta rule does not serve prompts; empty where it does."""
+    """Return why vLLM's C++ delta rule does not serve prompts; "" where it does."""
     slow = current_platform.get_cpu_architecture() == CpuArchEnum.X86 and not torch.cpu._is_avx512_supported()
     return cpp_delta_obstacle(dims, dtype) or ("without AVX512 it takes nine times as long" if slow else "")
 
 
 class CpuKernels:
-    """Each phase of a batch goes through its convolution and its delta rule; one norm ends them all."""
+    """The kernels of Gated DeltaNet layers on CPUs: a convolution and a delta rule for each phase, then one norm."""
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
         dtype = vllm_config.model_config.dtype
@@ -58,7 +58,7 @@ class CpuKernels:
         return f"{self.conv.name}, {self.delta[phase].name}"
 
     def describe(self) -> dict[str, tuple[str, str]]:
-        """By phase: what ``record`` will say of it, and why not something faster."""
+        """Return for each phase the name that ``record`` will get, and why no faster kernel serves."""
         found = {}
         for phase, obstacle in self.delta_obstacles.items():
             obstacles = {"convolution": self.conv_obstacle, "delta rule": obstacle}
@@ -94,7 +94,7 @@ class CpuKernels:
             out[rows] = ops.rms_norm_gated(core, z[rows], layer.norm.weight, layer.norm.eps)
             record(f"{phase}: {self.name(phase)}")
 
-        # The slots are columns of a block table; the C++ kernels take them for contiguous.
+        # The slots are columns of a block table, and the C++ kernels assume that they are contiguous.
         if metadata.num_spec_decodes:
             drafts = Drafts.of(metadata)
             mixed = self.conv.verify(layer, qkv[verify], drafts)

@@ -1,9 +1,9 @@
-"""Matrix products on CPUs without AMX: bfloat16 weights packed once, for kernels of vLLM's or for compiled ones.
+"""Matrix products on CPUs without AMX: bfloat16 weights are packed once, for vLLM's kernels or for compiled ones.
 
-With AVX512-BF16 they are vLLM's, which keeps them for CPUs with AMX. Elsewhere its linear layers are oneDNN's, slower
-for few tokens, and its experts a kernel that computes in float32, slower for any number. With AVX2 and nothing for
-bfloat16, where oneDNN has no fast product either, they are those of ``qnext_plugin.ops.cpu.gemm_avx2``. One packing
-serves prefill and decode, in the place of the plain weight. Only a draft's head is a second one, in int8.
+With AVX512-BF16 we use kernels that vLLM itself uses only on CPUs with AMX. Without AMX, vLLM uses oneDNN for linear
+layers, which is slower for few tokens, and a float32 kernel for experts, which is slower for any number. With AVX2 but
+no bfloat16 instructions, where oneDNN has no fast product either, we use ``qnext_plugin.ops.cpu.gemm_avx2``. One packed
+weight replaces the plain one and serves prefill and decode. Only a draft's head is packed a second time, in int8.
 """
 
 from typing import Any
@@ -29,11 +29,11 @@ from vllm_ext.compat import lacks_bfloat16
 from vllm_ext.cpu.experts import local_experts
 
 BLOCK = 32
-"""Both sizes of a packed matrix are multiples of it."""
+"""Both sizes of a packed matrix are multiples of this."""
 
 
 def packs() -> bool:
-    """Whether bfloat16 weights are packed here. AMX and zentorch bring kernels of their own."""
+    """Return whether bfloat16 weights are packed here; AMX and zentorch have their own kernels."""
     return not current_platform.is_zen_cpu() and (packs_for_vllm() or packs_for_avx2())
 
 
@@ -46,13 +46,13 @@ def packs_for_avx2() -> bool:
 
 
 def compiled_products() -> Any:
-    from qnext_plugin.ops.cpu import operators  # imports Numba, which only some CPUs need
+    from qnext_plugin.ops.cpu import operators  # it imports Numba, which only some CPUs need
 
     return operators
 
 
 def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
-    """Have every layer of ``model`` that can be packed pack its weights after loading."""
+    """Make every layer of ``model`` that can be packed pack its weights after loading."""
     for module in model.modules() if packs() else ():
         method = getattr(module, "quant_method", None)
         if type(module) is VocabParallelEmbedding:
@@ -67,12 +67,12 @@ def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig)
 
 
 def packs_head(config: QNextConfig, vllm_config: VllmConfig) -> bool:
-    """The weight of a tied head is an embedding, and to compute in another type vLLM reads the weight itself."""
+    """Return whether a head is packed: a tied one is also the embedding, and for other dtypes vLLM reads the weight."""
     return packs() and not config.tie_word_embeddings and vllm_config.model_config.head_dtype == torch.bfloat16
 
 
 def choose_draft_head(head: ParallelLMHead, config: QNextConfig, vllm_config: VllmConfig) -> bool:
-    """Whether a draft has a head in int8 from now on, and not the target's."""
+    """Give a draft its own int8 head instead of the target's where possible; return whether it has one."""
     chosen = packs_for_vllm() and packs_head(config, vllm_config)
     if chosen := chosen and type(head.quant_method) is UnquantizedEmbeddingMethod and fits(head.weight):
         head.quant_method = DraftHeadMethod()
@@ -84,15 +84,15 @@ def fits(weight: Tensor) -> bool:
 
 
 def pack(layer: nn.Module, name: str) -> None:
-    """Put the packed form of [..., out, in] in its place; the shape stays."""
+    """Replace the parameter ``name``, [..., out, in], by its packed form, which has the same shape."""
     packed = torch.ops._C.convert_weight_packed if packs_for_vllm() else compiled_products().pack
     replace_parameter(layer, name, packed(getattr(layer, name)))
 
 
 def pack_linear(layer: nn.Module) -> None:
     pack(layer, "weight")
-    # What vLLM calls. The weight is the layer's and not kept here, so that a compiled graph follows weights that are
-    # loaded again.
+    # vLLM calls this with the layer's weight. It keeps no weight itself, so that a compiled graph uses the new weight
+    # when weights are loaded again.
     layer.cpu_linear = packed_linear if packs_for_vllm() else compiled_products().linear_operator
 
 
@@ -112,13 +112,14 @@ class PackedHeadMethod(UnquantizedEmbeddingMethod):
 
 
 class DraftHeadMethod(UnquantizedEmbeddingMethod):
-    """Int8, a scale for each row: half the bytes, of which a draft's head reads more than the draft's layer does.
+    """A draft's head in int8 with a scale for each row.
 
-    What is lost are drafts that are nearly as likely as another. The target verifies them with its own head.
+    A head reads more bytes than the draft's layer, and int8 halves them. Rounding may change which of two nearly
+    equally likely tokens is drafted; the target verifies drafts with its own head.
     """
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        parts = [per_row_int8(rows) for rows in layer.weight.split(8192)]  # in parts for the memory of their float32
+        parts = [per_row_int8(rows) for rows in layer.weight.split(8192)]  # in parts, as each becomes float32
         weight, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         replace_parameter(layer, "weight", torch.ops._C.convert_weight_packed(weight))
         layer.register_parameter("weight_scale", nn.Parameter(scale, requires_grad=False))
@@ -129,7 +130,7 @@ class DraftHeadMethod(UnquantizedEmbeddingMethod):
 
 
 def per_row_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[rows, in]`` as int8 and a scale for each row."""
+    """Return ``weight`` [rows, in] as int8, and a scale for each row."""
     weight = weight.float()
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # rows that pad the vocabulary are zero
     return (weight / scale[:, None]).round().to(torch.int8), scale
@@ -139,7 +140,7 @@ PACKED = {UnquantizedLinearMethod: PackedLinearMethod, UnquantizedEmbeddingMetho
 
 
 class PackedExperts(CPUUnquantizedExperts):
-    """SwiGLU experts without biases; vLLM's own class pads sizes and says which it supports."""
+    """SwiGLU experts without biases; vLLM's class pads their sizes and determines which are supported."""
 
     name = "packed"
 
@@ -147,7 +148,7 @@ class PackedExperts(CPUUnquantizedExperts):
         self._pad_moe_intermediate(layer)
         pack(layer, "w13_weight")
         pack(layer, "w2_weight")
-        record(f"experts: {self.name}")  # not in ``apply``, which is traced: a traced graph would undo other records
+        record(f"experts: {self.name}")  # not in ``apply``: it is traced, and its graph would undo other records
 
     def apply(
         self,

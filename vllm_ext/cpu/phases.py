@@ -1,4 +1,4 @@
-"""The convolution and the delta rule of a layer on CPU, by phase: vLLM's C++, and torch for all else."""
+"""The convolution and the delta rule of a layer on CPU, by phase: vLLM's C++ kernels, and torch for all else."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from vllm_ext.state import DeltaNetLayer, conv_view
 
 @dataclass(frozen=True)
 class Prefills:
-    """N sequences' chunks of prompt, packed. ``slots``, ``has_state`` [N], ``cu_seqlens`` [N + 1]."""
+    """The packed prompt chunks of N sequences; ``slots`` and ``has_state`` are [N], ``cu_seqlens`` is [N + 1]."""
 
     slots: Tensor
     has_state: Tensor
@@ -22,11 +22,12 @@ class Prefills:
 
 @dataclass(frozen=True)
 class Drafts:
-    """N sequences' last token and drafts, packed; at most D a sequence.
+    """The packed last tokens and drafts of N sequences, at most D tokens per sequence.
 
-    ``slots`` [N, D] is a slot for the state after each of them, the first also the convolution's; ``num_accepted``
-    [N] of the previous step's tokens were accepted, so that the state to go on from is in slot ``num_accepted - 1``.
-    ``rows`` [N, D] pads the packed tokens to a rectangle and ``real`` [N, D] tells which are no padding, as a rule all.
+    ``slots`` [N, D] holds a slot for the state after each token; the first is also the convolution's. ``num_accepted``
+    [N] is how many of the previous step's tokens were accepted: the state to continue from is in slot
+    ``num_accepted - 1``. ``rows`` [N, D] pads the packed tokens to a rectangle, and ``real`` [N, D] marks those that
+    are not padding. Usually all are real, and then ``full`` is true.
     """
 
     slots: Tensor
@@ -37,7 +38,7 @@ class Drafts:
     full: bool
 
     def rectangle(self, packed: Tensor) -> Tensor:
-        """[N, D, ...]"""
+        """Return packed rows as [N, D, ...]."""
         return packed.unflatten(0, self.rows.shape) if self.full else packed[self.rows]
 
     def packed(self, rectangle: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class TorchConv:
     name = "torch"
 
     def prepare_weights(self, layer: DeltaNetLayer) -> None:
-        # A row for each tap, in float32, is what the operators would make of it in every step.
+        # In float32 with a contiguous row for each tap: otherwise the operators would convert it in every step.
         layer.packed_conv_weight = layer.conv1d.weight.squeeze(1).float().mT.contiguous().mT
 
     def decode(self, layer: DeltaNetLayer, x: Tensor, slots: Tensor) -> Tensor:
@@ -85,12 +86,12 @@ class TorchConv:
         return drafts.packed(out)
 
     def _history(self, layer: DeltaNetLayer) -> Tensor:
-        """While speculating the cache also has columns for the drafts, behind these."""
+        """Return the cache's columns of past tokens; with speculation, columns for drafts follow them."""
         return conv_view(layer.kv_cache[0])[..., : layer.conv_kernel_size - 1]
 
 
 class CppConv:
-    """vLLM's kernels take a cache with columns for drafts as it is: they touch the first ones only."""
+    """The convolution by vLLM's C++ kernels, which take a cache with draft columns and use only the first columns."""
 
     name = "cpp"
 
@@ -107,7 +108,7 @@ class CppConv:
 
     def prefill(self, layer: DeltaNetLayer, x: Tensor, batch: Prefills) -> Tensor:
         return engine_ops.causal_conv1d_fwd_cpu(
-            x=x.flatten().view(x.shape).transpose(0, 1),  # unlike `contiguous`, also of a single row with gaps behind
+            x=x.flatten().view(x.shape).transpose(0, 1),  # unlike `contiguous`, it also copies a single row with gaps
             weight=layer.packed_conv_weight,
             bias=None,
             conv_states=conv_view(layer.kv_cache[0]),

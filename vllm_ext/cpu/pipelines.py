@@ -1,4 +1,4 @@
-"""Pipeline parallelism on CPUs: what vLLM's first model runner, the only one that CPUs have, does not do there."""
+"""Pipeline parallelism on CPUs: adds what vLLM's first model runner, the only one that CPUs have, lacks there."""
 
 from collections.abc import Callable
 from functools import cache
@@ -6,13 +6,13 @@ from typing import Any
 
 from vllm.distributed import get_pp_group
 
-# Of each request: the drafts that its last step was scheduled with, and how many tokens that step accepted.
+# For each request: the drafts that were scheduled in its last step, and how many tokens that step accepted.
 drafted: dict[str, list[int]] = {}
 accepted: dict[str, int] = {}
 
 
 def gather_intermediate_tensors(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """``GPUModelRunner.sync_and_gather_intermediate_tensors`` with a buffer for what a stage receives."""
+    """Wrap ``GPUModelRunner.sync_and_gather_intermediate_tensors``: give it a buffer for what a stage receives."""
     if runner.intermediate_tensors is None:
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
@@ -22,7 +22,7 @@ def gather_intermediate_tensors(original: Callable[..., Any], runner: Any, *args
 
 @cache
 def absent_draft() -> type:
-    """The class of what stands for the draft on stages that have none."""
+    """Return the class of the object that stands for the draft on stages that have none."""
     from vllm.v1.spec_decode.eagle import EagleProposer
 
     class AbsentDraft(EagleProposer):
@@ -42,17 +42,17 @@ def absent_draft() -> type:
 
 
 def initialize_attn_backend(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """``GPUModelRunner.initialize_attn_backend``, which asks the draft of every stage."""
+    """Wrap ``GPUModelRunner.initialize_attn_backend``: it expects a draft on every stage, so add a stand-in."""
     if not get_pp_group().is_last_rank:
         runner.drafter = absent_draft()()
     return original(runner, *args, **kwargs)
 
 
 def update_states(original: Callable[..., Any], runner: Any, scheduler_output: Any) -> Any:
-    """``GPUModelRunner._update_states`` that knows on every stage how many drafts were accepted."""
+    """Wrap ``GPUModelRunner._update_states`` so that every stage knows how many drafts were accepted."""
     batch, cached = runner.input_batch, scheduler_output.scheduled_cached_reqs
     if get_pp_group().is_last_rank:
-        # A step without a request's turn takes it out of the batch, and this count with it.
+        # A step that does not schedule a request removes it from the batch, and this count with it.
         accepted.update((request, int(batch.num_accepted_tokens_cpu[i])) for request, i in rows(batch))
     else:
         for request, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):

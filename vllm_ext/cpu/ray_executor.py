@@ -1,6 +1,6 @@
-"""Workers as Ray actors on CPUs: ``--distributed-executor-backend vllm_ext.ray_executor.CpuRayExecutor``.
+"""Runs workers as Ray actors on CPUs: ``--distributed-executor-backend vllm_ext.ray_executor.CpuRayExecutor``.
 
-vLLM 0.32 and 0.33 refuse Ray there, because their CPU platform names no resource to place workers by
+vLLM 0.32 and 0.33 refuse Ray on CPUs, because their CPU platform names no resource to place workers by
 (``compat.REPLACEMENTS``).
 """
 
@@ -22,12 +22,12 @@ class CpuRayWorker(ray_executor_v2.RayWorkerProc):
 
 
 class CpuRayExecutor(ray_executor_v2.RayExecutorV2):
-    """One core of a Ray node reserved for each worker; threads are bound by none, so set ``OMP_NUM_THREADS``."""
+    """An executor that reserves a core of a Ray node for each worker; it binds no threads: set ``OMP_NUM_THREADS``."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         if not current_platform.is_cpu():
             raise ValueError("CpuRayExecutor is for CPUs; use --distributed-executor-backend ray")
-        compat.apply(vllm_config)  # this process builds no model, which does it elsewhere
+        compat.apply(vllm_config)  # models do this elsewhere, but this process builds none
         super().__init__(vllm_config)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Ours in the place of methods of vLLM that have gaps on CPUs; ``compat.REPLACEMENTS`` says why and until when."""
+"""Replacements for vLLM methods that have gaps on CPUs; ``compat.REPLACEMENTS`` tells why and until when."""
 
 import inspect
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from vllm_ext.cpu.experts import local_experts
 signature = cache(inspect.signature)
 
 NO_ATTRIBUTES: dict[str, object] = {}
-"""What llvmlite's library answers where vLLM asks it for its ``__dict__``."""
+"""The answer of llvmlite's library when vLLM asks for its ``__dict__``."""
 
 
 def sample_tokens(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """``GPUModelRunner.sample_tokens`` without the generators of requests whose prompt is not computed to its end.
+    """Wrap ``GPUModelRunner.sample_tokens``: hide the generators of requests whose prompt is not yet complete.
 
-    vLLM sets such a generator back afterwards, which one of a CPU does not allow; so the sampler does not draw from it.
+    After sampling, vLLM resets such a generator, which CPU generators do not allow; so the sampler must not use it.
     """
     generators = runner.input_batch.generators
     unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()
@@ -31,7 +31,7 @@ def sample_tokens(original: Callable[..., Any], runner: Any, *args: Any, **kwarg
 
 
 def setup_expert_kernel(original: Callable[..., None], method: Any, layer: nn.Module, w13: Any, w2: Any) -> None:
-    """``UnquantizedFusedMoEMethod._setup_kernel`` that packs weights also when they are loaded again."""
+    """Wrap ``UnquantizedFusedMoEMethod._setup_kernel`` so that it also packs weights that are loaded again."""
     again = method.moe_kernel is not None
     original(method, layer, w13, w2)
     if again:
@@ -39,18 +39,18 @@ def setup_expert_kernel(original: Callable[..., None], method: Any, layer: nn.Mo
 
 
 def declines_layer(*_: Any, **__: Any) -> bool:
-    """``FusedMoEWithLoRA.can_replace_layer`` where the kernel of routed experts has no LoRA."""
+    """Replace ``FusedMoEWithLoRA.can_replace_layer``: decline, as the routed experts' kernel has no LoRA."""
     return False
 
 
 def shrink(original: Callable[..., None], wrapper: Any, y: Tensor, *args: Any) -> None:
-    """``PunicaWrapperCPU._apply_shrink`` with zeros for requests without an adapter, whose index is -1."""
+    """Wrap ``PunicaWrapperCPU._apply_shrink``: write zeros for requests without an adapter, whose index is -1."""
     original(wrapper, y, *args)
     y.masked_fill_((wrapper.token_lora_indices < 0)[:, None], 0)
 
 
 def build_metadata(original: Callable[..., Any], builder: Any, *args: Any, **kwargs: Any) -> Any:
-    """``GDNAttentionMetadataBuilder.build`` that empties the slots of requests whose first step verifies drafts."""
+    """Wrap ``GDNAttentionMetadataBuilder.build``: zero the slots of requests whose first step verifies drafts."""
     metadata = original(builder, *args, **kwargs)
     if metadata.num_spec_decodes:
         batch = signature(original).bind(builder, *args, **kwargs).arguments["common_attn_metadata"]
@@ -63,7 +63,7 @@ def build_metadata(original: Callable[..., Any], builder: Any, *args: Any, **kwa
 
 
 def apply_experts(original: Callable[..., None], experts: Any, *args: Any, **kwargs: Any) -> None:
-    """``CPUUnquantizedExperts.apply`` with this rank's numbers of the experts."""
+    """Wrap ``CPUUnquantizedExperts.apply``: pass it this rank's expert ids."""
     call = signature(original).bind(experts, *args, **kwargs).arguments
     local = local_experts(call["expert_map"], call["topk_weights"], call["topk_ids"])
     call["topk_weights"], call["topk_ids"] = local
@@ -73,11 +73,11 @@ def apply_experts(original: Callable[..., None], experts: Any, *args: Any, **kwa
 def all_gatherv(
     communicator: Any, input_: Tensor | list[Tensor], dim: int = 0, sizes: list[int] | None = None
 ) -> Tensor | list[Tensor]:
-    """``CpuCommunicator.all_gatherv``: the rows of every rank, of which each may have another number."""
+    """Add ``CpuCommunicator.all_gatherv``: return the rows of all ranks, whose numbers of rows may differ."""
     assert dim == 0
     if isinstance(input_, list):
         return [communicator.all_gatherv(x, dim, sizes) for x in input_]
-    # gloo gathers equal sizes only, so each rank adds its rows to zeros.
+    # gloo gathers only equal sizes, so each rank adds its rows to zeros.
     sizes = sizes or [len(input_)] * communicator.world_size
     out = input_.new_zeros(sum(sizes), *input_.shape[1:])
     out.split(sizes)[communicator.rank_in_group].copy_(input_)
@@ -86,7 +86,7 @@ def all_gatherv(
 
 
 def reduce_scatterv(communicator: Any, input_: Tensor, dim: int = -1, sizes: list[int] | None = None) -> Tensor:
-    """``CpuCommunicator.reduce_scatterv``: the sum over ranks, of which each keeps its rows."""
+    """Add ``CpuCommunicator.reduce_scatterv``: sum over ranks, and return the rows of this rank."""
     assert dim == 0
     summed = input_.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(summed, group=communicator.device_group)

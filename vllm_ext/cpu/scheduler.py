@@ -1,6 +1,6 @@
 """A scheduler for pipeline parallelism with MTP under vLLM's first model runner, the only one that CPUs have.
 
-Chosen by the user: ``--scheduler-cls vllm_ext.scheduler.PipelineDraftScheduler``.
+The user chooses it with ``--scheduler-cls vllm_ext.scheduler.PipelineDraftScheduler``.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ from vllm.v1.outputs import DraftTokenIds
 
 
 class PipelineDraftScheduler(Scheduler):
-    """Keeps a step's drafts until its sampled token, which they follow, is known.
+    """A scheduler that keeps a step's drafts until the sampled token that they follow is known.
 
-    A pipeline has several steps under way, and vLLM fetches the drafts of one before its output: its own scheduler
-    would schedule them at once, in the place of that token.
+    A pipeline has several steps in flight, and vLLM fetches a step's drafts before its output. vLLM's own scheduler
+    would schedule them at once, at the position of that token.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

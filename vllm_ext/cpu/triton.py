@@ -1,7 +1,7 @@
-"""MTP on CPU: vLLM's Triton kernels that have no CPU implementation there, or a wrong one.
+"""MTP on CPU: replaces Triton kernels for which vLLM has no CPU implementation, or a wrong one.
 
-Given to vLLM through ``register_kernels``. The two state copies can go when vLLM ships its own, ``expand`` when vLLM's
-writes to outputs of other types than int64 (0.32 and 0.33 do neither).
+``register`` gives them to vLLM. The two state copies can go when vLLM has its own, and ``expand`` can go when vLLM's
+version writes to outputs of types other than int64 (0.32 and 0.33 do neither).
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @cache
 def register() -> None:
-    """Idempotent. No CPU can run the first two, so nothing else can depend on them."""
+    """Register our kernels; idempotent. No CPU can run vLLM's first two, so no other model depends on them."""
     from vllm.triton_utils.dispatcher import register_kernels
 
     register_kernels(
@@ -30,14 +30,14 @@ def register() -> None:
 def expand(
     output: Tensor, values: Tensor, cu_num_tokens: Tensor, replace_from: float, replace_to: float, *_: Any
 ) -> None:
-    """Sampled drafts: each request's temperature, top-k and top-p for each of its tokens."""
+    """Repeat each request's value (temperature, top-k or top-p) for each of its tokens, to sample with drafts."""
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     output.copy_(torch.where(values == replace_from, replace_to, values).repeat_interleave(counts))
 
 
 @dataclass(frozen=True)
 class States:
-    """Where every layer's states are, as vLLM describes them: addresses and sizes, one entry per state tensor."""
+    """The location of all layers' states as vLLM describes it: addresses and sizes, one entry per state tensor."""
 
     block_tables: Tensor
     block_table_stride: int
@@ -51,9 +51,9 @@ class States:
     row_strides: Tensor
 
     def copy(self, request: int, src_col: int, dst_col: int, bias: int, conv_dim_first: bool) -> None:
-        """Copy one request's states between block-table columns, past ``bias`` accepted drafts.
+        """Copy one request's states to another block-table column, as they are after ``bias`` accepted drafts.
 
-        A convolution window moves left by ``bias`` columns; a recurrent state is read from the ``bias``-th column on.
+        A convolution window moves left by ``bias`` columns; a recurrent state is read from column ``src_col + bias``.
         """
         tables = self.block_tables.tolist()
         for base, stride, elem, inner, width, group, rows, row_stride in zip(
@@ -90,7 +90,7 @@ class States:
 def precopy_mamba_align(
     state_idx: Tensor, src_col: Tensor, token_bias: Tensor, *args: Any, CONV_STATE_DIM_FIRST: bool, **_: Any
 ) -> None:
-    """Before a step: bring each request's state along when it enters another block."""
+    """Copy each request's state along before a step in which the request enters another block."""
     *states, idx_mapping, num_reqs = args
     where = States(*states)
     for i in range(num_reqs):
@@ -114,7 +114,7 @@ def postprocess_mamba(
     PRECOMPUTED_NEW_COMPUTED: bool = False,
     **_: Any,
 ) -> None:
-    """After a step: keep the state at a block's end when the accepted drafts went past it."""
+    """Keep the state at a block's end after a step whose accepted drafts went past it."""
     *states, num_accepted_out, idx_mapping, num_reqs = args
     where = States(*states)
     for i in range(num_reqs):

@@ -1,1 +1,1 @@
-"""What verify, bench and doctor do inside vLLM's process."""
+"""The code that verify, bench and doctor run inside vLLM's process."""

@@ -1,6 +1,6 @@
-"""What vLLM would serve here: ``report`` is called in a process of its own by ``qnext doctor``.
+"""Reports what vLLM would serve here; ``qnext doctor`` calls ``report`` in a separate process.
 
-Every question is put to vLLM itself, after it has loaded its plugins as it does to serve.
+It puts every question to vLLM itself, which has loaded its plugins as it does to serve.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ ARCHITECTURES = {"target": "Qwen3NextForCausalLM", "draft": "Qwen3NextMTP"}
 
 
 def examine(model: str, flags: list[str]) -> dict[str, Any]:
-    """``kernels`` by what they serve, ``errors`` that would stop it, ``risks`` with a way out."""
+    """Return ``kernels`` by what they serve, ``errors`` that would stop the start, and ``risks`` with a way out."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -38,7 +38,7 @@ def serving_classes() -> dict[str, str]:
 
 
 def check(vllm_config: Any) -> None:
-    """What the model asks of a configuration before it reads a weight."""
+    """Check a configuration as the model does before it reads a weight."""
     from vllm_ext import compat
     from vllm_ext.config import check_speculation, qnext_config
     from vllm_ext.quantization import read_checkpoint
@@ -51,7 +51,7 @@ def check(vllm_config: Any) -> None:
 
 
 def kernels(vllm_config: Any) -> dict[str, tuple[str, str]]:
-    """What serves each phase of a Gated DeltaNet layer (convolution, delta rule), products and attention, and why."""
+    """Return what serves each Gated DeltaNet phase (convolution, delta rule), products and attention, and why."""
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
@@ -71,9 +71,9 @@ def kernels(vllm_config: Any) -> dict[str, tuple[str, str]]:
 
 
 def products(config: Any, vllm_config: Any) -> dict[str, tuple[str, str]]:
-    """Experts, and a draft's head of its own, as they are chosen for one rank alone, and why.
+    """Return what serves the experts and a draft's own head, as chosen for a single rank, and why.
 
-    On a CPU the layers of a quantized checkpoint are made as the model makes them; a GPU's may need its memory for it.
+    On a CPU we build layers of a quantized checkpoint as the model does. On a GPU we do not: that may need its memory.
     """
     import torch
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -118,7 +118,7 @@ def products(config: Any, vllm_config: Any) -> dict[str, tuple[str, str]]:
 
 
 def risks(vllm_config: Any) -> list[tuple[str, str]]:
-    """(what may surprise, which flag avoids it) of this configuration."""
+    """Return pairs of what may surprise in this configuration and which flag avoids it."""
     import os
 
     import torch
@@ -150,7 +150,7 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
         found.append(
             (f"prompts shorter than {block_size} tokens, an attention block, never hit the prefix cache", smaller)
         )
-    if asked not in (None, block_size, device.block_size):  # the last is what `KeepsBlockSize` asks for
+    if asked not in (None, block_size, device.block_size):  # `KeepsBlockSize` sets the last
         found.append((f"--block-size {asked} becomes {block_size}, so that a block holds a state", "drop --block-size"))
     if asked is not None:
         with set_current_vllm_config(vllm_config):
@@ -177,6 +177,6 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
 
 
 def report(model: str, flags: list[str]) -> dict[str, Any]:
-    """What ``qnext doctor`` shows; it never raises."""
+    """Return what ``qnext doctor`` shows; never raise."""
     hooks, switches = ("vllm.general_plugins",), ("VLLM_PLUGINS",)
     return make_report("vllm_ext", "vllm", hooks, switches, serving_classes, examine, model, flags)

@@ -1,4 +1,4 @@
-"""A vLLM engine that runs scenarios and measures, held by the process of ``qnext_plugin.engines.worker``."""
+"""A vLLM engine for scenarios and measurements; the process of ``qnext_plugin.engines.worker`` holds it."""
 
 import argparse
 import os
@@ -19,11 +19,11 @@ from qnext_plugin.verify.worker import Worker, num_logprobs, top
 from vllm_ext.tools.inside import kernels_ran, record_draft, runner_module, serving_modules, set_drafts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions we run in workers
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the functions that we run in workers
 
 
 def engine_args(model: str, config: EngineConfig, **more: Any) -> dict[str, Any]:
-    """Keyword arguments of ``vllm.LLM``, ``more`` of them included. The flags of ``config`` win."""
+    """Return the keyword arguments of ``vllm.LLM``, including ``more``; the flags of ``config`` win."""
     args = {
         "model": model,
         "dtype": config.dtype,
@@ -49,7 +49,7 @@ def engine_args(model: str, config: EngineConfig, **more: Any) -> dict[str, Any]
 
 
 def given(flags: Sequence[str]) -> dict[str, Any]:
-    """What vLLM's own command line flags set, as keyword arguments; without their defaults."""
+    """Return what vLLM's own command-line flags set, as keyword arguments without defaults."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -60,19 +60,19 @@ def given(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def distributions(flat: Any, k: int, start: int = 0) -> list[tuple[list[int], list[float]]]:
-    """The ``k`` most likely ids of each position of a ``FlatLogprobs`` from ``start`` on."""
+    """Return the ``k`` most likely ids and their logprobs at each position of a ``FlatLogprobs`` from ``start`` on."""
     spans = list(zip(flat.start_indices, flat.end_indices, strict=True))[start:]
     return [top(dict(zip(flat.token_ids[a:b], flat.logprobs[a:b], strict=True)), k) for a, b in spans]
 
 
 def start(model: str, config: dict[str, Any], arguments: dict[str, Any]) -> "Engine":
-    """The engine of a process that others call; ``config`` are the fields of an ``EngineConfig``."""
+    """Return the engine of a process that others call; ``config`` holds the fields of an ``EngineConfig``."""
     return Engine(model, EngineConfig(**config), **arguments)
 
 
 class Engine(Worker):
     def __init__(self, model: str, config: EngineConfig, **more: Any) -> None:
-        """``more``: further keyword arguments of ``vllm.LLM``."""
+        """Start the engine; ``more`` are further keyword arguments of ``vllm.LLM``."""
         from vllm import LLM
 
         self.config = config
@@ -88,7 +88,7 @@ class Engine(Worker):
 
     @property
     def worker(self) -> Any:
-        """The worker itself: only where it is this process."""
+        """Return the worker itself; this works only where it runs in this process."""
         return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
     def serving(self) -> dict[str, Any]:

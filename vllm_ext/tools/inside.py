@@ -1,6 +1,6 @@
-"""What runs inside a live vLLM worker, which may be another process: questions to it, and control of its draft.
+"""Functions that run inside a live vLLM worker, possibly in another process: they query it and control its draft.
 
-Random weights are almost never accepted, so without that control nothing past a rejected first draft would be tested.
+Drafts of random weights are almost never accepted: without control, tests would see only rejected first drafts.
 """
 
 import itertools
@@ -13,19 +13,19 @@ from qnext_plugin.kernel_log import KERNELS_RAN
 
 
 def serving_modules(worker: Any) -> set[str]:
-    """Modules of the classes that serve as model and, on the stage that has one, as draft."""
+    """Return the modules of the classes that serve as model and, on the stage that has one, as draft."""
     runner = worker.model_runner
-    models = (runner.get_model(), runner.get_draft_model())  # without what wraps them to capture CUDA graphs
+    models = (runner.get_model(), runner.get_draft_model())  # without the wrappers that capture CUDA graphs
     return {type(model).__module__ for model in models if model is not None}
 
 
 def runner_module(worker: Any) -> str:
-    """Module of the model runner: vLLM has two."""
+    """Return the module of the model runner; vLLM has two runners."""
     return type(worker.model_runner).__module__
 
 
 def _drafter(worker: Any) -> Any:
-    """The proposer of a stage that has a draft model."""
+    """Return the proposer on a stage that has a draft model, else None."""
     drafter = getattr(worker.model_runner, "drafter", None)
     return drafter if getattr(drafter, "model", None) is not None else None
 
@@ -35,10 +35,10 @@ def kernels_ran(worker: Any) -> set[str]:
 
 
 def set_drafts(worker: Any, sequences: Sequence[Sequence[int]], pattern: str) -> None:
-    """Propose continuations of ``sequences`` (whole: prompt and output), told apart by prompt.
+    """Propose continuations of ``sequences``, each of prompt and output; a request's prompt selects its sequence.
 
-    ``pattern`` says how many of a step's D drafts are right: ``right`` all, ``cycle`` each number from none to all in
-    turn, another one for each request of a batch. ``own``: leave it to the model again.
+    ``pattern`` sets how many of a step's D drafts are right. ``right`` makes all right. ``cycle`` goes through each
+    number from none to all, and differs between the requests of a batch. ``own`` lets the model draft again.
     """
     runner, steps = worker.model_runner, itertools.count()
     if _drafter(worker) is None:
@@ -73,7 +73,10 @@ def _sequence(sequences: Sequence[Sequence[int]], prompt: Sequence[int]) -> Sequ
 
 
 def record_draft(worker: Any) -> Callable[[], list[dict[str, Any]]]:
-    """Record each draft step of a single request: its position and the logits it is drawn from."""
+    """Record position and logits of each draft step of a single request.
+
+    Return a function that stops the recording and returns the steps.
+    """
     runner, steps = worker.model_runner, []
     model, propose = runner.drafter.model, runner.drafter.propose
     compute_logits = model.compute_logits
