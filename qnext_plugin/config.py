@@ -267,7 +267,7 @@ def _rope_parameters(raw: Mapping[str, Any], max_position_embeddings: Any) -> di
         rope |= {name: value for name, value in part.items() if value is not None and name != "type"}
     rope.setdefault("rope_type", "default")
     for name, default, largest in (("rope_theta", None, sys.float_info.max), ("partial_rotary_factor", 0.25, 1)):
-        # A top-level value comes last: `transformers` 5 writes a stale default there beside rope_parameters.
+        # The top-level value is only a fallback: `transformers` 5 writes a stale default there beside rope_parameters.
         top = raw.get(name)
         if rope.setdefault(name, default if top is None else top) is None:
             raise ValueError(f"config.json: {name} is missing (top level or in rope_parameters)")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Feature:
-    """A purpose of replacements. ``is_used`` tells whether a process with an engine's configuration needs it."""
+    """A feature that needs replacements. ``is_used`` tells whether a process with an engine's configuration uses it."""
 
     name: str
     is_used: Callable[[Any], bool]

@@ -83,8 +83,7 @@ def _awq(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
 DECODERS: Mapping[str, Decoder] = MappingProxyType(
     {"bytes": _bytes, "packed": _packed, "fp4": _fp4, "gptq": _gptq, "awq": _awq}
 )
-"""For each stored format, this has a function of a module's tensors and the ``quantization_config`` that returns the
-weight, float32 ``[rows, in]``."""
+"""Each takes a module's tensors and the ``quantization_config``, and returns the float32 weight ``[rows, in]``."""
 
 WORDS = ("packed", "gptq", "awq")
 """These are the formats that pack integers of fewer than eight bits into 32-bit words."""

@@ -77,7 +77,7 @@ class LoadGuard(ABC):
     def checked(self, weights: Weights, *, track: bool) -> Weights:
         """Return ``weights``, checked before they are copied.
 
-        If ``track``, each module of which a tensor comes is incomplete until its other tensors arrive.
+        If ``track``, a module that gets a tensor counts as incomplete until its other tensors arrive.
         """
         whole = isinstance(weights, list | tuple)
         if whole:

@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The description of a tensor in a safetensors header. ``dtype`` is the name in the format, such as ``BF16``."""
+    """The description of a tensor in a safetensors header. ``dtype`` is the format's name, such as ``BF16``."""
 
     shape: Shape
     dtype: str

@@ -9,7 +9,7 @@ output rows:
 ``ungroup`` reorders them once, at load, to the sections ``[q | k | v | z]`` and ``[b | a]`` with heads in order. A
 merged column-parallel loader then shards section by section. ``regroup`` is the inverse. Packed words and blocks of a
 quantized tensor move as a whole. If they hold rows of several sections, as those of ``in_proj_ba`` mostly do, the
-projection must be dequantized first (``quantization.py``).
+projection must be dequantized first (``quantized_layers.py``).
 """
 
 from collections.abc import Callable, Mapping

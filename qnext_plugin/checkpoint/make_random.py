@@ -146,7 +146,7 @@ def random_tensor(name: str, shape: Shape, seed: int, tied: bool = False) -> tor
         step = torch.empty(shape).uniform_(math.log(0.001), math.log(0.03), generator=generator).exp_()
         return step.expm1().log()  # inverse of softplus
     noise = torch.randn(shape, generator=generator)
-    if len(shape) == 1:  # norms are zero-centered, except the gated norm, which multiplies by its weight directly
+    if len(shape) == 1:  # norms and biases are around 0, except the weight of the gated norm, which is around 1
         if tied and name in ("model.norm.weight", "mtp.norm.weight"):
             return noise.sign().add_(noise, alpha=0.1).mul_(3.0 * shape[0] ** -0.5).sub_(1.0)
         return noise.mul_(0.1).add_(1.0 if name.endswith(".linear_attn.norm.weight") else 0.0)

@@ -36,7 +36,7 @@ _REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError, Assertion
 
 
 def without_exclusions(quant_config: Config) -> Config:
-    """Return a copy of an engine's configuration that quantizes every layer, because we have decided already."""
+    """Return a copy of an engine's configuration that quantizes every layer; we decide which layers it gets."""
     view: Any = copy.copy(quant_config)
     for name in _EXCLUSIONS:
         if hasattr(view, name):

@@ -85,7 +85,7 @@ class UpdateCheck:
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         headers = {name: describe(tensor) for name, tensor in weights if not _is_ignored(name)}
-        unknown = [n for n in headers if n not in self._expected]  # subtracting key sets would visit all expected
+        unknown = [n for n in headers if n not in self._expected]  # subtracting keys would visit every expected name
         unexpected = sorted(n for n in unknown if not _is_quantized(n, self._linear, self._attention))
         if problems := _problems([], unexpected, _misshapen(self._expected, headers)):
             raise RefusedUpdate(f"new weights do not match config.json:\n{problems}\nsend them again in its shapes")
@@ -240,8 +240,5 @@ def _is_present(name: str, shape: Shape, names: set[str]) -> bool:
 
 
 def _is_ignored(name: str) -> bool:
-    """Return whether a tensor holds rotary frequencies, which old checkpoints store although nobody needs them.
-
-    They follow from the configuration.
-    """
+    """Return whether a tensor holds rotary frequencies, which old checkpoints store; config.json implies them."""
     return name.split(".")[-2:] == ["rotary_emb", "inv_freq"]

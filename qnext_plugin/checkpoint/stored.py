@@ -32,7 +32,7 @@ OTHER_FILES = frozenset(
         *("gguf", "bitsandbytes", "expert_pack", "jax", "remote"),
     )
 )
-"""These load formats of the engines read other files than a checkpoint's published safetensors files."""
+"""These load formats of the engines read other files than the safetensors files of a published checkpoint."""
 
 _ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
 

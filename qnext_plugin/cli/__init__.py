@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags and not hasattr(args, "flags"):
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
     args.flags = flags
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are stopped before the exit
     try:
         return int(args.run(args) or 0)
     except (ValueError, OSError) as e:

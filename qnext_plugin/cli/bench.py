@@ -164,10 +164,7 @@ def check_lengths(directory: Path, task: Any) -> None:
 
 
 def read_prompts(directory: Path, file: Path) -> list[list[int]]:
-    """Return the token ids of each line of ``file``.
-
-    A line becomes a user's question in the checkpoint's chat template; without a template it stays unchanged.
-    """
+    """Return the token ids of each line, which is a user's question in the chat template, if there is a template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)

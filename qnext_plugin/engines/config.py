@@ -7,7 +7,7 @@ from typing import Any
 
 ENGINES = ("vllm", "sglang")
 MAX_MODEL_LEN = 1024
-VLLM_BLOCK_SIZE = 32  # asked for with prefix caching; vLLM rounds it up until a block holds a recurrent state
+VLLM_BLOCK_SIZE = 32  # requested with prefix caching; vLLM rounds it up until a block holds a recurrent state
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def wait_until(
     """
     begin = time.monotonic()
     while True:
-        ended = process.poll() is not None  # read before the condition: what it did before it ended counts
+        ended = process.poll() is not None  # read before the condition, so that what it did before its end counts
         if condition():
             return
         seconds = time.monotonic() - begin

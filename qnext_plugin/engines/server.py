@@ -20,7 +20,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers requests. The id of its process is also the id of the process group of all it started."""
+    """A server that answers requests. Its process id is also the id of the group of all processes that it started."""
 
     engine: str
     url: str

@@ -19,7 +19,10 @@ class Verdict:
 
 
 def is_tested(version: str, tested: str) -> bool:
-    """Return whether ``version`` is in a range such as ``>=0.32,<0.34``; a local build can be, an invalid one not."""
+    """Return whether ``version`` is in a range such as ``>=0.32,<0.34``.
+
+    Local builds count; invalid versions do not.
+    """
     try:
         return SpecifierSet(tested).contains(Version(version), prereleases=True)
     except InvalidVersion:

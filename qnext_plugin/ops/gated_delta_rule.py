@@ -33,8 +33,8 @@ def split_heads(mixed: Tensor, dims: GatedDeltaNetDims) -> tuple[Tensor, Tensor,
 def gating(a: Tensor, b: Tensor, *, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return log decay ``g = -exp(A_log) * softplus(a + dt_bias)`` (<= 0) and write strength ``beta = sigmoid(b)``.
 
-    ``a`` and ``b`` [..., Hv] are logits; ``A_log`` and ``dt_bias`` are [Hv]. Both results are [..., Hv], in float32
-    or float64.
+    ``a`` and ``b`` [..., Hv] are logits; ``A_log`` and ``dt_bias`` are [Hv]. Both results are [..., Hv] in float32
+    (float64 for float64 inputs).
     """
     compute = torch.promote_types(a.dtype, torch.float32)
     g = -A_log.to(compute).exp() * F.softplus(a.to(compute) + dt_bias.to(compute))
@@ -44,7 +44,7 @@ def gating(a: Tensor, b: Tensor, *, A_log: Tensor, dt_bias: Tensor) -> tuple[Ten
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Return ``x * rsqrt(sum(x^2) + eps)`` over the last dimension, as in ``fla`` and ``transformers``.
 
-    The result is in float32, or in float64 for float64 inputs.
+    The result is in float32 (float64 for float64 inputs).
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)

@@ -25,10 +25,7 @@ def zero_centered_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Return ``x / rms(x)`` as a new tensor, which callers may overwrite.
-
-    Working in place pays off, because allocating memory costs more than the arithmetic.
-    """
+    """Return ``x / rms(x)`` as a new tensor that callers may overwrite: allocating costs more than the arithmetic."""
     out = x.to(dtype, copy=True)
     mean_square = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     return out.mul_(mean_square.add_(eps).rsqrt_())

@@ -12,7 +12,7 @@ from qnext_plugin.config import FULL, LINEAR, QNextConfig
 from qnext_plugin.plan.state import StateSpec
 
 VOCAB_PADDING = 64  # both engines pad the vocabulary to a multiple of it before they split it
-_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}  # every other format: 8
+_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}  # all other formats have 8
 _REPLICATED = {"norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "gate", "shared_expert_gate"}
 _REPLICATED |= {"pre_fc_norm_hidden", "pre_fc_norm_embedding"}
 

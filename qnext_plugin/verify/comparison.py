@@ -22,9 +22,11 @@ EXPERT_TIE = 1e-5
 
 @dataclass(frozen=True)
 class Completion:
-    """One answered request. ``ids`` and ``logprobs`` ``[positions, k]`` are the engine's most likely ids by position.
+    """One answered request.
 
-    The last ``len(token_ids)`` positions belong to ``token_ids``; any earlier positions belong to the prompt's end.
+    ``ids`` and ``logprobs`` ``[positions, k]`` are the engine's most likely ids of each position and their
+    log-probabilities. The last ``len(token_ids)`` positions belong to ``token_ids``; any earlier positions belong to
+    the end of the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -232,7 +234,7 @@ def check_warm(result: Result) -> None:
 
 
 def loops(token_ids: Sequence[int]) -> bool:
-    """Return whether an output ends in a loop: up to eight tokens, at least four times, over at least 16 tokens."""
+    """Return whether an output ends in up to eight tokens repeated at least four times, over at least 16 tokens."""
     spans = [(period, max(16, 4 * period)) for period in range(1, 9)]
     return any(
         len(token_ids) >= span and list(token_ids[-span + period :]) == list(token_ids[-span:-period])

@@ -40,7 +40,7 @@ def _available_bytes() -> int:
 
 
 class Whole:
-    """A teacher-forced forward pass of one checkpoint in ``dtype``, one sequence at a time; each is computed once."""
+    """A teacher-forced forward pass of one checkpoint in ``dtype``. It computes each sequence alone, and only once."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         model, info = Qwen3NextForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)

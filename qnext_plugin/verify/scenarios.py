@@ -21,7 +21,7 @@ class Scenario:
     they decode, long ones during their prefill.
     ``turns`` continue the first request: each is another batch, of all tokens so far and these.
     ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks. If
-    ``preempts``, the cache must run out in between. Without these conditions such a scenario would prove nothing.
+    ``preempts``, the cache must run out meanwhile. Without these conditions such a scenario would prove nothing.
     """
 
     batches: tuple[tuple[Prompt, ...], ...]
@@ -49,7 +49,7 @@ class Scenario:
 
 
 def tokens(length: int, seed: int, vocab_size: int = VOCAB_SIZE) -> Prompt:
-    """Return a prompt of ``length`` random ids that depend only on ``seed``."""
+    """Return a prompt of ``length`` random ids; the same ``seed`` gives the same ids."""
     rng = random.Random(seed)
     return tuple(rng.randrange(vocab_size) for _ in range(length))
 

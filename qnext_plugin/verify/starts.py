@@ -136,5 +136,5 @@ def texts(checkpoint: Path) -> list[Prompt]:
 
 
 def _starving_blocks(cache: VllmCache, length: int, max_model_len: int) -> int:
-    """Return how many blocks hold two or three of four requests of ``length``, and one whole of ``max_model_len``."""
+    """Return a number of blocks for two or three of four requests of ``length``, and for one of ``max_model_len``."""
     return max(cache.blocks(max_model_len) + 2, round(2.4 * cache.blocks(length)))

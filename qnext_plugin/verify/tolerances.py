@@ -7,6 +7,6 @@ LOGPROB_FLOAT32 = 1e-4
 # For small random checkpoints, by engine. On these `transformers` is up to 1e-5 off from float64.
 SERVED_LOGPROB_FLOAT32 = {"vllm": 1e-4, "sglang": 1e-5}
 
-# The largest error in bfloat16, and the mean error without the worst tenth of positions, may be this many times those
-# of `transformers` in bfloat16.
+# In bfloat16, the largest error and the mean error without the worst tenth of positions are divided by those of
+# `transformers` in bfloat16 on the same tokens. The ratios may be this large.
 LOGPROB_BFLOAT16_RATIO = 1.2

@@ -1,6 +1,6 @@
 """Compiled products with bfloat16 weights, for CPUs that have AVX2 and no bfloat16 instructions.
 
-On such CPUs torch multiplies bfloat16 ten times slower than float32. Here weights stay bfloat16 in memory and are
+On such CPUs torch multiplies bfloat16 ten times as slowly as float32. Here weights stay bfloat16 in memory and are
 converted to float32 in registers, which costs a shift or a mask. Few rows run at the speed of memory, many rows at
 the speed of float32.
 """
@@ -55,7 +55,7 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 def _transposed(pairs: Tensor) -> Tensor:
     """Transpose ``pairs`` and return them as contiguous bfloat16, also if a dimension is 1.
 
-    Copying a pair as one element is three times faster than as two.
+    Copying a pair as one element is three times as fast as copying two.
     """
     return pairs.mT.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
 
