@@ -10,12 +10,12 @@ from typing import Any, Self
 LINEAR = "linear_attention"
 FULL = "full_attention"
 ROPE_TYPES = ("default", "yarn")
-LARGEST = 2**24  # above any real size, so that a corrupt file cannot make us build an endless layer list
+LARGEST = 2**24  # above any real size; keeps a corrupt file from making us build an endless list of layers
 
 
 @dataclass(frozen=True)
 class GatedDeltaNetDims:
-    """Head layout of a Gated DeltaNet mixer. One *group* is a key head and the value heads that share it."""
+    """The head layout of a Gated DeltaNet mixer. One *group* is a key head and the value heads that share it."""
 
     num_k_heads: int
     num_v_heads: int
@@ -37,11 +37,11 @@ class GatedDeltaNetDims:
 
     @property
     def conv_dim(self) -> int:
-        """Channels of the causal convolution: ``[q | k | v]``."""
+        """The number of channels of the causal convolution: ``[q | k | v]``."""
         return 2 * self.key_dim + self.value_dim
 
     def shard(self, tp_size: int) -> "GatedDeltaNetDims":
-        """The dimensions one of ``tp_size`` tensor-parallel ranks holds: whole groups."""
+        """Return the dimensions that one of ``tp_size`` tensor-parallel ranks holds; a rank holds whole groups."""
         if tp_size < 1 or self.num_k_heads % tp_size:
             divisors = [n for n in range(1, self.num_k_heads + 1) if self.num_k_heads % n == 0]
             raise ValueError(
@@ -59,12 +59,12 @@ class GatedDeltaNetDims:
 
 @dataclass(frozen=True)
 class QNextConfig:
-    """A validated Qwen3-Next configuration. Fields carry the names of ``config.json``.
+    """A validated Qwen3-Next configuration. The fields have the names of ``config.json``.
 
     Both dialects are accepted: the published one (``rope_theta``, ``rope_scaling``, ``partial_rotary_factor``,
-    ``full_attention_interval``) and the one ``transformers`` 5 writes (``rope_parameters``, ``layer_types``).
-    ``rope_parameters`` is always complete here: ``rope_type``, ``rope_theta``, ``partial_rotary_factor`` and,
-    for YaRN, its own keys with ``original_max_position_embeddings``.
+    ``full_attention_interval``) and the one that ``transformers`` 5 writes (``rope_parameters``, ``layer_types``).
+    ``rope_parameters`` is always complete here: it has ``rope_type``, ``rope_theta``, ``partial_rotary_factor`` and,
+    for YaRN, the keys of YaRN, ``original_max_position_embeddings`` included.
     """
 
     vocab_size: int
@@ -97,7 +97,7 @@ class QNextConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Build from a parsed ``config.json``; ``ValueError`` names every missing or inconsistent key."""
+        """Build from a parsed ``config.json``; a ``ValueError`` names every missing or inconsistent key."""
         model_type = raw.get("model_type", "qwen3_next")
         if model_type not in ("qwen3_next", "qwen3_next_mtp"):
             raise ValueError(f"config.json: model_type is {model_type!r}, expected 'qwen3_next'")
@@ -146,11 +146,11 @@ class QNextConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Leading dimensions of each attention head that RoPE rotates."""
+        """The number of leading dimensions of each attention head that RoPE rotates."""
         return int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
 
     def check_tensor_parallel(self, tp_size: int) -> None:
-        """``ValueError`` for a tensor-parallel size that does not split the heads."""
+        """Raise ``ValueError`` if a tensor-parallel size does not split the heads."""
         self.gdn.shard(tp_size)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % tp_size or max(kv_heads, tp_size) % min(kv_heads, tp_size):
@@ -160,7 +160,7 @@ class QNextConfig:
             )
 
     def is_sparse(self, layer_idx: int) -> bool:
-        """Whether the layer's feed-forward is a mixture of experts (else a dense MLP)."""
+        """Return whether the layer's feed-forward part is a mixture of experts; otherwise it is a dense MLP."""
         return (
             layer_idx not in self.mlp_only_layers
             and self.num_experts > 0
@@ -209,7 +209,7 @@ class QNextConfig:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Parse a ``config.json``; ``ValueError`` where it is none."""
+    """Parse a ``config.json``; raises ``ValueError`` if the file is not one."""
     try:
         raw = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as e:
@@ -262,12 +262,12 @@ def _rope_parameters(raw: Mapping[str, Any], max_position_embeddings: Any) -> di
         part = {} if raw.get(key) is None else raw[key]
         if not isinstance(part, Mapping):
             raise ValueError(f"config.json: {key} is {part!r}, expected an object")
-        # `type` is the older name of `rope_type`; where both objects are given, `transformers` too prefers the second.
+        # `type` is the older name of `rope_type`. If both objects are given, `rope_scaling` wins, as in `transformers`.
         part = {"rope_type": part.get("type"), **part}
         rope |= {name: value for name, value in part.items() if value is not None and name != "type"}
     rope.setdefault("rope_type", "default")
     for name, default, largest in (("rope_theta", None, sys.float_info.max), ("partial_rotary_factor", 0.25, 1)):
-        # `transformers` 5 writes a stale default at the top level beside the value in rope_parameters.
+        # The top-level value is only a fallback: `transformers` 5 writes a stale default there beside rope_parameters.
         top = raw.get(name)
         if rope.setdefault(name, default if top is None else top) is None:
             raise ValueError(f"config.json: {name} is missing (top level or in rope_parameters)")

@@ -1,7 +1,7 @@
-"""Which kernels have served in this process; tests and ``qnext verify`` read it."""
+"""A record of the kernels that have served in this process; tests and ``qnext verify`` read it."""
 
 KERNELS_RAN: set[str] = set()
-"""Such as ``"phase: convolution, delta rule"``; each adapter says what it records."""
+"""Entries look like ``"phase: convolution, delta rule"``; each adapter documents its entries."""
 
 
 def record(what: str) -> None:

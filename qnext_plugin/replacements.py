@@ -1,7 +1,7 @@
-"""Functions and values of an engine that are replaced by ours: what each is, why, and how it is installed.
+"""Replace functions and values of an engine with ours, each for a documented reason.
 
-Each adapter has one list of them, in its ``compat.py``. A replacement is installed once per process, when a model that
-needs it is built, and is in force until the process ends.
+Each adapter lists its replacements in its ``compat.py``. A replacement is installed once per process, when a model
+that needs it is built, and stays in force until the process ends.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Feature:
-    """What a replacement is for, and whether a process with an engine's configuration uses it."""
+    """A feature that needs replacements. ``is_used`` tells whether a process with an engine's configuration uses it."""
 
     name: str
     is_used: Callable[[Any], bool]
@@ -23,17 +23,17 @@ class Feature:
 
 @dataclass(frozen=True)
 class Replacement:
-    """One attribute of an engine, and what takes its place.
+    """One attribute of an engine and our replacement for it.
 
-    ``target`` and ``ours`` are ``"module:name"`` or ``"module:Owner.name"`` and are imported when it is installed. A
-    target ``"module:NAMES[key]"`` is an entry of a mapping, which need not exist. ``kind`` says what ``ours`` is:
+    ``target`` and ``ours`` are ``"module:name"`` or ``"module:Owner.name"``; both are imported at installation. A
+    target ``"module:NAMES[key]"`` is an entry of a mapping, and the entry need not exist. ``kind`` describes ``ours``:
 
-    - ``replace``: called as the target was, with the same arguments. A class stands for a class.
-    - ``around``: called with the original first, then with the arguments.
+    - ``replace``: a function that is called with the target's arguments, or a class that replaces a class.
+    - ``around``: a function that is called with the original first, then with the target's arguments.
     - ``set``: a value.
 
-    ``why`` and ``until`` say what is wrong without it and when it can be removed. ``parameters`` are those of the
-    target that ``ours`` relies on.
+    ``why`` describes what goes wrong without the replacement, ``until`` when it can be removed. ``parameters`` are
+    the parameters of the target that ``ours`` relies on.
     """
 
     feature: Feature
@@ -48,16 +48,16 @@ class Replacement:
 Put = Callable[[Replacement, Any], None]
 
 IN_FORCE: dict[str, Replacement] = {}
-"""What has been installed in this process, by target."""
+"""The replacements that are installed in this process, by target."""
 
 
 def install(
     replacements: Iterable[Replacement], config: Any, engine: str, version: str, put: Put | None = None
 ) -> None:
-    """Put ours in the place of what a process with ``config`` needs replaced and has not yet.
+    """Install the replacements that a process with ``config`` needs and that are not installed yet.
 
-    ``put`` is the engine's own way of replacing a function or class, if it has one. ``RuntimeError`` where a target is
-    not what ours was written for.
+    ``put`` is the engine's own way to replace a function or class, if it has one. Raises ``RuntimeError`` if a target
+    is not what our replacement was written for.
     """
     for replacement in replacements:
         if replacement.target not in IN_FORCE and replacement.feature.is_used(config):
@@ -80,7 +80,7 @@ def _install(replacement: Replacement, engine: str, version: str, put: Put) -> N
 
 
 def problem_with(replacement: Replacement) -> str:
-    """Why the target cannot be replaced, ready to follow its name; empty if it can."""
+    """Return why the target cannot be replaced, worded to follow its name; empty if it can be replaced."""
     try:
         original = resolve(replacement.target)
     except (ImportError, AttributeError) as e:
@@ -93,13 +93,13 @@ def problem_with(replacement: Replacement) -> str:
 
 
 def resolve(name: str) -> Any:
-    """The object that ``"module:Owner.name"`` or ``"module:NAMES[key]"`` names; an exception if there is none."""
+    """Return the object named ``"module:Owner.name"`` or ``"module:NAMES[key]"``; raise if it does not exist."""
     owner, last, is_key = _parts(name)
     return owner[last] if is_key else getattr(owner, last)
 
 
 def _parts(name: str) -> tuple[Any, str, bool]:
-    """The object that holds what ``name`` names, the attribute or key, and whether it is a key."""
+    """Split ``name`` into the object that owns the last part, the last part itself, and whether that is a key."""
     module, _, path = name.partition(":")
     path, bracket, key = path.partition("[")
     owners, _, last = path.rpartition(".")

@@ -1,1 +1,1 @@
-"""Speed of a served model, measured in turn against another, with what the machine allows at the most."""
+"""Measure the speed of a served model, in turn with another model, and compare it with the machine's limits."""

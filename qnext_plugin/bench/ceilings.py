@@ -1,4 +1,4 @@
-"""What this machine reaches: ``python -m qnext_plugin.bench.ceilings DTYPE OUT.json``."""
+"""Measure the rates that this machine reaches: ``python -m qnext_plugin.bench.ceilings DTYPE OUT.json``."""
 
 import json
 import sys
@@ -16,9 +16,10 @@ ROUNDS = 8
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes per second that are read, bytes per second that a copy reads and writes, operations per second of a GEMM.
+    """The rates of one device.
 
-    On one device; on a CPU with as many threads as torch takes, and a GEMM in float32 where that is faster.
+    They are the bytes per second of reading, the bytes per second that a copy reads and writes, and the operations
+    per second of a GEMM. On a CPU torch chooses the number of threads, and the GEMM is in float32 if that is faster.
     """
 
     read: float
@@ -27,7 +28,10 @@ class Ceilings:
 
 
 def measure(dtype: torch.dtype, device: str) -> Ceilings:
-    """The best of a few rounds: a sum over 1 GiB, a copy of it, a product of two square matrices in ``dtype``."""
+    """Measure a sum over 1 GiB, a copy of it, and a product of two square matrices in ``dtype``.
+
+    Each rate is the best of a few rounds.
+    """
     source = torch.ones(1 << 28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     size = 8192 if device == "cuda" else 2048

@@ -1,4 +1,4 @@
-"""What a step has to move and to compute at the least, counted from the configuration, and so how fast it can be."""
+"""Count from the configuration what a step must move and compute, and how fast it can therefore be."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from qnext_plugin.plan.sizes import Serving
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes read and written, and operations (a multiplication and an addition are two)."""
+    """The bytes that are read and written, and the operations (a multiplication and an addition are two)."""
 
     bytes: float
     flops: float
@@ -24,24 +24,30 @@ class Work:
         return Work(self.bytes + other.bytes, self.flops + other.flops)
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """At the least, where moving and computing overlap in full."""
+        """Return the shortest possible time, with moving and computing fully overlapped."""
         return max(self.bytes / ceilings.read, self.flops / ceilings.gemm)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as one device serves it; ``headers`` are those of a quantized checkpoint."""
+    """A model as one device serves it; ``headers`` are the headers of a quantized checkpoint."""
 
     serving: Serving
     state_dtype: torch.dtype
     headers: Mapping[str, TensorInfo] | None = None
 
     def prefill(self, batch: int, length: int) -> Work:
-        """Prompts of ``length`` tokens in one step, the first token of each answer, and its drafts."""
+        """Return the work of ``batch`` prompts of ``length`` tokens in one step.
+
+        This includes the first token of each answer and its drafts.
+        """
         return self._trunk(batch, length, 0, sampled=1) + self._drafts(batch, length, 0)
 
     def decode(self, batch: int, context: float) -> Work:
-        """One step of ``batch`` sequences of ``context`` tokens; with drafts: verifying them, and drafting the next."""
+        """Return the work of one step of ``batch`` sequences of ``context`` tokens.
+
+        With drafts, this includes verifying them and drafting the next.
+        """
         drafts = self.serving.num_draft_tokens
         return self._trunk(batch, 1 + drafts, context, sampled=1 + drafts) + self._drafts(batch, 1, context)
 
@@ -50,15 +56,19 @@ class Model:
         layers = config.layer_types.count(LINEAR)
         state = self.serving.state(self.serving.dtype, self.state_dtype, drafts)
         recurrent = prod(state.recurrent_shape)
-        # Read once, written once, and once more after each draft.
+        # A state is read once and written once, and written once more after each draft.
         moved = 2 * state.page_bytes + drafts * recurrent * self.state_dtype.itemsize
-        # Per token and element: what the key finds in the state, the correction added to it, what the query finds.
+        # Each token and element of a state takes two operations for reading with the key, for the write, and for
+        # reading with the query.
         delta_rule = Work(batch * layers * moved, 6 * batch * length * layers * recurrent)
         full = config.layer_types.count(FULL)
         return self._weights(False, batch, length, sampled) + self._attention(full, batch, length, context) + delta_rule
 
     def _drafts(self, batch: int, length: int, context: float) -> Work:
-        """As many passes through the MTP layer as there are drafts; only the first has more tokens than one."""
+        """Return the work of the passes through the MTP layer, one for each draft.
+
+        Only the first pass can have more than one token.
+        """
         work = Work(0, 0)
         for i in range(self.serving.num_draft_tokens):
             new = 1 if i else length
@@ -66,7 +76,7 @@ class Model:
         return work
 
     def _weights(self, mtp: bool, batch: int, length: int, sampled: int) -> Work:
-        """Of the trunk, or of the MTP layer with the head that both share."""
+        """Return the work of the trunk's weights, or of the MTP layer's; both include the shared head."""
         config, tokens = self.serving.config, batch * length
 
         def belongs(name: str) -> bool:
@@ -74,13 +84,13 @@ class Model:
             return head or (name.startswith("mtp.") == mtp and not (mtp and "embed_tokens" in name))
 
         def rows(name: str) -> tuple[float, float]:
-            """The share of a weight that is read, and with how many tokens it is multiplied."""
+            """Return the share of a weight that is read, and by how many tokens it is multiplied."""
             parts = name.split(".")
             if "lm_head" in parts or (config.tie_word_embeddings and "embed_tokens" in parts):
                 return 1.0, batch * sampled
             if "embed_tokens" in parts:
                 return min(1.0, tokens / config.vocab_size), 0
-            if "experts" in parts:  # those that at least one token chooses, were each as likely as any other
+            if "experts" in parts:  # the share that at least one token chooses, if all experts are equally likely
                 chosen = config.num_experts_per_tok / config.num_experts
                 return 1 - (1 - chosen) ** tokens, tokens * chosen
             return 1.0, tokens
@@ -91,7 +101,10 @@ class Model:
         return Work(moved, flops)
 
     def _attention(self, layers: int, batch: int, length: int, context: float) -> Work:
-        """Each query with every key up to its own, and as many values; new keys and values are written, not read."""
+        """Return the work of attention: each query meets every key and value up to its position.
+
+        New keys and values are only written.
+        """
         config = self.serving.config
         seen = length * context + length * (length + 1) / 2
         heads = config.num_attention_heads * config.head_dim
@@ -102,7 +115,7 @@ class Model:
 def limit(
     model: Model, ceilings: Ceilings, *, batch: int, length: int, output: int = 0, tokens_per_step: float = 1.0
 ) -> float:
-    """Tokens per second at the most: of a prefill, or of a decode of ``output`` more tokens after ``length``."""
+    """Return the highest tokens per second of a prefill, or of a decode of ``output`` tokens after ``length``."""
     if not output:
         return batch * length / model.prefill(batch, length).seconds(ceilings)
     return batch * tokens_per_step / model.decode(batch, length + output / 2).seconds(ceilings)

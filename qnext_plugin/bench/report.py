@@ -1,4 +1,4 @@
-"""What ``qnext bench`` finds: ratios pair by pair, the limit next to each figure, as a table and as a chart."""
+"""The report of ``qnext bench`` as a table and a chart: rates, ratios pair by pair, and limits."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,11 @@ ABOUT = (
 
 @dataclass
 class Report:
-    """``kind`` is ``offline`` or ``served``. Of mappings by side, a list has an entry for each pair.
+    """The results of one benchmark. ``kind`` is ``offline`` or ``served``.
 
-    ``about`` is by the names in ``ABOUT`` and by side. Of a workload there are the rates of each side and, of two,
-    their ``ratio``; then by side its ``limit`` and other figures, see ``EXTRA``.
+    A list of measurements has an entry for each pair. The keys of ``about`` are the names in ``ABOUT``, then the sides.
+    Each of the ``workloads`` has the rates of each side and, for two sides, their ``ratio``; then, by side, the
+    ``limit`` and other figures (see ``EXTRA``).
     """
 
     kind: str
@@ -40,15 +41,18 @@ class Report:
     workloads: dict[str, dict[str, Any]]
 
     def as_json(self) -> dict[str, Any]:
-        """What ``--json`` writes."""
+        """Return the content of the file that ``--json`` writes."""
         found = asdict(self)
         about, workloads = found.pop("about"), found.pop("workloads")
         return found | about | {"workloads": workloads}
 
 
 def summary(pairs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Of what each side measured, pair by pair: by workload its rates, the ``ratio`` of the first side's to the
-    second's (the median of those of each pair), and whatever else both found, as lists by side."""
+    """Summarize by workload what each side measured, pair by pair.
+
+    A workload has the rates of each side, the ``ratio`` of the first side's rates to the second's (the median over
+    pairs), and all other figures that both sides have, as lists by side.
+    """
     names = list(pairs[0])
     table: dict[str, dict[str, Any]] = {}
     for workload, found in pairs[0][names[0]]["workloads"].items():
@@ -67,13 +71,13 @@ def ratios(row: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[flo
 
 
 def spread(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Median and range of the ratios."""
+    """Return the median and range of the ratios as text."""
     found = ratios(row, names)
     return f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
 
 
 def text(report: Report) -> str:
-    """What ``qnext bench`` prints."""
+    """Return the text that ``qnext bench`` prints."""
     names, workloads = report.sides, report.workloads
     extra = [key for key in EXTRA if any(key in row for row in workloads.values())]
     rows = [
@@ -123,7 +127,7 @@ def _notes(report: Report) -> list[str]:
 
 
 def check_plot(file: Path) -> None:
-    """``ValueError`` before anything is measured that could not be drawn."""
+    """Raise ``ValueError`` if a chart cannot be drawn; to be called before anything is measured."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -133,7 +137,7 @@ def check_plot(file: Path) -> None:
 
 
 def plot(report: Report, file: Path) -> None:
-    """Bars of each workload's median rates, whiskers from least to most, and the limit as a line across them."""
+    """Draw bars of each workload's median rates, with whiskers from minimum to maximum, and the limit as a line."""
     from matplotlib.figure import Figure
 
     names, workloads = report.sides, report.workloads

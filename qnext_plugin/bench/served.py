@@ -1,4 +1,4 @@
-"""A side behind HTTP: the engine's own server, under load from the engine's own bench client."""
+"""Measure a side over HTTP: the engine's own server, under load from the engine's own bench client."""
 
 import json
 import time
@@ -13,9 +13,9 @@ from qnext_plugin.engines import process, server
 from qnext_plugin.engines.process import EngineFailed, failure
 from qnext_plugin.engines.who_serves import check_log
 
-ROUNDS = 4  # requests of each client that the load imitates
+ROUNDS = 4  # requests of each simulated client
 
-# Prompts of random tokens, because the clients' other data sets are downloads.
+# Prompts are random tokens, because the clients would have to download their other data sets.
 CLIENTS = {
     "vllm": (
         *("-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai", "--dataset-name", "random"),
@@ -42,7 +42,10 @@ FIGURES = {
 
 @contextmanager
 def behind_http(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
-    """As ``side.offline``; a workload's ``batch`` is how many requests are answered at a time."""
+    """Start a side's server, and yield a function that measures it, as ``side.offline`` does.
+
+    A workload's ``batch`` is the number of requests that are answered at a time.
+    """
     directory.mkdir(parents=True)
     log, before, begun = directory / "log", device_bytes(), time.monotonic()
     flags = [*task.flags(side.engine), *side.flags]
@@ -78,7 +81,7 @@ def behind_http(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
 
 
 def complete(url: str, model: str) -> None:
-    """Ask for one token; a failure shows in the load that follows."""
+    """Request one token. A failure is ignored, because the load that follows fails too."""
     body = json.dumps({"model": model, "prompt": "a", "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     with suppress(OSError), urllib.request.urlopen(request, timeout=600) as answer:

@@ -1,4 +1,4 @@
-"""One of the models that are compared, served in a process of its own."""
+"""One of the compared models, served in a separate process."""
 
 import os
 import subprocess
@@ -18,16 +18,20 @@ from qnext_plugin.engines.who_serves import native_environment
 
 TIMEOUT = 7200.0  # seconds for a start, and for all workloads
 LONGEST_STEP = 16384  # tokens
-# Behind the longest sequence: drafts, what SGLang keeps free, and what a server finds more in a prompt sent as text.
+# Room after the longest sequence for drafts, for what SGLang keeps free, and for the extra tokens that a server may
+# find in a prompt sent as text.
 ROOM = 32
 POOLS: dict[str, dict[str, Any]] = {"vllm": {}, "sglang": {"max_mamba_cache_size": None, "max_total_tokens": None}}
-"""Cache sizes as the engine chooses them, where it otherwise would get small ones."""
+"""These arguments let the engine choose its cache sizes; otherwise it would get our small ones."""
 Measure = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Side:
-    """``python`` has ``engine`` and this package installed; ``flags`` are the engine's own, and win over ours."""
+    """One of the compared models. ``python`` is an interpreter that has ``engine`` and this package installed.
+
+    ``flags`` are the engine's own flags and override ours.
+    """
 
     name: str
     engine: str
@@ -37,14 +41,17 @@ class Side:
 
     @property
     def version(self) -> str:
-        """Of the engine."""
+        """The version of the engine."""
         names = "from importlib.metadata import packages_distributions, version\n"
         code = names + f"print(version(packages_distributions()[{self.engine!r}][0]))"
         return subprocess.check_output([self.python, "-c", code], text=True).strip()
 
     @property
     def environment(self) -> dict[str, str]:
-        """On a CPU all cores, unless told otherwise: vLLM leaves one idle by default."""
+        """The environment variables of the engine. On a CPU it uses all cores, unless the user's variables differ.
+
+        vLLM leaves one core idle by default.
+        """
         chosen = native_environment(self.native)
         if not torch.cuda.is_available():
             chosen |= all_cores() | {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
@@ -53,7 +60,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Task:
-    """What every side does: the ``workloads`` of ``worker.measure``, and the ``prompts`` of decodes, if given."""
+    """The work of every side: the ``workloads`` of ``worker.measure`` and, if given, the ``prompts`` of decodes."""
 
     model: str
     workloads: Mapping[str, Mapping[str, int]]
@@ -63,14 +70,14 @@ class Task:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, with ``ROOM``."""
+        """The tokens of the longest sequence, ``ROOM`` included."""
         lengths = [w["length"] + w.get("output", 0) + 1 for w in self.workloads.values()]
         given = max(map(len, self.prompts), default=0)
         outputs = [given + w["output"] + 1 for w in self.workloads.values() if "output" in w]
         return max(lengths + outputs) + ROOM
 
     def flags(self, engine: str) -> list[str]:
-        """Of the engine's command line: a batch's prompts in one step, no prefix found in a cache."""
+        """Return flags of the engine that compute a batch's prompts in one step and turn off prefix caching."""
         largest = max(workload["batch"] for workload in self.workloads.values())
         together = max(workload["batch"] * workload["length"] for workload in self.workloads.values())
         names = {
@@ -85,10 +92,10 @@ class Task:
 
 @contextmanager
 def offline(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
-    """The engine without its server, which starts at once; what is yielded waits for that and measures, each time anew.
+    """Start a side's engine without its server, and yield a function that waits for the start and then measures.
 
-    It returns the ``modules`` of the classes that serve, seconds of the start and of the first request, ``ranks``,
-    what ``worker.measure`` finds as ``workloads``, and ``peak_memory``.
+    Every call of the function measures again. It returns the ``modules`` of the serving classes, the seconds of the
+    start and of the first request, ``ranks``, the results of ``worker.measure`` as ``workloads``, and ``peak_memory``.
     """
     before = device_bytes()
     config = EngineConfig(
@@ -128,7 +135,7 @@ def offline(side: Side, task: Task, directory: Path) -> Iterator[Measure]:
 
 
 def read_once(directory: Path) -> None:
-    """So that the first start does not wait for a disk from which the others need nothing any more."""
+    """Read all weights once, so that the first start does not wait for the disk longer than later starts do."""
     for file in directory.glob("*.safetensors"):
         with file.open("rb", buffering=0) as weights:
             while weights.read(1 << 24):
@@ -136,14 +143,17 @@ def read_once(directory: Path) -> None:
 
 
 def peak_memory(group: int, before: int | None) -> dict[str, int]:
-    """Of the processes of a group, and on all GPUs what is in use more than ``before``."""
+    """Return the peak memory of a group's processes, and how much more memory of all GPUs is in use than ``before``."""
     found = {"peak resident bytes": peak_resident_bytes(group)}
     now = device_bytes()
     return found if now is None or before is None else found | {"peak device bytes": now - before}
 
 
 def device_bytes() -> int | None:
-    """In use on all GPUs, which engines do not give back before they end; None without an NVIDIA driver."""
+    """Return the bytes in use on all GPUs; None without an NVIDIA driver.
+
+    Engines do not free this memory before they end.
+    """
     try:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         return sum(int(line) << 20 for line in subprocess.check_output(query, text=True).split())

@@ -1,1 +1,1 @@
-"""A checkpoint: its tensors, headers, row order and stored formats, and the makers of checkpoints."""
+"""Read, check and make checkpoints: their tensors, headers, row order and stored formats."""

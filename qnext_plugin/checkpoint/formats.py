@@ -1,6 +1,6 @@
-"""The weight of a quantized module, from the tensors that store it: a decoder for each stored format.
+"""Decoders that compute the weight of a quantized module from its stored tensors, one for each stored format.
 
-Names of stored tensors, by what wrote them (``rows`` are outputs, ``in`` inputs):
+The stored tensors are named as follows by each quantizer (``rows`` are outputs, ``in`` are inputs):
 
     fp8                 weight float8 [rows, in]          weight_scale_inv per 128x128 block, or weight_scale
     compressed-tensors  weight float8 or int8 [rows, in]  weight_scale per tensor, row, group of inputs or block
@@ -10,7 +10,7 @@ Names of stored tensors, by what wrote them (``rows`` are outputs, ``in`` inputs
     gptq                qweight int32 [in/8, rows]        scales [groups, rows], qzeros int32 [groups, rows/8], g_idx
     awq                 qweight int32 [in, rows/8]        scales [groups, rows], qzeros int32 [groups, rows/8]
 
-``make_quantized.py`` writes each of them; its encoders name the decoder here that reads what they write.
+``make_quantized.py`` writes each format; each of its encoders names the decoder that reads its result.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qnext_plugin.checkpoint.headers import TensorInfo, describe
 
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in an AWQ word of each of its eight rows
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of the eight rows in an AWQ word
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 Stored = Mapping[str, Tensor]
@@ -30,7 +30,7 @@ Decoder = Callable[[Stored, Mapping[str, Any]], Tensor]
 
 
 def stored_format(leaves: Mapping[str, TensorInfo]) -> str:
-    """The key in ``DECODERS`` of a quantized module, given its tensors by the last segment of their names."""
+    """Return the key in ``DECODERS`` for a quantized module. ``leaves`` are its tensors by the names' last segment."""
     if "qweight" in leaves:
         packs_inputs = leaves["qweight"].shape[1] == leaves["scales"].shape[1]
         return "gptq" if packs_inputs else "awq"
@@ -39,7 +39,7 @@ def stored_format(leaves: Mapping[str, TensorInfo]) -> str:
 
 
 def dequantize(tensors: Stored, quantization_config: Mapping[str, Any]) -> Tensor:
-    """A module's weight, float32 ``[rows, in]``, from its stored tensors by the last segment of their names."""
+    """Compute a module's weight, float32 ``[rows, in]``, from its stored tensors by the names' last segment."""
     name = stored_format({leaf: describe(tensor) for leaf, tensor in tensors.items()})
     return DECODERS[name](tensors, quantization_config)
 
@@ -83,28 +83,31 @@ def _awq(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
 DECODERS: Mapping[str, Decoder] = MappingProxyType(
     {"bytes": _bytes, "packed": _packed, "fp4": _fp4, "gptq": _gptq, "awq": _awq}
 )
-"""By stored format: from a module's tensors and the ``quantization_config`` to its weight, float32 ``[rows, in]``."""
+"""Each takes a module's tensors and the ``quantization_config``, and returns the float32 weight ``[rows, in]``."""
 
 WORDS = ("packed", "gptq", "awq")
-"""The formats that pack integers of fewer than eight bits into 32-bit words."""
+"""These are the formats that pack integers of fewer than eight bits into 32-bit words."""
 
 
 def _scaled(values: Tensor, zero: Tensor | float, tensors: Stored) -> Tensor:
-    """``(values - zero) * scale``, in place."""
+    """Compute ``(values - zero) * scale`` in place."""
     scale = (tensors["weight_scale_inv"] if "weight_scale_inv" in tensors else tensors["weight_scale"]).float()
     if "weight_global_scale" in tensors:
         scale = scale / tensors["weight_global_scale"].float()
     if "weight_scale_2" in tensors:
         scale = scale * tensors["weight_scale_2"].float()
     scale = _by_group(scale, values)
-    groups = values.unflatten(1, (scale.shape[1], -1))  # a view, so that nothing of the weight's size is allocated
+    groups = values.unflatten(1, (scale.shape[1], -1))  # a view, to allocate no second weight
     groups.sub_(_by_group(zero, values).unsqueeze(-1) if isinstance(zero, Tensor) else zero)
     groups.mul_(scale.unsqueeze(-1))
     return values
 
 
 def _by_group(scale: Tensor, values: Tensor) -> Tensor:
-    """Bring scales per tensor, row, group of inputs or 128x128 block of ``[rows, in]`` to ``[rows or 1, groups]``."""
+    """Reshape scales of ``[rows, in]`` to ``[rows or 1, groups]``.
+
+    They may be given per tensor, row, group of inputs or 128x128 block.
+    """
     rows, columns = values.shape
     if scale.numel() == 1:
         return scale.reshape(1, 1)
@@ -120,7 +123,7 @@ def _by_group(scale: Tensor, values: Tensor) -> Tensor:
 
 
 def _by_groups(values: Tensor, zeros: Tensor, tensors: Stored) -> Tensor:
-    """``[in, rows]`` values and ``[groups, rows]`` zero points to the weight ``[rows, in]``."""
+    """Compute the weight ``[rows, in]`` from ``[in, rows]`` values and ``[groups, rows]`` zero points."""
     scales, groups = tensors["scales"].float(), tensors.get("g_idx")
     if groups is None:
         groups = torch.arange(len(values)) // (len(values) // len(scales))
@@ -128,6 +131,9 @@ def _by_groups(values: Tensor, zeros: Tensor, tensors: Stored) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """int32 ``[..., words]`` to values ``[..., words * 32 // bits]``; ``order`` is each value's place in its word."""
+    """Unpack int32 ``[..., words]`` to values ``[..., words * 32 // bits]``.
+
+    ``order`` is the place of each value in its word.
+    """
     places = torch.tensor(order or range(32 // bits), dtype=torch.int32, device=words.device)
     return ((words.unsqueeze(-1) >> places * bits) & (1 << bits) - 1).flatten(-2)

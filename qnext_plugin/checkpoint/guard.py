@@ -1,7 +1,7 @@
-"""The guard around every load of a model: the first one, and each update of a model that serves.
+"""A guard around every load of a model: the first load, and each update of a model that serves.
 
-An update is checked before anything of it is copied, so that one that does not fit changes nothing. A model that an
-update has left with a mix of old and new weights stops serving until the rest has come.
+An update is checked before any of it is copied, so an update that does not fit changes nothing. If an update leaves a
+mix of old and new weights, the model stops serving until the missing weights arrive.
 """
 
 from abc import ABC, abstractmethod
@@ -21,39 +21,40 @@ Copy = Callable[[Weights], set[str]]
 
 
 class LoadGuard(ABC):
-    """Guards the loads of one model. Each engine has a subclass, which says how the engine loads and calls it.
+    """The guard of one model's loads. Each engine has a subclass that knows how the engine loads and calls the model.
 
-    ``drafts_required``: a whole checkpoint has to hold the draft's tensors. ``is_first``: the next load is the model's
-    first, of a whole checkpoint. After a start with dummy weights it is not: updates may bring a few tensors at a time.
+    If ``drafts_required``, a whole checkpoint must have the draft's tensors. If ``is_first``, the next load is the
+    model's first and brings a whole checkpoint. After a start with dummy weights ``is_first`` is false: updates may
+    bring a few tensors at a time.
     """
 
     check_first = False
-    """Whether to check the tensors of the first load, because the checkpoint's headers could not be checked."""
+    """If true, the tensors of the first load are checked, because the checkpoint's headers could not be checked."""
 
     def __init__(self, config: QNextConfig, role: Role, *, drafts_required: bool, is_first: bool) -> None:
         self.config, self.role, self.is_first = config, role, is_first
         self.mtp: Literal["required", "optional"] = "required" if drafts_required else "optional"
-        self._changed = False  # by the update that is going on
-        self._incomplete: dict[str, set[str]] = {}  # modules that wait for new weights, and what came for each
+        self._changed = False  # whether the current update has copied anything
+        self._incomplete: dict[str, set[str]] = {}  # modules that wait for new weights, and the tensors that arrived
         self._reason = ""
         self._stopped: list[tuple[Any, str, Any]] = []
 
     @abstractmethod
     def takes(self, name: str) -> bool:
-        """Whether a checkpoint's tensor is copied into this model."""
+        """Return whether a checkpoint's tensor is copied into this model."""
 
     @abstractmethod
     def module(self, name: str) -> str:
-        """The module of the model that a checkpoint's tensor is a part of."""
+        """Return the model's module that a checkpoint's tensor belongs to."""
 
     @abstractmethod
     def entrances(self) -> list[tuple[Any, str]]:
-        """Objects and the names of their methods that the engine calls in a step, outside of captured graphs."""
+        """Return the objects and method names that the engine calls in a step, outside of captured graphs."""
 
     def load(self, weights: Weights, copy: Copy) -> set[str]:
-        """Check ``weights`` and ``copy`` them into the model; returns the parameters loaded.
+        """Check ``weights`` and ``copy`` them into the model; returns the names of the loaded parameters.
 
-        An update that raises ``RefusedUpdate`` before anything is copied leaves the model as it was.
+        An update that raises ``RefusedUpdate`` before anything is copied leaves the model unchanged.
         """
         if self.is_first:
             loaded = copy(check_stream(weights, self.config, self.mtp) if self.check_first else weights)
@@ -65,7 +66,7 @@ class LoadGuard(ABC):
             self._stop_or_serve()
 
     def update(self, weights: Weights, copy: Copy) -> set[str]:
-        """Load again. Tensors given as a list are all checked before the first is copied, others one by one."""
+        """Load new weights. A list of tensors is checked as a whole before any is copied; others one by one."""
         try:
             return copy(self.checked(weights, track=False))
         except Exception as e:
@@ -74,7 +75,10 @@ class LoadGuard(ABC):
             raise
 
     def checked(self, weights: Weights, *, track: bool) -> Weights:
-        """``weights``, checked before they are copied. ``track``: wait for the rest of each module in them."""
+        """Return ``weights``, checked before they are copied.
+
+        If ``track``, a module that gets a tensor counts as incomplete until its other tensors arrive.
+        """
         whole = isinstance(weights, list | tuple)
         if whole:
             self._check(weights)
@@ -91,13 +95,13 @@ class LoadGuard(ABC):
             yield name, tensor
 
     def lose(self, reason: Exception) -> None:
-        """Wait for new weights of every module, because an update has failed half-way."""
+        """Wait for new weights of every module, because an update failed halfway."""
         self._incomplete, self._reason = {module: set() for module in self._expected[0]}, f" ({reason})"
 
     def arrive(self, incomplete: dict[str, set[str]], name: str) -> None:
-        """Note in ``incomplete`` that a tensor has come; a module leaves it with its last weight.
+        """Record in ``incomplete`` that a tensor has arrived; a module's last weight removes the module from it.
 
-        Scales are not waited for: which of them belong to a module depends on the checkpoint's format.
+        Scales are not awaited, because the checkpoint's format decides which scales a module has.
         """
         owner, _, leaf = name.rpartition(".")
         if leaf in QUANT_COMPANIONS:
@@ -109,7 +113,7 @@ class LoadGuard(ABC):
             del incomplete[module]
 
     def awaits(self, name: str) -> bool:
-        """Whether a module is incomplete without a checkpoint's tensor."""
+        """Return whether a module is incomplete without this tensor of the checkpoint."""
         return self.takes(name)
 
     @cached_property
@@ -118,7 +122,7 @@ class LoadGuard(ABC):
 
     @cached_property
     def _expected(self) -> list[dict[str, set[str]]]:
-        """The tensors of each module, in either form that a layer may be stored in."""
+        """The tensors of each module, in each of the two forms in which a layer may be stored."""
         forms: list[dict[str, set[str]]] = [{} for _ in self._check.forms]
         for form, names in zip(forms, self._check.forms, strict=True):
             for name in filter(self.awaits, names):
@@ -126,10 +130,9 @@ class LoadGuard(ABC):
         return forms
 
     def _stop_or_serve(self) -> None:
-        """Replace the entrances by functions that raise while the model is incomplete, and put them back afterwards.
+        """Replace the entrances by functions that raise while the model is incomplete; restore them afterwards.
 
-        So a step costs nothing more, and one that replays a graph is refused too, where a check in ``forward`` is not
-        run.
+        This costs a step nothing, and it also stops steps that replay a graph, which would skip a check in ``forward``.
         """
         while self._stopped:
             owner, name, own = self._stopped.pop()
@@ -158,6 +161,6 @@ def _refusing(method: Callable[..., Any], message: str) -> Callable[..., Any]:
 
 
 def listed(modules: Iterable[str]) -> str:
-    """At most eight names or patterns of names, for a message."""
+    """Return up to eight names or patterns of names, for a message."""
     patterns = collapse(sorted(modules))
     return "; ".join(patterns[:8]) + (f"; and {len(patterns) - 8} more" if len(patterns) > 8 else "")

@@ -1,4 +1,4 @@
-"""The safetensors headers of a checkpoint: what it holds, without its weights."""
+"""Read the safetensors headers of a checkpoint, which describe its tensors, without reading weights."""
 
 import json
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor. ``dtype`` is the format's own name, such as ``BF16``."""
+    """The description of a tensor in a safetensors header. ``dtype`` is the format's name, such as ``BF16``."""
 
     shape: Shape
     dtype: str
@@ -35,15 +35,15 @@ class TensorInfo:
 
 
 def describe(tensor: torch.Tensor) -> TensorInfo:
-    """What a header would say of a tensor that comes from no file."""
+    """Describe a tensor that comes from no file as a header would."""
     return TensorInfo(tuple(tensor.shape), _STORED_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
 
 
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:
     """Read the safetensors headers of a local checkpoint directory; no weight is read.
 
-    ``ValueError`` when there are no safetensors files, one is missing, truncated or unreadable, a tensor is in two
-    shards, or the index and the shards disagree.
+    Raises ``ValueError`` if there are no safetensors files, if one is missing, truncated or unreadable, if a tensor is
+    in two shards, or if the index and the shards disagree.
     """
     directory = Path(path)
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
@@ -75,7 +75,7 @@ def read_headers(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a directory has the file of a one-file checkpoint, or all that its index names."""
+    """Return whether a directory has the file of a single-file checkpoint, or all files that its index names."""
     if (directory / SINGLE_FILE).exists():
         return True
     index = directory / INDEX_FILE
@@ -93,7 +93,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Parse one file: 8 bytes of little-endian header length, the JSON header, then the data."""
+    """Parse one file, which has 8 bytes of little-endian header length, the JSON header and the data."""
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")

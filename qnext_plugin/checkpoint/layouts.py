@@ -1,14 +1,15 @@
 """Layouts of the Gated DeltaNet input projections: *grouped* in the checkpoint, *flat* in the model.
 
-A group is a key head and its ``r = num_v_heads / num_k_heads`` value heads. Output rows are, per group,
+A group is a key head and its ``r = num_v_heads / num_k_heads`` value heads. In the checkpoint each group has these
+output rows:
 
     in_proj_qkvz   q (head_k_dim)   k (head_k_dim)   v (r * head_v_dim)   z (r * head_v_dim)
     in_proj_ba     b (r)            a (r)
 
-in the checkpoint. ``ungroup`` reorders them once, at load, to the sections ``[q | k | v | z]`` and ``[b | a]`` with
-heads in order, which a merged column-parallel loader shards section by section; ``regroup`` is its inverse. Packed
-words and blocks of a quantized tensor move whole; where they hold rows of several sections, as those of ``in_proj_ba``
-mostly do, the projection has to be dequantized first (``quantization.py``).
+``ungroup`` reorders them once, at load, to the sections ``[q | k | v | z]`` and ``[b | a]`` with heads in order. A
+merged column-parallel loader then shards section by section. ``regroup`` is the inverse. Packed words and blocks of a
+quantized tensor move as a whole. If they hold rows of several sections, as those of ``in_proj_ba`` mostly do, the
+projection must be dequantized first (``quantized_layers.py``).
 """
 
 from collections.abc import Callable, Mapping
@@ -30,10 +31,10 @@ FP8_BLOCK = 128
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How a stored tensor holds the projection's output rows.
+    """A description of how a stored tensor holds the projection's output rows.
 
-    ``axis`` runs over the rows; ``None`` means that the tensor has none and stays as stored. ``rows_per_entry`` lists
-    how many rows one entry may hold. ``per_tensor`` allows a single entry for all.
+    ``axis`` runs over the rows; ``None`` means that the tensor has no rows and stays as stored. ``rows_per_entry``
+    lists how many rows one entry may hold. ``per_tensor`` allows a single entry for all rows.
     """
 
     axis: int | None
@@ -92,13 +93,13 @@ LAYOUTS: Mapping[str | None, Mapping[str, TensorLayout]] = MappingProxyType(
         },
     }
 )
-"""By ``quant_method`` of the checkpoint's ``quantization_config`` (None: not quantized), then by parameter suffix.
-Layers that a quantized checkpoint leaves in bf16 are in every table. Sources: vLLM's
+"""The keys are ``quant_method`` of the checkpoint's ``quantization_config`` (None: not quantized), then the suffix.
+Every table has the suffixes of layers that a quantized checkpoint leaves in bf16. The sources are vLLM's
 ``model_executor/layers/quantization/{fp8,auto_gptq,auto_awq,modelopt}.py`` and ``compressed_tensors/compressors``."""
 
 
 def section_sizes(dims: GatedDeltaNetDims, kind: Kind) -> tuple[int, ...]:
-    """Rows of each section of the flat projection: ``(q, k, v, z)`` or ``(b, a)``."""
+    """Return the number of rows of each section of the flat projection: ``(q, k, v, z)`` or ``(b, a)``."""
     if kind == "qkvz":
         return dims.key_dim, dims.key_dim, dims.value_dim, dims.value_dim
     assert kind == "ba", kind
@@ -106,10 +107,10 @@ def section_sizes(dims: GatedDeltaNetDims, kind: Kind) -> tuple[int, ...]:
 
 
 def row_order(dims: GatedDeltaNetDims, kind: Kind, granularity: int = 1) -> Tensor:
-    """The permutation ``flat = grouped[row_order]``, as a LongTensor ``[rows / granularity]``.
+    """Return the permutation ``flat = grouped[row_order]`` as a LongTensor ``[rows / granularity]``.
 
-    Each index moves ``granularity`` consecutive rows. ``ValueError`` if a segment of a group is not a whole number
-    of them.
+    Each index moves ``granularity`` consecutive rows. Raises ``ValueError`` if a segment of a group is not a multiple
+    of ``granularity``.
     """
     segments = _segments(dims, kind)
     if not _divides(granularity, segments):
@@ -123,19 +124,19 @@ def row_order(dims: GatedDeltaNetDims, kind: Kind, granularity: int = 1) -> Tens
 
 
 def inverse_row_order(dims: GatedDeltaNetDims, kind: Kind, granularity: int = 1) -> Tensor:
-    """The permutation ``grouped = flat[inverse_row_order]``; see ``row_order``."""
+    """Return the permutation ``grouped = flat[inverse_row_order]``; see ``row_order``."""
     return row_order(dims, kind, granularity).argsort()
 
 
 def ungroup(
     tensor: Tensor, dims: GatedDeltaNetDims, kind: Kind, suffix: str, quant_method: str | None = None
 ) -> Tensor:
-    """One whole (unsharded) checkpoint tensor of ``in_proj_qkvz`` or ``in_proj_ba``, from grouped to flat row order.
+    """Reorder a whole (unsharded) checkpoint tensor of ``in_proj_qkvz`` or ``in_proj_ba`` from grouped to flat rows.
 
-    ``suffix`` is the parameter's name after the module's, such as ``"weight"`` or ``"lora_B.weight"``; ``LAYOUTS``
-    holds those known for each ``quant_method``. The result has the tensor's shape and dtype; a tensor without
-    output rows is returned itself. ``ValueError`` for an unknown suffix or method, for a shape that does not hold
-    the projection's rows, and for blocks or packed words that straddle sections.
+    ``suffix`` is the parameter's name after the module's name, such as ``"weight"`` or ``"lora_B.weight"``;
+    ``LAYOUTS`` has the known suffixes of each ``quant_method``. The result has the tensor's shape and dtype; a tensor
+    without output rows is returned as it is. Raises ``ValueError`` for an unknown suffix or method, for a shape that
+    does not hold the projection's rows, and for blocks or packed words that straddle sections.
     """
     return _permute(tensor, dims, kind, suffix, quant_method, row_order)
 
@@ -143,7 +144,7 @@ def ungroup(
 def regroup(
     tensor: Tensor, dims: GatedDeltaNetDims, kind: Kind, suffix: str, quant_method: str | None = None
 ) -> Tensor:
-    """The inverse of ``ungroup``: from flat to grouped row order."""
+    """Reorder a tensor from flat to grouped rows; the inverse of ``ungroup``."""
     return _permute(tensor, dims, kind, suffix, quant_method, inverse_row_order)
 
 
@@ -165,7 +166,7 @@ def _permute(
 def _granularity(
     shape: tuple[int, ...], dims: GatedDeltaNetDims, kind: Kind, suffix: str, quant_method: str | None
 ) -> int | None:
-    """How many rows one entry along the layout's axis holds; None for a tensor without rows."""
+    """Return how many rows one entry along the layout's axis holds; None for a tensor without rows."""
     layout = _layout(suffix, quant_method)
     if layout.axis is None or (layout.per_tensor and shape in ((), (1,))):
         return None
@@ -184,9 +185,10 @@ def _granularity(
 def can_ungroup(
     shapes: Mapping[str, tuple[int, ...]], dims: GatedDeltaNetDims, kind: Kind, quant_method: str | None
 ) -> bool:
-    """Whether the sections of a projection, given as the shapes of its tensors by suffix, are whole words and blocks.
+    """Return whether every section of a projection is a whole number of words and blocks.
 
-    ``ValueError`` as for ``ungroup`` for unknown suffixes and shapes.
+    ``shapes`` are those of the projection's tensors by suffix. Raises ``ValueError`` for unknown suffixes and shapes,
+    as ``ungroup`` does.
     """
     held = [_granularity(shape, dims, kind, suffix, quant_method) for suffix, shape in shapes.items()]
     return all(_divides(granularity or 1, _segments(dims, kind)) for granularity in held)
@@ -205,7 +207,7 @@ def _layout(suffix: str, quant_method: str | None) -> TensorLayout:
 
 
 def _segments(dims: GatedDeltaNetDims, kind: Kind) -> tuple[int, ...]:
-    """Rows of each section within one key-head group."""
+    """Return the number of rows of each section within one key-head group."""
     assert dims.num_v_heads % dims.num_k_heads == 0, dims
     return tuple(size // dims.num_k_heads for size in section_sizes(dims, kind))
 

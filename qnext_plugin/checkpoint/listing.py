@@ -1,4 +1,4 @@
-"""Long lists of names, short: alike ones merged, the first few of them."""
+"""Shorten long lists of names: merge similar names and keep the first few."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ _MAX_LISTED = 8
 
 
 def listing(label: str, lines: list[str]) -> str:
-    """``label``, how many lines there are and the first few, alike ones merged; empty without lines."""
+    """Return ``label``, the number of lines and the first few, similar ones merged; empty if there are no lines."""
     if not lines:
         return ""
     patterns = collapse(lines)
@@ -16,7 +16,7 @@ def listing(label: str, lines: list[str]) -> str:
 
 
 def collapse(names: Iterable[str]) -> list[str]:
-    """Merge names that differ in an index only: ``layers.{0..2}.mlp.experts.{1,3..7}.up_proj.weight``."""
+    """Merge names that differ only in an index: ``layers.{0..2}.mlp.experts.{1,3..7}.up_proj.weight``."""
     patterns = list(names)
     for _ in range(2):  # experts, then layers
         groups: dict[tuple[str, str], list[int]] = {}

@@ -1,8 +1,8 @@
-"""LoRA adapters as PEFT writes them, held against the configuration before an engine serves them.
+"""Check LoRA adapters, as PEFT writes them, against the configuration before an engine serves them.
 
-An adapter adds ``scale * lora_B @ lora_A`` to the weight of a module. ``lora_A`` is ``[rank, in]``; ``lora_B`` is
-``[out, rank]``, its rows in the order of the checkpoint's weight: for the input projections ``layouts.ungroup`` knows
-them as ``lora_B.weight``.
+An adapter adds ``scale * lora_B @ lora_A`` to the weight of a module. ``lora_A`` is ``[rank, in]``, ``lora_B`` is
+``[out, rank]``. The rows of ``lora_B`` are in the order of the checkpoint's weight; for the input projections
+``layouts.ungroup`` reorders them under the suffix ``lora_B.weight``.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ Pair = tuple[Tensor | None, Tensor | None]
 def check_adapter(config: QNextConfig, modules: Mapping[str, Pair]) -> None:
     """Raise one ``ValueError`` that lists every module that does not fit.
 
-    ``modules`` are ``(lora_A, lora_B)`` by the checkpoint's module names. Engines look at the last part of a name only
-    and copy what is too small into a part of what it is for.
+    ``modules`` maps the checkpoint's module names to ``(lora_A, lora_B)``. Engines do not notice these errors: they
+    look only at the last part of a name, and copy a tensor that is too small into a part of the parameter.
     """
     weights = expected_tensors(config, mtp=False)
     unknown, half, wrong = [], [], []

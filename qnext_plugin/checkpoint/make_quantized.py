@@ -1,7 +1,7 @@
-"""Quantized test checkpoints in the published forms, rounded to nearest, packed by compressed-tensors.
+"""Make quantized test checkpoints in the published formats, rounded to nearest and packed by compressed-tensors.
 
-No calibration data is read: the accuracy is that of plain rounding. What is tested with these checkpoints is that a
-server reads each form right, for which the values do not matter.
+No calibration data is read, so the accuracy is that of plain rounding. The checkpoints serve to test that a server
+reads each format correctly; for that the values do not matter.
 """
 
 import json
@@ -31,7 +31,7 @@ from qnext_plugin.checkpoint.quantization import check_quantization
 from qnext_plugin.checkpoint.schema import check_coverage, expected_tensors
 from qnext_plugin.config import QNextConfig
 
-# What the published checkpoints leave alone, as a pattern for whole module names.
+# A pattern for the whole names of the modules that the published checkpoints do not quantize.
 IGNORE = r".*\.(embed_tokens|conv1d|in_proj_ba|gate|shared_expert_gate)|lm_head|mtp\.fc"
 FP8_BLOCK = [128, 128]
 _LARGEST_INPUT = 12.0  # assumed for NVFP4's static input scale: a normalized hidden state rarely exceeds it
@@ -41,10 +41,11 @@ Leaves = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """``leaves`` turns a weight ``[rows, in]`` into what is stored; ``config`` gives ``quantization_config``.
+    """A stored format and the functions that write it.
 
-    Both take the scheme, and ``config`` the names of the modules left alone. ``decoder`` is the key in
-    ``formats.DECODERS`` of what reads it.
+    ``leaves`` turns a weight ``[rows, in]`` into the stored tensors, and ``config`` makes the ``quantization_config``.
+    Both take the scheme; ``config`` also takes the names of the modules that stay unquantized. ``decoder`` is the key
+    in ``formats.DECODERS`` of the function that reads the format.
     """
 
     decoder: str
@@ -58,9 +59,10 @@ def quantize_checkpoint(
 ) -> None:
     """Write ``source``, an unquantized local checkpoint, to the new directory ``target`` in ``format``.
 
-    ``format`` is one of ``FORMATS``; ``group_size`` holds for those with groups of inputs, ``ignore`` is a pattern
-    for whole names of modules that stay as they are. One file of the source is in memory at a time. ``ValueError``
-    for an unknown format, a source that is incomplete or quantized already, and inputs that groups do not divide.
+    ``format`` is one of ``FORMATS``. ``group_size`` applies to formats with groups of inputs. ``ignore`` is a pattern
+    for the whole names of modules that stay unquantized. One file of the source is in memory at a time. Raises
+    ``ValueError`` for an unknown format, for a source that is incomplete or already quantized, and if the group size
+    does not divide a module's inputs.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
@@ -115,7 +117,7 @@ def _check_groups(headers: Mapping[str, TensorInfo], chosen: Iterable[str], sche
 
 
 def _parameters(weight: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scales in ``dtype``, zero points and, for NVFP4, the global scale, from each block's smallest and largest."""
+    """Return scales in ``dtype``, zero points and, for NVFP4, the global scale, from the range of each block."""
     rows, columns = weight.shape
     if args.strategy == "block":
         high, wide = args.block_structure
@@ -171,7 +173,7 @@ def _fp8_block_config(scheme: QuantizationScheme, ignored: list[str]) -> dict[st
 
 
 def _integers(weight: Tensor, scheme: QuantizationScheme) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 values ``[in, rows]``, float16 scales ``[in / group, rows]`` and int8 zero points of the same shape."""
+    """Return int8 values ``[in, rows]``, and float16 scales and int8 zero points ``[in / group, rows]``."""
     scale, zero_point, _ = _parameters(weight.float(), scheme.weights, torch.float16)
     values = quantize(weight.float(), scale.float(), zero_point, scheme.weights, dtype=torch.int8)
     return values.T, scale.T, zero_point.to(torch.int8).T
@@ -183,7 +185,7 @@ def _gptq(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
     return {
         "qweight": pack_to_int32(values.contiguous(), 4, packed_dim=0),
         "scales": scales,
-        "qzeros": pack_to_int32((zeros - 1).contiguous(), 4),  # the format stores each zero point less one
+        "qzeros": pack_to_int32((zeros - 1).contiguous(), 4),  # the format stores each zero point minus one
         "g_idx": groups,
     }
 

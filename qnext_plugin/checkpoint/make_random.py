@@ -1,4 +1,4 @@
-"""Complete checkpoints with random weights, to test and measure a server without downloading a model."""
+"""Make complete checkpoints with random weights, to test and measure a server without downloading a model."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ DIALECTS = ("published", "transformers5")
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16")}
 MAX_SHARD_SIZE = 5_000_000_000
 
-# Model configurations in the published dialect. The tiny one keeps to the sizes that CPU kernels take.
+# Model configurations in the published dialect. The tiny one has only sizes that CPU kernels accept.
 _COMMON: dict[str, Any] = {
     "architectures": ["Qwen3NextForCausalLM"],
     "attention_bias": False,
@@ -103,11 +103,10 @@ def write_random_checkpoint(
 ) -> None:
     """Write a checkpoint with a byte-level tokenizer and a chat template to an empty or new directory.
 
-    ``overrides`` replaces keys of ``config.json`` (None removes one); ``max_shard_size`` is in bytes, and a larger
-    tensor gets a shard of its own. The weights depend on ``seed`` and the tensor's name only; one tensor at a time is
-    in memory.
-    ``ValueError`` before anything is written when an argument is unknown, the configuration is invalid, the directory
-    is not empty or the disk is too small.
+    ``overrides`` replaces keys of ``config.json`` (None removes a key). ``max_shard_size`` is in bytes; a larger tensor
+    gets a separate shard. A weight depends only on ``seed`` and the tensor's name. One tensor is in memory at a time.
+    Raises ``ValueError`` before anything is written if an argument is unknown, the configuration is invalid, the
+    directory is not empty or the disk is too small.
     """
     for name, value, known in (("preset", preset, PRESETS), ("dtype", dtype, DTYPES), ("dialect", dialect, DIALECTS)):
         if value not in known:
@@ -126,17 +125,17 @@ def write_random_checkpoint(
     _write_json(
         directory / "generation_config.json", {"eos_token_id": [_IM_END, _ENDOFTEXT], "pad_token_id": _ENDOFTEXT}
     )
-    _write_json(directory / "config.json", raw)  # last: an interrupted directory does not look like a model
+    _write_json(directory / "config.json", raw)  # last, so that an unfinished directory does not look like a model
 
 
 def random_tensor(name: str, shape: Shape, seed: int, tied: bool = False) -> torch.Tensor:
-    """The float32 weight of one tensor, scaled to keep projections near variance 1 and logits near a deviation of 3.
+    """Return a random float32 weight, scaled so that projections have variance near 1 and logits a deviation near 3.
 
-    Embeddings start the residual stream at variance 1, and each layer adds a fraction of that: enough to matter, while
-    rounding does not grow into another answer. ``tied``: the embedding is also the head, so the last norm scales, and
-    flips signs, or every token would follow itself. The DeltaNet decay is ``exp(-A * softplus(a + dt_bias))`` with A
-    uniform in [0.1, 16] and the step log-uniform in [0.001, 0.03], the scheme of Mamba 2 (arXiv:2405.21060) with
-    smaller steps.
+    Embeddings start the residual stream at variance 1, and each layer adds a fraction of that. This is enough to
+    matter, yet rounding errors do not grow until the answer changes. If ``tied``, the embedding is also the head, so
+    the last norm scales and flips signs; otherwise every token would predict itself. The DeltaNet decay is
+    ``exp(-A * softplus(a + dt_bias))`` with A uniform in [0.1, 16] and the step log-uniform in [0.001, 0.03], which is
+    the scheme of Mamba 2 (arXiv:2405.21060) with smaller steps.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -147,7 +146,7 @@ def random_tensor(name: str, shape: Shape, seed: int, tied: bool = False) -> tor
         step = torch.empty(shape).uniform_(math.log(0.001), math.log(0.03), generator=generator).exp_()
         return step.expm1().log()  # inverse of softplus
     noise = torch.randn(shape, generator=generator)
-    if len(shape) == 1:  # zero-centred norms and biases, but the gated norm multiplies by its weight as it is
+    if len(shape) == 1:  # norms and biases are around 0, except the weight of the gated norm, which is around 1
         if tied and name in ("model.norm.weight", "mtp.norm.weight"):
             return noise.sign().add_(noise, alpha=0.1).mul_(3.0 * shape[0] ** -0.5).sub_(1.0)
         return noise.mul_(0.1).add_(1.0 if name.endswith(".linear_attn.norm.weight") else 0.0)
@@ -193,7 +192,7 @@ def _shards(shapes: Mapping[str, Shape], itemsize: int, max_bytes: int) -> Itera
 
 
 def check_target(directory: Path, nbytes: int) -> None:
-    """``ValueError`` unless ``directory`` is empty or new and ``nbytes`` fit on its disk."""
+    """Raise ``ValueError`` unless ``directory`` is empty or new and ``nbytes`` bytes fit on its disk."""
     existing = next(p for p in (directory, *directory.parents) if p.exists())
     if not existing.is_dir() or (existing == directory and any(directory.iterdir())):
         raise ValueError(f"{existing}: expected an empty or new directory; choose another or delete it")
@@ -236,7 +235,7 @@ def _safetensors_header(shard: Mapping[str, Shape], dtype: str, itemsize: int) -
 
 
 def _write_tokenizer(directory: Path, model_max_length: int) -> None:
-    """A byte-level BPE without merges: every byte is a token, ids 0..255 in the order of the bytes' characters."""
+    """Write a byte-level BPE without merges: every byte is a token; ids 0..255 follow the order of their characters."""
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""The modules of a checkpoint that one layer of the model holds, merged. Every list of them is derived from here."""
+"""The checkpoint's modules that the model merges into one layer. Every list of them is derived from this file."""
 
 import re
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ Section = int | str
 class Merged:
     """A merged layer.
 
-    ``blocks`` are the parents that it occurs in. ``parts`` are the checkpoint's modules by the last segment of their
-    names, with the sections of the layer's rows that each fills, in the terms of both engines' loaders. ``grouped``:
-    the checkpoint may also store the layer whole under its own name, its rows grouped by key head (``layouts.py``).
+    ``blocks`` are the names of its possible parents. ``parts`` maps the last segment of each checkpoint module's name
+    to the sections of the layer's rows that the module fills, named as in both engines' loaders. If ``grouped``, the
+    checkpoint may also store the layer whole under the layer's name, with rows grouped by key head (``layouts.py``).
     """
 
     blocks: tuple[str, ...]
@@ -34,21 +34,21 @@ MERGED: Mapping[str, Merged] = MappingProxyType(
         "in_proj_ba": Merged(("linear_attn",), {"in_proj_b": (0,), "in_proj_a": (1,)}, grouped=True),
     }
 )
-"""By the last segment of the layer's name."""
+"""The keys are the last segments of the layers' names."""
 
 PARTS: Mapping[str, tuple[str, tuple[Section, ...]]] = MappingProxyType(
     {part: (layer, sections) for layer, merged in MERGED.items() for part, sections in merged.parts.items()}
 )
-"""The merged layer of each part, and the sections that the part fills."""
+"""This maps each part to its merged layer and the sections that the part fills."""
 
 EXPERTS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
 )
-"""The projections of a routed expert: the engines' stacked parameter that holds each, and its section there."""
+"""This maps each projection of a routed expert to the engines' stacked parameter and to its section there."""
 
 
 def packed_modules(*, grouped: bool) -> dict[str, list[str]]:
-    """The engines' ``packed_modules_mapping``; if ``grouped``, also for layers that are stored whole."""
+    """Return the engines' ``packed_modules_mapping``; if ``grouped``, with the layers that may be stored whole."""
     return {
         layer: [layer] if merged.grouped else list(merged.parts)
         for layer, merged in MERGED.items()
@@ -57,7 +57,7 @@ def packed_modules(*, grouped: bool) -> dict[str, list[str]]:
 
 
 def layer_of(module: str) -> str:
-    """The layer that holds a module, both by their names in the checkpoint."""
+    """Return the name of the layer that holds a module; both names are those of the checkpoint."""
     name = re.sub(r"\.experts\.\d+\.\w+$", ".experts", module)
     outer, _, last = name.rpartition(".")
     layer = PARTS[last][0] if last in PARTS else last
@@ -65,12 +65,15 @@ def layer_of(module: str) -> str:
 
 
 def layer_name(module: str) -> str:
-    """The layer that holds a module, by its name in the model or, for ``mtp.*``, in the draft."""
+    """Return the name of the layer that holds a module, as named in the model or, for ``mtp.*``, in the draft."""
     return re.sub(r"^mtp\.", "model.", layer_of(module))
 
 
 def modules_of(layer: str, num_experts: int) -> list[str]:
-    """The modules that a checkpoint may store of a layer, in any form; both by their names in the checkpoint."""
+    """Return the names of all modules that a checkpoint may store for a layer, in any form.
+
+    All names are those of the checkpoint.
+    """
     outer, _, last = layer.rpartition(".")
     if last == "experts":
         return [f"{layer}.{i}.{projection}" for i in range(num_experts) for projection in EXPERTS]

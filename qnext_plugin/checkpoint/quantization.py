@@ -1,4 +1,4 @@
-"""How a checkpoint stores each linear module, read from its headers (the formats are in ``formats.py``)."""
+"""Find out from its headers how a checkpoint stores each linear module (the formats are in ``formats.py``)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ SCALES = ("weight_scale_inv", "weight_scale", "scales")
 
 
 def layout_method(quantization_config: Mapping[str, Any]) -> str:
-    """The checkpoint's ``quant_method`` as ``layouts.LAYOUTS`` names it."""
+    """Return the checkpoint's ``quant_method`` as ``layouts.LAYOUTS`` names it."""
     if "quantization" in quantization_config:  # ModelOpt's hf_quant_config.json
         return "modelopt"
     method = str(quantization_config.get("quant_method")).lower()
@@ -24,7 +24,7 @@ def layout_method(quantization_config: Mapping[str, Any]) -> str:
 
 
 def stored_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """By module name, the tensors that hold its weight, by the last segment of their names."""
+    """Return the tensors that hold each module's weight, by module name and the last segment of the tensor's name."""
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in headers.items():
         module, _, leaf = name.rpartition(".")
@@ -34,19 +34,20 @@ def stored_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, Ten
 
 
 def is_quantized(leaves: Leaves) -> bool:
-    """Whether a module's tensors hold anything but a plain floating-point weight."""
+    """Return whether a module is stored as anything other than a plain floating-point weight."""
     return "weight" not in leaves or leaves["weight"].dtype not in FLOAT_DTYPES
 
 
 def storage(leaves: Leaves) -> str:
-    """What is stored, to compare modules and to show: ``weight F8_E4M3, weight_scale_inv BF16``."""
+    """Describe the stored tensors, to compare and to show: ``weight F8_E4M3, weight_scale_inv BF16``."""
     return ", ".join(f"{leaf} {info.dtype}" for leaf, info in sorted(leaves.items()))
 
 
 def check_quantization(headers: Mapping[str, TensorInfo], quantization_config: Mapping[str, Any] | None) -> None:
-    """``ValueError`` that lists the modules without a scale, with two weights, or of unlike experts in one layer.
+    """Raise a ``ValueError`` that lists the modules whose stored tensors are incomplete or mixed.
 
-    Also where tensors are quantized and ``config.json`` has no ``quantization_config``.
+    These have no scale, no weight or two weights, or experts of one layer are stored in different ways. Also raises
+    ``ValueError`` if tensors are quantized and ``config.json`` has no ``quantization_config``.
     """
     modules = stored_modules(headers)
     quantized = {name: leaves for name, leaves in modules.items() if is_quantized(leaves)}

@@ -1,10 +1,10 @@
-"""How each layer of a model holds its weight: as the checkpoint stores it, or plain, dequantized while loading.
+"""Decide for each layer whether it holds its weight as stored, or plain and dequantized while loading.
 
-A layer holds one module of the checkpoint or several, merged. It cannot be served as stored where its parts are stored
-in different ways, where packed words or blocks straddle sections or ranks, or where the engine has no kernel for it.
+A layer holds one module of the checkpoint, or several merged modules. It cannot be served as stored if its parts are
+stored in different ways, if packed words or blocks straddle sections or ranks, or if the engine has no kernel for it.
 
-Layers are constructed as in any model of the engine, with a configuration of ours that answers for each of them. That
-is a ``view`` of the engine's own configuration, of the same type and name, because engines branch on both.
+Layers are constructed as in any model of the engine, with a configuration of ours that decides for each layer. That
+configuration is a ``view`` of the engine's own and has its type and name, because engines branch on both.
 """
 
 import copy
@@ -26,32 +26,32 @@ from qnext_plugin.checkpoint.stored import Checkpoint
 
 Config = TypeVar("Config")
 
-# The lists of modules to leave alone that both engines' configurations of the various methods hold.
+# The attributes of both engines' configurations that list modules to leave unquantized.
 _EXCLUSIONS = (
     *("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules"),
-    "modules_in_block_to_quantize",  # a list of those to quantize, where empty means all
+    "modules_in_block_to_quantize",  # lists the modules to quantize; an empty list means all
 )
-# What engines raise for a layer that a method or its kernels cannot take.
+# The errors that engines raise for a layer that a method or its kernels do not support.
 _REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError)
 
 
 def without_exclusions(quant_config: Config) -> Config:
-    """A copy of an engine's configuration that quantizes every layer it is given: whether to is decided already."""
+    """Return a copy of an engine's configuration that quantizes every layer; we decide which layers it gets."""
     view: Any = copy.copy(quant_config)
     for name in _EXCLUSIONS:
         if hasattr(view, name):
             setattr(view, name, [])
-    if hasattr(view, "dynamic"):  # GPTQ: patterns with settings of their own, or with a minus to leave alone
+    if hasattr(view, "dynamic"):  # GPTQ's patterns with special settings; those with a minus exclude modules
         view.dynamic = {pattern: value for pattern, value in view.dynamic.items() if not pattern.startswith("-:")}
     if hasattr(view, "lm_head_quantized"):
         view.lm_head_quantized = True
-    if hasattr(view, "full_config"):  # vLLM makes another configuration of it for experts
+    if hasattr(view, "full_config"):  # vLLM makes another configuration for experts from it
         view.full_config = {key: value for key, value in view.full_config.items() if key not in _EXCLUSIONS}
     return view
 
 
 def view_of(engine_config: Config, answers: type, /, **attributes: Any) -> Config:
-    """A copy of an engine's configuration in which the methods of the class ``answers`` come before its own."""
+    """Return a copy of an engine's configuration in which the methods of the class ``answers`` take precedence."""
     engine_class = type(engine_config)
     names = {name: getattr(engine_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     view_class = type(engine_class.__name__, (answers, engine_class), names)
@@ -62,11 +62,11 @@ def view_of(engine_config: Config, answers: type, /, **attributes: Any) -> Confi
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine's quantization methods are.
+    """The quantization methods of an engine.
 
-    ``plain_methods`` are the classes of those that hold floating-point weights. ``plain`` makes such a method for a
-    layer, or None where the engine makes it itself. ``plain_arguments`` are those for its ``create_weights`` that
-    differ from the ones for a quantized layer.
+    ``plain_methods`` are the method classes for floating-point weights. ``plain`` makes such a method for a layer, or
+    returns None if the engine makes it itself. ``plain_arguments`` returns the arguments of its ``create_weights`` that
+    differ from those for a quantized layer.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Engine:
     plain_arguments: Callable[[nn.Module], dict[str, Any]] = lambda layer: {}
 
     def is_plain(self, layer: nn.Module) -> bool:
-        """Whether a layer's weights are floating-point."""
+        """Return whether a layer's weights are floating-point."""
         method = getattr(layer, "quant_method", None)
         return method is None or isinstance(method, self.plain_methods)
 
@@ -89,11 +89,12 @@ def choose_method(
     quantization: str,
     must_be_stored: bool,
 ) -> Any:
-    """The method for a layer that is stored quantized: the engine's choice, or a plain one for a ``reason``.
+    """Return the method for a layer that is stored quantized: the engine's choice, or a plain one.
 
-    Besides a ``reason`` that is given, the engine may refuse the layer, at once or when the method creates its weights.
-    That error is raised if the layer ``must_be_stored``: dequantized it would not fit where it was meant to.
-    ``quantization`` is the engine's name for the method. The reason is kept at the layer, for reports.
+    A plain method is returned if a ``reason`` is given or if the engine refuses the layer, at once or when the method
+    creates its weights. If the layer ``must_be_stored``, the engine's error is raised instead, because dequantized the
+    layer would not fit in the memory meant for it. ``quantization`` is the engine's name for the method. The layer
+    keeps the reason for reports.
     """
 
     def refused(error: Exception) -> str:
@@ -102,7 +103,7 @@ def choose_method(
         return f"{engine.name}: {' '.join(str(error).split())}"
 
     def create_weights(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Stands before the method's own for one call: engines choose some kernels only there."""
+        """Run in place of the method's function for one call, because engines choose some kernels only there."""
         del method.create_weights
         try:
             with _undone_on_error(layer):
@@ -130,7 +131,7 @@ def choose_method(
 
 @contextmanager
 def _undone_on_error(layer: nn.Module) -> Iterator[None]:
-    """Take from ``layer`` what has been put there, where that ends in an error."""
+    """If the block raises, delete the attributes and parameters that it added to ``layer``."""
     attributes, parameters = set(vars(layer)), set(layer._parameters)
     try:
         yield
@@ -145,9 +146,9 @@ def _undone_on_error(layer: nn.Module) -> Iterator[None]:
 def reports(
     checkpoint: Checkpoint, layers: Mapping[str, nn.Module], is_plain: Callable[[nn.Module], bool], *, draft: bool
 ) -> list[str]:
-    """Lines that say which modules are dequantized while loading, one for each reason.
+    """Return lines that list the modules that are dequantized while loading, one line for each reason.
 
-    ``layers`` are those of the model or ``draft`` that may hold a quantized weight, by name.
+    ``layers`` are the layers of the model or ``draft`` that may hold a quantized weight, by name.
     """
     found: dict[str, list[str]] = {}
     for name, leaves in (checkpoint.quantized or {}).items():
@@ -165,10 +166,10 @@ def dequantized(
     has_expert: Callable[[nn.Module, int], bool],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Turn the stored tensors of each module whose layer ``is_plain`` into one weight; pass the others on.
+    """Turn the stored tensors of each module whose layer ``is_plain`` into one weight, and yield all others unchanged.
 
-    Experts that this rank's layer has not (``has_expert``) are left out. ``ValueError`` at the end for modules of which
-    a part came.
+    Experts that this rank's layer does not have (``has_expert``) are left out. Raises ``ValueError`` at the end if only
+    a part of a module arrived.
     """
     stored = checkpoint.quantized or {}
     held: dict[str, dict[str, Tensor]] = {}

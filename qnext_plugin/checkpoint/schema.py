@@ -1,4 +1,4 @@
-"""The weight names and shapes of a Qwen3-Next checkpoint, and checks of safetensors headers and new weights."""
+"""The names and shapes of a Qwen3-Next checkpoint's weights, and checks of safetensors headers and new weights."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from qnext_plugin.checkpoint.headers import DTYPE_NAMES, Shape, TensorInfo, desc
 from qnext_plugin.checkpoint.listing import listing
 from qnext_plugin.config import FULL, QNextConfig
 
-# The last name segment of the tensors that quantizers store instead of a module's `weight`, or beside it.
+# The last name segments of the tensors that quantizers store instead of a module's `weight`, or beside it.
 PACKED_WEIGHTS = ("qweight", "weight_packed")
 QUANT_COMPANIONS = (
     *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
@@ -19,7 +19,7 @@ QUANT_COMPANIONS = (
 )
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
 FLOAT_DTYPES = tuple(DTYPE_NAMES.values())
-BYTE_DTYPES = ("F8_E4M3", "I8")  # quantized, one number to an element
+BYTE_DTYPES = ("F8_E4M3", "I8")  # quantized, with one number in each element
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class _Layer:
 def expected_tensors(
     config: QNextConfig, *, mtp: bool = True, split_in_proj: bool = False, fused_experts: bool = False
 ) -> dict[str, Shape]:
-    """Name and shape of every tensor of an unquantized checkpoint; no ``lm_head`` when it is tied.
+    """Return the name and shape of every tensor of an unquantized checkpoint; a tied ``lm_head`` is left out.
 
-    ``split_in_proj``: ``in_proj_{qkv,z,b,a}`` with flat rows instead of ``in_proj_{qkvz,ba}`` grouped by key head.
-    ``fused_experts``: ``experts.gate_up_proj`` ``[experts, 2 * intermediate, hidden]`` and ``experts.down_proj``
-    ``[experts, hidden, intermediate]``, as ``transformers`` 5 writes with ``save_original_format=False``.
+    If ``split_in_proj``, the input projections are ``in_proj_{qkv,z,b,a}`` with flat rows instead of
+    ``in_proj_{qkvz,ba}`` grouped by key head. If ``fused_experts``, the experts are ``experts.gate_up_proj``
+    ``[experts, 2 * intermediate, hidden]`` and ``experts.down_proj`` ``[experts, hidden, intermediate]``, as
+    ``transformers`` 5 writes them with ``save_original_format=False``.
     """
     tensors = _outer_tensors(config, mtp, lm_head=not config.tie_word_embeddings)
     for layer in _layers(config, mtp):
@@ -49,9 +50,9 @@ def check_coverage(
 ) -> None:
     """Raise one ``ValueError`` that lists every missing, unexpected or wrongly shaped tensor.
 
-    Each layer may hold its input projections merged or split and its experts one by one or fused. ``mtp.*`` may be
-    absent as a whole unless required, and so may a tied ``lm_head``. A module may be quantized: its packed weight and
-    scales are accepted, and only weights that are not packed are checked for their shape.
+    Each layer may store its input projections merged or split, and its experts one by one or fused. All of ``mtp.*``
+    may be absent unless it is required; a tied ``lm_head`` may be absent. A module may be quantized: its packed weight
+    and scales are accepted, and the shapes of packed weights are not checked.
     """
     names = {name for name in headers if not _is_ignored(name)}
     expected = _expected_for(config, names, mtp == "required" or any(n.split(".")[0] == "mtp" for n in names))
@@ -65,14 +66,14 @@ def check_coverage(
 
 
 class RefusedUpdate(ValueError):
-    """New weights that do not fit, found before they were copied."""
+    """Raised for new weights that do not fit, before they are copied."""
 
 
 class UpdateCheck:
-    """Call it with new weights for a running model, which need not be all of them, before any is copied.
+    """A check of new weights for a running model. Call it with all or some weights, before any is copied.
 
-    It raises one ``RefusedUpdate`` that lists every tensor no checkpoint of this configuration holds in that shape. It
-    takes time for each tensor given, not for each that the model has.
+    It raises one ``RefusedUpdate`` that lists every tensor that no checkpoint of this configuration has in that shape.
+    Its cost grows with the number of given tensors, not with the size of the model.
     """
 
     def __init__(self, config: QNextConfig) -> None:
@@ -84,7 +85,7 @@ class UpdateCheck:
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         headers = {name: describe(tensor) for name, tensor in weights if not _is_ignored(name)}
-        unknown = [n for n in headers if n not in self._expected]  # a difference of the keys would walk all expected
+        unknown = [n for n in headers if n not in self._expected]  # subtracting keys would visit every expected name
         unexpected = sorted(n for n in unknown if not _is_quantized(n, self._linear, self._attention))
         if problems := _problems([], unexpected, _misshapen(self._expected, headers)):
             raise RefusedUpdate(f"new weights do not match config.json:\n{problems}\nsend them again in its shapes")
@@ -95,7 +96,10 @@ def check_stream(
     config: QNextConfig,
     mtp: Literal["required", "optional"] = "optional",
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass a whole checkpoint on; ``ValueError`` at a repeated tensor, and at the end for missing or unknown ones."""
+    """Yield a whole checkpoint's tensors unchanged, and check them.
+
+    Raises ``ValueError`` at a repeated tensor, and at the end for missing or unknown tensors.
+    """
     seen: dict[str, TensorInfo] = {}
     for name, tensor in weights:
         if name in seen:
@@ -188,7 +192,7 @@ def _sparse_moe(config: QNextConfig, fused_experts: bool) -> dict[str, Shape]:
 
 
 def _expected_for(config: QNextConfig, names: set[str], mtp: bool) -> dict[str, Shape]:
-    """The expected tensors, each layer in the form that ``names`` shows it to be stored in."""
+    """Return the expected tensors, with each layer in the form in which ``names`` stores it."""
     modules = {name.rpartition(".")[0] for name in names}
     tensors = _outer_tensors(config, mtp, lm_head=not config.tie_word_embeddings or "lm_head.weight" in names)
     for layer in _layers(config, mtp):
@@ -201,7 +205,10 @@ def _expected_for(config: QNextConfig, names: set[str], mtp: bool) -> dict[str, 
 
 
 def _quantizable(expected: Mapping[str, Shape]) -> tuple[set[str], set[str]]:
-    """Linear modules and attention modules. Only matrices are quantized: not norms, the convolution or A_log."""
+    """Return the linear modules and the attention modules, which may have scales.
+
+    Only matrices are quantized; norms, the convolution and A_log are not.
+    """
     linear = {n.removesuffix(".weight") for n, shape in expected.items() if n.endswith(".weight") and len(shape) == 2}
     return linear, {m.removesuffix(".q_proj") for m in linear if m.endswith(".self_attn.q_proj")}
 
@@ -233,5 +240,5 @@ def _is_present(name: str, shape: Shape, names: set[str]) -> bool:
 
 
 def _is_ignored(name: str) -> bool:
-    """Rotary frequencies, which old checkpoints store although they follow from the configuration."""
+    """Return whether a tensor holds rotary frequencies, which old checkpoints store; config.json implies them."""
     return name.split(".")[-2:] == ["rotary_emb", "inv_freq"]

@@ -1,4 +1,4 @@
-"""A checkpoint as its metadata describes it: a local directory, or a name on the Hugging Face hub."""
+"""Read the metadata of a checkpoint in a local directory or on the Hugging Face hub."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,24 +25,24 @@ from qnext_plugin.checkpoint.quantization import (
 from qnext_plugin.checkpoint.schema import check_coverage
 from qnext_plugin.config import QNextConfig, read_config
 
-MODELOPT_FILE = "hf_quant_config.json"  # where ModelOpt writes what others write in config.json
+MODELOPT_FILE = "hf_quant_config.json"  # ModelOpt's file for the settings that others write to config.json
 OTHER_FILES = frozenset(
     (
         *("pt", "npcache", "tensorizer", "sharded_state", "runai_streamer_sharded", "presharded", "mistral"),
         *("gguf", "bitsandbytes", "expert_pack", "jax", "remote"),
     )
 )
-"""The engines' load formats that read something else than the safetensors files which a checkpoint is published in."""
+"""These load formats of the engines read other files than the safetensors files of a published checkpoint."""
 
 _ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a checkpoint before a weight is read.
+    """The metadata of a checkpoint, known before a weight is read.
 
-    ``config`` is ``config.json`` as it stands, ``headers`` are None where there are no safetensors files or their
-    headers cannot be had, ``quantization`` is what the checkpoint says of its own quantization.
+    ``config`` is the content of ``config.json``. ``headers`` are None if there are no safetensors files or their
+    headers cannot be read. ``quantization`` is the checkpoint's description of its quantization.
     """
 
     config: Mapping[str, Any]
@@ -56,26 +56,26 @@ class Checkpoint:
 
     @cached_property
     def quantized(self) -> Mapping[str, Leaves] | None:
-        """The stored tensors of all modules of a quantized checkpoint; None where it is not, or without headers."""
+        """The stored tensors of all modules; None if the checkpoint is not quantized or has no headers."""
         return None if self.quantization is None or self.headers is None else stored_modules(self.headers)
 
     def check(self, config: QNextConfig, mtp: Literal["required", "optional"] = "optional") -> None:
-        """``ValueError`` where the headers do not fit the configuration, or each other."""
+        """Raise ``ValueError`` if the headers do not fit the configuration or each other."""
         assert self.headers is not None
         check_coverage(config, self.headers, mtp=mtp)
         check_quantization(self.headers, self.quantization)
 
     def parts(self, layer: str, num_experts: int) -> dict[str, Leaves]:
-        """The modules that are stored of a layer, which has ``mtp`` in its name if it is the draft's.
+        """Return the stored modules of a layer; the result is empty if none of them is quantized.
 
-        Empty where none of them is quantized.
+        The name of a draft's layer contains ``mtp``.
         """
         stored = self.quantized or {}
         parts = {name: stored[name] for name in modules_of(layer, num_experts) if name in stored}
         return parts if any(is_quantized(leaves) for leaves in parts.values()) else {}
 
     def obstacle(self, parts: Mapping[str, Leaves], config: QNextConfig, tp_size: int) -> str | None:
-        """Why the ``parts`` of a layer cannot be served as stored, as far as that is known without the engine."""
+        """Return why a layer's ``parts`` cannot be served as stored, as far as this is known without the engine."""
         if len({storage(leaves) for leaves in parts.values()}) > 1:
             return "its parts are stored in different ways"
         for name, leaves in parts.items():
@@ -93,15 +93,15 @@ class Checkpoint:
         return None
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A quantized module's weight, float32 ``[rows, in]``, from its tensors by the last segment of their names."""
+        """Compute a quantized module's weight, float32 ``[rows, in]``, from its tensors by the names' last segment."""
         assert self.quantization is not None
         return dequantize(tensors, self.quantization)
 
 
 def _splits(leaves: Leaves, ranks: int, by_inputs: bool, merged: bool) -> bool:
-    """Whether each rank's share of a module is a whole number of its blocks, or groups of inputs.
+    """Return whether each rank's share of a module is a whole number of blocks or groups of inputs.
 
-    The engines check this for some methods and layers only; for the others they fail while loading.
+    The engines check this only for some methods and layers; for others they fail while loading.
     """
     scale = next(leaves[name].shape for name in SCALES if name in leaves)
     weight = leaves["weight"].shape if "weight" in leaves else ()
@@ -114,7 +114,10 @@ def _splits(leaves: Leaves, ranks: int, by_inputs: bool, merged: bool) -> bool:
 
 
 def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
-    """No weights are downloaded. ``ValueError`` for what is no model, ``OSError`` where the hub cannot be reached."""
+    """Read the metadata of a local directory or a name on the hub; no weights are downloaded.
+
+    Raises ``ValueError`` if ``model`` is not a model, and ``OSError`` if the hub cannot be reached.
+    """
     directory = Path(model)
     if directory.is_dir():
         return _read_directory(directory, read_config(directory / "config.json"))
@@ -125,12 +128,13 @@ def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
 
 def read_served(model: str, revision: str | None, load_format: str, download_dir: str | None) -> Checkpoint:
-    """The checkpoint that an engine loads, whatever it is; without headers where it loads no safetensors files of it.
+    """Read the metadata of the checkpoint that an engine loads, of whatever kind it is.
 
-    ``ValueError`` for a local checkpoint that cannot be read.
+    There are no headers if the engine loads no safetensors files. Raises ``ValueError`` for a local checkpoint that
+    cannot be read.
     """
     directory, file = Path(model), Path(model) / "config.json"
-    if directory.is_dir():  # new weights for a model that serves may come without a config.json
+    if directory.is_dir():  # new weights for a serving model may come without a config.json
         config = read_config(file) if file.exists() else {}
         return _read_directory(directory, config, headers=load_format not in OTHER_FILES)
     if not _is_hub_name(model) or load_format in OTHER_FILES:
@@ -173,13 +177,13 @@ def _read_hub(model: str, revision: str | None, download_dir: str | None) -> Che
     headers = _hub_headers(model, commit, download_dir)
     quantization = config.get("quantization_config")
     if quantization is None and any(is_quantized(leaves) for leaves in stored_modules(headers or {}).values()):
-        with suppress(EntryNotFoundError, OSError):  # `check` says what is missing
+        with suppress(EntryNotFoundError, OSError):  # `check` reports what is missing
             quantization = _quantization({}, Path(hf_hub_download(model, MODELOPT_FILE, revision=commit)))
     return Checkpoint(config, headers, quantization)
 
 
 def _hub_headers(model: str, commit: str, download_dir: str | None) -> Mapping[str, TensorInfo] | None:
-    """From the files, where that commit of the model has been downloaded; else from the hub."""
+    """Read the headers from the downloaded files of that commit, if there are any, otherwise from the hub."""
     from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
     from huggingface_hub.errors import NotASafetensorsRepoError, OfflineModeIsEnabled
 

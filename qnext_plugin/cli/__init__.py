@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the whole command, also for tools that write completions for shells."""
+    """Return the parser of the whole command; tools that generate shell completions use it too."""
     parser = _Parser(prog="qnext", description="Tools for serving Qwen3-Next with qnext-plugin.")
     parser.add_argument("--version", action="version", version=f"qnext {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -28,15 +28,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; a mistake of the user's prints one line to stderr and gives 2.
+    """Run one command and return its exit status; a user's mistake prints one line to stderr and returns 2.
 
-    A command that sets ``flags`` is given every argument that is not its own: they are an engine's.
+    A command that sets ``flags`` gets all arguments that it does not know; they are an engine's.
     """
     args, flags = parser().parse_known_args(argv)
     if flags and not hasattr(args, "flags"):
         parser().error(f"unrecognized arguments: {' '.join(flags)}")
     args.flags = flags
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are stopped before the exit
     try:
         return int(args.run(args) or 0)
     except (ValueError, OSError) as e:

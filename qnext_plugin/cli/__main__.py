@@ -1,4 +1,4 @@
-"""``python -m qnext_plugin.cli``: the ``qnext`` command of this interpreter."""
+"""``python -m qnext_plugin.cli`` runs the ``qnext`` command of this interpreter."""
 
 from qnext_plugin.cli import main
 

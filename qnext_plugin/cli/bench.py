@@ -1,4 +1,4 @@
-"""``qnext bench``: how fast a model is served, against the engine's own model and against what the machine allows."""
+"""``qnext bench`` compares the speed of a served model with the engine's own model and the machine's limits."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "arguments are the engine's own, such as --enforce-eager. Exit status 1: an engine failed.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=_bench, flags=[])  # the engine's own are what nobody else knows
+    parser.set_defaults(run=_bench, flags=[])  # arguments that this parser does not know are the engine's
     parser.add_argument("model", metavar="MODEL", help="a local directory or a hub name")
     parser.add_argument("--engine", required=True, choices=ENGINES)
     parser.add_argument(
@@ -106,7 +106,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def chosen_sides(args: argparse.Namespace) -> list[Any]:
-    """Ours and what it is compared with; ``ValueError`` for what is known not to run here."""
+    """Return our side and the side that it is compared with; raises ``ValueError`` for a side that cannot run here."""
     import torch
 
     from qnext_plugin.bench.side import Side
@@ -121,7 +121,7 @@ def chosen_sides(args: argparse.Namespace) -> list[Any]:
     flags = tuple(args.flags if args.against_flags is None else args.against_flags)
     if args.against in ENGINES:
         if args.against_flags is None and args.against != args.engine:
-            flags = ()  # each engine has flags of its own
+            flags = ()  # the engines have different flags
         if args.against_python == sys.executable and not find_spec(args.against):
             raise ValueError(
                 f"{args.against} is not installed in this environment; give --against-python the one it is in"
@@ -138,7 +138,7 @@ def chosen_sides(args: argparse.Namespace) -> list[Any]:
 
 
 def workloads(args: argparse.Namespace, prompts: Sequence[Sequence[int]] = ()) -> dict[str, dict[str, int]]:
-    """As ``bench.worker.measure`` takes them; ``prompts`` are what decodes start from, if not random tokens."""
+    """Return the workloads for ``bench.worker.measure``. Decodes start from ``prompts``, or from random tokens."""
     length = max(map(len, prompts), default=args.input_len)
     if args.serve:
         if prompts:
@@ -164,7 +164,7 @@ def check_lengths(directory: Path, task: Any) -> None:
 
 
 def read_prompts(directory: Path, file: Path) -> list[list[int]]:
-    """Each line as a user's question through the checkpoint's chat template, or as it is where there is none."""
+    """Return the token ids of each line, which is a user's question in the chat template, if there is a template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -182,7 +182,7 @@ def read_prompts(directory: Path, file: Path) -> list[list[int]]:
 
 
 def measured_ceilings(dtype: str, logs: Path) -> dict[str, float]:
-    """In a process of its own, with the threads that the engines get."""
+    """Measure the machine's rates in a separate process, with as many threads as the engines get."""
     from qnext_plugin.engines import process
 
     out, log = logs / "ceilings.json", logs / "ceilings.log"
@@ -216,7 +216,7 @@ def _measured(
 def make_report(
     args: argparse.Namespace, sides: Sequence[Any], pairs: Sequence[Mapping[str, Any]], ceilings: dict[str, float]
 ) -> Any:
-    """A ``bench.report.Report``. Of paths in the command only the names are kept."""
+    """Return a ``bench.report.Report``; it keeps only the names of absolute paths in the command."""
     import torch
 
     from qnext_plugin.bench.report import ABOUT, Report, summary
@@ -246,7 +246,7 @@ def make_report(
 
 
 def add_acceptance(workloads: Mapping[str, dict[str, Any]], draft_tokens: int) -> None:
-    """The share of drafts accepted, from the tokens of a step, of which one is not a draft."""
+    """Add the share of accepted drafts, computed from the tokens per step, of which one is not a draft."""
     for row in workloads.values():
         if draft_tokens and "tokens per step" in row:
             steps = row["tokens per step"].items()
@@ -260,9 +260,9 @@ def add_limits(
     directory: Path,
     task: Any,
 ) -> None:
-    """Tokens per second that the machine's rates allow, by side, where one device does all the work.
+    """Add by side the tokens per second that the machine's rates allow, if one device does all the work.
 
-    ``engines`` is by side, ``task`` what each of them does.
+    ``engines`` maps sides to engines; ``task`` is the work of each side.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""``qnext checkpoint``: make checkpoints."""
+"""``qnext checkpoint`` makes checkpoints."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""``qnext doctor``: which class would serve, with which kernels, and what stands in the way."""
+"""``qnext doctor`` reports which class would serve, with which kernels, and what prevents it."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def examine(engine: str, model: str | None, flags: list[str]) -> dict[str, Any]:
-    """What the adapter's probe found, and ``serves``: whether our class would, without an error."""
+    """Return the report of the adapter's probe, and ``serves``: whether our class would serve without an error."""
     from qnext_plugin.engines import process, remote
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,7 +48,7 @@ def examine(engine: str, model: str | None, flags: list[str]) -> dict[str, Any]:
         except process.EngineFailed as e:
             error = f"the probe failed: {e.reason}; the end of its log:\n{process.tail(e.log, 5)}"
             return {"engine": engine, "serves": False, "errors": [error]}
-        if report["errors"] and "SystemExit" in report["errors"][-1]:  # its log says why
+        if report["errors"] and "SystemExit" in report["errors"][-1]:  # the log has the reason
             report["errors"][-1] += f"\n{process.tail(probe.log, 3)}"
     roles = ["target", "draft"] if "verify" in report["kernels"] else ["target"]
     ours = all(report["classes"].get(role, "").startswith(f"{engine}_ext.") for role in roles)

@@ -1,4 +1,4 @@
-"""``qnext plan``: whether a model fits, for how many sequences of which length, and what to type."""
+"""``qnext plan`` computes whether a model fits, for how many sequences of which length, and the command lines."""
 
 import argparse
 import json
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
-    """All numbers; bytes are on one rank."""
+    """Return all numbers of the plan; bytes are on one rank."""
     import torch
 
     from qnext_plugin.config import QNextConfig
@@ -106,7 +106,7 @@ def _vllm(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], wei
     device = DEVICES[args.device]
     cache = VllmCache(serving, getattr(torch, state_dtype), device, not args.no_prefix_caching, args.block_size)
     memory = _cache_memory(args, args.gpu_memory_utilization, weights, args.reserve)
-    # vLLM's own default; on CPU it captures no graphs and refuses nothing.
+    # These are vLLM's defaults. On CPU it captures no graphs, so it refuses nothing.
     asked = args.max_num_seqs or (1024 if args.gpu_memory >= 70 else 256)
     numbers = {
         "state_dtype": state_dtype,

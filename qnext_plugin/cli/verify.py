@@ -1,4 +1,4 @@
-"""``qnext verify``: does an engine say of this checkpoint what it should?"""
+"""``qnext verify`` checks that an engine computes from a checkpoint what it should."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "something does not.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=_verify, flags=[])  # the engine's own are what nobody else knows
+    parser.set_defaults(run=_verify, flags=[])  # arguments that this parser does not know are the engine's
     parser.add_argument("model", metavar="MODEL", help="a local directory or a hub name")
     parser.add_argument("--engine", required=True, choices=ENGINES)
     parser.add_argument(
@@ -95,7 +95,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def checkpoint_directory(model: str) -> Path:
-    """Of a local checkpoint, or of one of the hub, which is downloaded."""
+    """Return the directory of a local checkpoint or of one on the hub, which is downloaded."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download

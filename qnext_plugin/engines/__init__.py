@@ -1,1 +1,1 @@
-"""An engine in a process of its own."""
+"""Start an engine in a separate process, and talk to it."""

@@ -1,4 +1,4 @@
-"""How an engine is started: the options that both engines have, and MTP as each of them spells it."""
+"""The options with which an engine is started, and the MTP flags of each engine."""
 
 import json
 import os
@@ -7,19 +7,20 @@ from typing import Any
 
 ENGINES = ("vllm", "sglang")
 MAX_MODEL_LEN = 1024
-VLLM_BLOCK_SIZE = 32  # asked for with prefix caching; vLLM rounds it up until a block holds a recurrent state
+VLLM_BLOCK_SIZE = 32  # requested with prefix caching; vLLM rounds it up until a block holds a recurrent state
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One start of an engine. ``token_budget`` is the most tokens one step computes.
+    """The options of one start of an engine. ``token_budget`` is the largest number of tokens that a step computes.
 
-    The whole cache is ``num_blocks`` on vLLM and ``num_tokens`` on SGLang, where ``snapshots`` is how recurrent states
-    are kept for prefix caching. ``draft_tokens`` is how many the model's own draft proposes each step, one after
-    another; 0 is no speculation. On SGLang ``tree`` makes a tree of them, of that many tokens, two after each, and
-    ``overlap`` lets it schedule ahead of the drafts, as it does on GPU. A ``warm`` start runs its scenarios twice, the
-    second time on the cache that the first left. ``stages`` are the layers of each pipeline stage, where they are not
-    shared out evenly. ``flags`` are the engine's own, and win.
+    ``num_blocks`` is the size of the cache on vLLM, ``num_tokens`` on SGLang. ``snapshots`` is SGLang's way to keep
+    recurrent states for prefix caching. ``draft_tokens`` is how many tokens the model's MTP layer drafts in a step,
+    one after another; 0 turns speculation off. On SGLang ``tree`` is the number of tokens in a tree of drafts, in
+    which two follow each token, and ``overlap`` lets SGLang schedule ahead of the drafts, as it does on GPU. A
+    ``warm`` start runs its scenarios twice; the second time they find the cache as the first time left it. ``stages``
+    are the numbers of layers of the pipeline stages, if they are not equal. ``flags`` are the engine's own flags and
+    take precedence.
     """
 
     dtype: str = "float32"
@@ -43,9 +44,9 @@ class EngineConfig:
 
 
 def mtp_arguments(engine: str, num_draft_tokens: int, tree: int = 0) -> dict[str, Any]:
-    """Keyword arguments of ``vllm.LLM`` or ``sglang.Engine`` that turn on the model's own MTP; none for 0 tokens.
+    """Return the keyword arguments of ``vllm.LLM`` or ``sglang.Engine`` that turn on the model's own MTP.
 
-    ``tree`` is as in ``EngineConfig``.
+    There are none for 0 tokens. ``tree`` is as in ``EngineConfig``.
     """
     if not num_draft_tokens:
         return {}
@@ -60,7 +61,7 @@ def mtp_arguments(engine: str, num_draft_tokens: int, tree: int = 0) -> dict[str
 
 
 def mtp_flags(engine: str, num_draft_tokens: int) -> list[str]:
-    """The same on the engine's command line."""
+    """Return the flags of the engine's command line that turn on the model's own MTP."""
     flags = []
     for name, value in mtp_arguments(engine, num_draft_tokens).items():
         text = json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else str(value)
@@ -69,6 +70,9 @@ def mtp_flags(engine: str, num_draft_tokens: int) -> list[str]:
 
 
 def all_cores() -> dict[str, str]:
-    """Environment variables for all cores on a CPU, without those that are set: vLLM leaves one idle by default."""
+    """Return environment variables that make an engine use all cores of a CPU; vLLM leaves one idle by default.
+
+    Variables that are set already are left out.
+    """
     chosen = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {name: value for name, value in chosen.items() if name not in os.environ}

@@ -1,4 +1,4 @@
-"""What an adapter's ``doctor`` module has in common with the other's: it runs beside the engine, and never fails."""
+"""The common part of the adapters' ``doctor`` modules. It runs in the engine's environment and never fails."""
 
 import os
 import traceback
@@ -21,10 +21,11 @@ def make_report(
     model: str,
     flags: list[str],
 ) -> dict[str, Any]:
-    """What ``qnext doctor`` reports of a model and flags. ``hooks`` are the entry point groups that name the adapter.
+    """Return the report of ``qnext doctor`` on a model and flags.
 
-    ``switches`` are environment variables that list the plugins to keep. ``serving_classes`` and ``examine`` ask the
-    engine, the second where our class serves; what they raise is an error of the report.
+    ``hooks`` are the entry point groups that name the adapter. ``switches`` are environment variables that list the
+    plugins to keep. ``serving_classes`` asks the engine which classes serve; ``examine`` asks it for the rest and is
+    called only if our class serves. If one of them raises, the report lists the error.
     """
     register = import_module(f"{adapter}.register")
     version, tested = str(import_module(f"{engine}.version").__version__), register.TESTED

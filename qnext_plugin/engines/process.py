@@ -1,4 +1,4 @@
-"""Child processes that end when they should, and leave a readable trace when they do not."""
+"""Run child processes so that none outlives its use, and so that the log explains a failure."""
 
 import os
 import re
@@ -14,7 +14,10 @@ from types import MappingProxyType
 
 
 class EngineFailed(RuntimeError):
-    """A process did not start, died or hung, or another model serves. The text is ``reason``, then the log's end."""
+    """Raised if a process did not start, died or hung, or if another model serves.
+
+    The text is ``reason`` and the end of the log.
+    """
 
     def __init__(self, reason: str, log: Path) -> None:
         super().__init__(f"{reason}\n{tail(log)}")
@@ -26,7 +29,7 @@ def tail(log: Path, lines: int = 40) -> str:
 
 
 def failure(log: Path, status: int) -> str:
-    """The last exception in a log, or its last line."""
+    """Return the last exception in a log; without one, the exit status and the last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [match[0] for line in lines if (match := re.search(r"\b\w+(Error|Exception)\b: .*", line))]
     return errors[-1] if errors else f"status {status}: {lines[-1] if lines else 'no output'}"
@@ -36,9 +39,9 @@ def failure(log: Path, status: int) -> str:
 def started(
     command: Sequence[str], log: Path, env: Mapping[str, str] = MappingProxyType({}), python: str = sys.executable
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``python *command`` in its own process group, output to ``log``; the whole group is gone on leaving.
+    """Run ``python *command`` in its own process group, with its output in ``log``.
 
-    Its standard input stays open until then.
+    Its standard input stays open until the context ends, which also ends the whole group.
     """
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -60,7 +63,7 @@ def started(
                 process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(20)
-        finally:  # also where this process is interrupted once more meanwhile
+        finally:  # even if this process is interrupted again
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -73,7 +76,7 @@ def run(
     timeout: float = 240,
     python: str = sys.executable,
 ) -> int:
-    """Exit status of ``python *command``; raises ``EngineFailed`` after a timeout."""
+    """Run ``python *command`` and return its exit status; raises ``EngineFailed`` after ``timeout`` seconds."""
     with started(command, log, env, python) as process:
         try:
             return process.wait(timeout)
@@ -82,10 +85,10 @@ def run(
 
 
 def peak_resident_bytes(group: int) -> int:
-    """The most that each living process of a process group held in memory, summed; what they share counts for each."""
+    """Return the sum of the peak memory of the living processes of a group; shared memory counts for each of them."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the process has ended
             if int((process / "stat").read_text().rpartition(")")[2].split()[2]) == group:
                 status = (process / "status").read_text()
                 total += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
@@ -105,13 +108,13 @@ def wait_until(
     timeout: float,
     waiting: Callable[[float], None] = lambda seconds: None,
 ) -> None:
-    """Poll until ``condition()`` holds; raises ``EngineFailed`` where the process ends first, and after a timeout.
+    """Poll until ``condition()`` holds; raises ``EngineFailed`` if the process ends first, and after ``timeout``.
 
-    ``waiting`` is told after each poll how many seconds have passed.
+    ``timeout`` is in seconds. After each poll ``waiting`` is called with the number of seconds that have passed.
     """
     begin = time.monotonic()
     while True:
-        ended = process.poll() is not None  # looked at first: what it did before it ended counts
+        ended = process.poll() is not None  # read before the condition, so that what it did before its end counts
         if condition():
             return
         seconds = time.monotonic() - begin

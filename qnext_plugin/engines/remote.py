@@ -1,4 +1,4 @@
-"""A process that calls functions of ours beside an engine, and the engine that it may hold."""
+"""A process that calls our functions in an engine's environment, and that may hold an engine."""
 
 import json
 import subprocess
@@ -17,29 +17,32 @@ from qnext_plugin.engines.who_serves import check_modules, native_environment
 
 
 class Remote:
-    """The caller's end of ``qnext_plugin.engines.worker``: ``log`` has what it prints, ``pid`` is its process group."""
+    """The caller's end of ``qnext_plugin.engines.worker``.
+
+    ``log`` is the file with the worker's output, ``pid`` its process group.
+    """
 
     def __init__(self, child: subprocess.Popen[bytes], directory: Path, log: Path) -> None:
         self._child, self._directory, self._sent = child, directory, 0
         self.log, self.pid = log, child.pid
 
     def send(self, name: str, /, hold: bool = False, **arguments: Any) -> int:
-        """Ask for a call of ``name``, a ``module:name``, and do not wait; returns the number to ``receive``.
+        """Request a call of ``name``, a ``module:name``, without waiting; returns the number to ``receive``.
 
-        With ``hold`` its result becomes the first argument of every later call.
+        With ``hold`` the result stays in the process and becomes the first argument of every later call.
         """
         assert self._child.stdin
         request = {"call": name, "arguments": arguments, "hold": hold}
-        with suppress(BrokenPipeError):  # the process has ended, which `receive` notices
+        with suppress(BrokenPipeError):  # the process has ended; `receive` raises then
             self._child.stdin.write(json.dumps(request).encode() + b"\n")
             self._child.stdin.flush()
         self._sent += 1
         return self._sent - 1
 
     def receive(self, number: int, timeout: float) -> tuple[Any, float]:
-        """The result of a call and the time when it was finished.
+        """Return the result of a call and the time when it finished.
 
-        Raises ``EngineFailed`` where the process ends before, and after ``timeout`` seconds.
+        Raises ``EngineFailed`` if the process ends first, and after ``timeout`` seconds.
         """
         file = self._directory / f"{number}.json"
         process.wait_until(file.exists, self._child, self.log, timeout)
@@ -47,12 +50,12 @@ class Remote:
         return answer["result"], answer["finished"]
 
     def call(self, name: str, timeout: float, /, **arguments: Any) -> Any:
-        """``send``, then what ``receive`` returns."""
+        """Call ``name`` and return its result; see ``send`` and ``receive``."""
         return self.receive(self.send(name, **arguments), timeout)[0]
 
 
 class RemoteEngine(Remote):
-    """One that holds an engine, the first argument of every call."""
+    """A ``Remote`` that holds an engine, which is the first argument of every call."""
 
     def __init__(self, child: subprocess.Popen[bytes], directory: Path, log: Path, engine: str, native: bool) -> None:
         super().__init__(child, directory, log)
@@ -68,11 +71,11 @@ class RemoteEngine(Remote):
         )
 
     def ready(self, timeout: float) -> float:
-        """Wait for the start, and return the seconds that it took."""
+        """Wait until the engine has started, and return how many seconds that took."""
         return self.receive(self._start, timeout)[1] - self._begun
 
     def serving(self, timeout: float) -> dict[str, Any]:
-        """What ``Engine.serving`` of the adapter returns, after a check of the ``modules`` in it."""
+        """Return what the adapter's ``Engine.serving`` returns, after checking its ``modules``."""
         found: dict[str, Any] = self.call(f"{self.engine}_ext.tools.engine:Engine.serving", timeout)
         check_modules(found["modules"], self.engine, self.native, self.log)
         return found
@@ -82,7 +85,7 @@ class RemoteEngine(Remote):
 def started(
     directory: Path, env: Mapping[str, str] = MappingProxyType({}), python: str = sys.executable
 ) -> Iterator[Remote]:
-    """A process without an engine; its log and answers are files of the new ``directory``."""
+    """Start a process without an engine; its log and answers are files in the new ``directory``."""
     with _child(directory, env, python) as child:
         yield Remote(child, directory, directory / "log")
 
@@ -99,10 +102,10 @@ def started_engine(
     python: str = sys.executable,
     arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[RemoteEngine]:
-    """As ``started``, with an engine that begins to start; wait for it with ``ready``.
+    """Start a process as ``started`` does, and an engine in it; wait for the engine with ``ready``.
 
-    ``native``: serve the engine's own model instead of ours. ``arguments`` are further ones of ``vllm.LLM`` or
-    ``sglang.Engine``.
+    If ``native``, the engine serves its own model instead of ours. ``arguments`` are further arguments of ``vllm.LLM``
+    or ``sglang.Engine``.
     """
     with _child(directory, dict(env) | native_environment(native), python) as child:
         remote = RemoteEngine(child, directory, directory / "log", engine, native)
@@ -118,5 +121,5 @@ def _child(directory: Path, env: Mapping[str, str], python: str) -> Iterator[sub
         yield child
         assert child.stdin
         with suppress(BrokenPipeError, subprocess.TimeoutExpired):
-            child.stdin.close()  # which ends it
+            child.stdin.close()  # the worker ends with its input
             child.wait(20)

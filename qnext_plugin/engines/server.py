@@ -1,4 +1,4 @@
-"""An engine's own HTTP server."""
+"""Start and stop an engine's own HTTP server."""
 
 import subprocess
 import sys
@@ -15,12 +15,12 @@ COMMANDS = {
     "vllm": ("-m", "vllm.entrypoints.cli.main", "serve"),
     "sglang": ("-m", "sglang.launch_server", "--model-path"),
 }
-"""Arguments of ``python``, before the model."""
+"""These are the arguments of ``python`` before the model."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """One that answers; the id of its process is that of the group of all that it started."""
+    """A server that answers requests. Its process id is also the id of the group of all processes that it started."""
 
     engine: str
     url: str
@@ -29,7 +29,7 @@ class Server:
 
 
 def command(engine: str, model: str, port: int, flags: Sequence[str]) -> list[str]:
-    """Arguments of ``python`` that serve a model on this machine alone."""
+    """Return the arguments of ``python`` that serve a model, reachable from this machine only."""
     return [*COMMANDS[engine], model, "--host", "127.0.0.1", "--port", str(port), *flags]
 
 
@@ -46,10 +46,11 @@ def serving(
     timeout: float = 400,
     waiting: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Server]:
-    """Serve a model, on a free port unless told one, and end the server with every process that it started.
+    """Serve a model on ``port``, by default a free one; on exit, end the server with every process that it started.
 
-    Raises ``EngineFailed`` where the server ends before it answers, and after ``timeout`` seconds; ``waiting`` is told
-    how many have passed, several times each second. ``ValueError`` for a port where another server answers.
+    Raises ``EngineFailed`` if the server ends before it answers, and after ``timeout`` seconds. Several times a second
+    ``waiting`` is called with the number of seconds that have passed. Raises ``ValueError`` if another server already
+    answers on the port.
     """
     port = port or process.free_port()
     url = f"http://127.0.0.1:{port}"
@@ -61,7 +62,7 @@ def serving(
 
 
 def is_healthy(url: str) -> bool:
-    """Whether a server answers requests."""
+    """Return whether a server answers requests."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)

@@ -1,4 +1,4 @@
-"""What to do about the engine's version and platform: serve, warn and serve, or leave its own model in place."""
+"""Decide by the engine's version and platform whether to serve, to serve with a warning, or not to serve."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,14 +12,17 @@ from qnext_plugin import __version__
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether our model serves, and a ``message`` for the user, which is empty within the tested range."""
+    """A decision whether our model serves, with a ``message`` for the user that is empty within the tested range."""
 
     serves: bool
     message: str = ""
 
 
 def is_tested(version: str, tested: str) -> bool:
-    """Whether ``version`` is in a range such as ``>=0.32,<0.34``; local builds count, what is no version does not."""
+    """Return whether ``version`` is in a range such as ``>=0.32,<0.34``.
+
+    Local builds count; invalid versions do not.
+    """
     try:
         return SpecifierSet(tested).contains(Version(version), prereleases=True)
     except InvalidVersion:
@@ -27,7 +30,7 @@ def is_tested(version: str, tested: str) -> bool:
 
 
 def refuse_platform(engine: str, platform: str) -> Verdict:
-    """The verdict on an accelerator that the adapters have no code for, such as one of ROCm, XPU or NPU."""
+    """Return the verdict for a platform that the adapters have no code for, such as ROCm, XPU or NPU."""
     return Verdict(
         False,
         f"qnext-plugin {__version__} serves on CUDA and on CPUs, and the platform is {platform}. "
@@ -37,9 +40,9 @@ def refuse_platform(engine: str, platform: str) -> Verdict:
 
 @cache
 def judge(engine: str, version: str, tested: str, modules: tuple[str, ...]) -> Verdict:
-    """Serve within the tested range, where nothing is imported.
+    """Decide whether to serve: yes within the tested range, without importing anything.
 
-    Outside of it serve with a warning if ``modules``, which hold what serves, can be imported beside this engine.
+    Outside of it, the verdict is to serve with a warning if the serving ``modules`` can be imported with this engine.
     """
     if is_tested(version, tested):
         return Verdict(True)

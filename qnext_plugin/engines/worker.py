@@ -1,8 +1,9 @@
-"""The process that holds an engine, or starts several: ``python -m qnext_plugin.engines.worker DIRECTORY``.
+"""A process that holds an engine or starts several: ``python -m qnext_plugin.engines.worker DIRECTORY``.
 
-``qnext_plugin.engines.remote`` is the other end. Line i of the input is a JSON object: ``call``, a ``module:name``, is
-called with ``arguments``, and ``DIRECTORY/i.json`` receives the ``result`` and the time when it was ``finished``. With
-``hold`` the result stays here instead, as the first argument of later calls. What a call raises ends the process.
+``qnext_plugin.engines.remote`` is the other end. Line i of the input is a JSON object. The process calls ``call``, a
+``module:name``, with ``arguments``, and writes the ``result`` and the time when it was ``finished`` to
+``DIRECTORY/i.json``. With ``hold`` the result stays here instead, as the first argument of later calls. An exception
+in a call ends the process.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 
 def follow(directory: Path) -> None:
-    """Do what the input says until it ends."""
+    """Make the calls that the input requests, until the input ends."""
     held: tuple[Any, ...] = ()
     for i, line in enumerate(sys.stdin):
         request = json.loads(line)
@@ -32,14 +33,14 @@ def main(directory: str) -> None:
     status = 0
     try:
         follow(Path(directory))
-    except SystemExit as e:  # the engine has already said why
+    except SystemExit as e:  # the engine has already printed the reason
         status = e.code if isinstance(e.code, int) else 1
     except BaseException:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # shutting an engine down can wait for ever; the caller ends the whole process group
+    os._exit(status)  # shutting an engine down may never finish; the caller ends the whole process group
 
 
 if __name__ == "__main__":

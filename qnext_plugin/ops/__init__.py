@@ -1,4 +1,4 @@
-"""The maths of Qwen3-Next as functions of plain torch tensors: every float dtype, device and head size."""
+"""The math of Qwen3-Next as functions of plain torch tensors, for every float dtype, device and head size."""
 
 from qnext_plugin.ops.causal_conv1d import (
     accepted_window,

@@ -1,8 +1,8 @@
 """Depthwise causal convolution with SiLU over the ``[q | k | v]`` channels of Gated DeltaNet.
 
-``out[t] = silu(sum_w weight[:, w] * x[t - W + 1 + w])``, where tokens before the sequence come from ``conv_state``:
-its last W - 1 inputs, oldest column first, zero for a fresh sequence. Sums are in float32 (float64 for float64
-inputs), outputs in ``x``'s dtype, states in ``conv_state``'s; no argument is written to.
+``out[t] = silu(sum_w weight[:, w] * x[t - W + 1 + w])``. Inputs before the first token of a call come from
+``conv_state``: the sequence's last W - 1 inputs, oldest column first, zeros for a new sequence. Sums are in float32
+(float64 for float64 inputs), outputs in ``x``'s dtype, states in ``conv_state``'s. No argument is modified.
 """
 
 from itertools import pairwise
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 1 << 18  # elements that are convolved at once, so that they stay in a CPU's cache meanwhile
+TILE = 1 << 18  # number of elements convolved at once; they fit in a CPU's cache
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, *, conv_state: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """N sequences packed one after another, of any lengths (shorter than W - 1, or empty, included).
+    """Convolve N sequences, packed one after another, of any lengths; they may be shorter than W - 1 or empty.
 
     ``x`` [T, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1], ``cu_seqlens`` [N + 1] (starts at 0, ends at T).
     Returns ``out`` [T, C] and ``new_state`` [N, C, W - 1].
@@ -34,7 +34,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, *, conv_state: Tensor, cu_seqlens: 
 
 
 def causal_conv1d_update(x: Tensor, weight: Tensor, *, conv_state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token for each of N sequences.
+    """Convolve one token of each of N sequences.
 
     ``x`` [N, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1]. Returns ``out`` [N, C] and ``new_state``
     [N, C, W - 1].
@@ -46,12 +46,12 @@ def causal_conv1d_update(x: Tensor, weight: Tensor, *, conv_state: Tensor) -> tu
 def causal_conv1d_verify(
     x: Tensor, weight: Tensor, *, conv_state: Tensor, num_accepted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """D tokens (one accepted, D - 1 drafts) for each of N sequences, in a state that can roll back.
+    """Convolve D tokens (one accepted, D - 1 drafts) of each of N sequences, and return a state that can roll back.
 
-    ``x`` [N, D, C], ``weight`` [C, W], ``conv_state`` [N, C, >= W - 1] as the last call left it, and ``num_accepted``
-    [N] the tokens of that call that were accepted (>= 1; 1 after ``causal_conv1d`` or ``causal_conv1d_update``).
-    Returns ``out`` [N, D, C] and ``new_state`` [N, C, W - 1 + D - 1]: W - 2 columns of history, then the D tokens.
-    Pad shorter sequences at the end with anything: no token reads a later one.
+    ``x`` [N, D, C], ``weight`` [C, W]. ``conv_state`` [N, C, >= W - 1] is the state that the last call returned, and
+    ``num_accepted`` [N] counts the tokens of that call that were accepted (>= 1; 1 after ``causal_conv1d`` or
+    ``causal_conv1d_update``). Returns ``out`` [N, D, C] and ``new_state`` [N, C, W - 1 + D - 1]: W - 2 columns of
+    history, then the D tokens. Shorter sequences can be padded at the end with any values: no token reads a later one.
     """
     window = accepted_window(conv_state, num_accepted, weight.shape[1])
     stream = torch.cat([window.permute(2, 0, 1), x.transpose(0, 1).to(window.dtype)])
@@ -60,18 +60,21 @@ def causal_conv1d_verify(
 
 
 def accepted_window(conv_state: Tensor, num_accepted: Tensor, width: int) -> Tensor:
-    """The W - 1 columns before the next token, [N, C, W - 1], once ``num_accepted`` [N] tokens of the last
-    ``causal_conv1d_verify`` were accepted: columns ``num_accepted - 1`` and on of ``conv_state``."""
+    """Return the W - 1 columns before the next token, [N, C, W - 1].
+
+    ``num_accepted`` [N] counts the accepted tokens of the last ``causal_conv1d_verify``, which returned
+    ``conv_state``. The window starts at column ``num_accepted - 1``.
+    """
     columns = (num_accepted - 1)[:, None] + torch.arange(width - 1, device=conv_state.device)
     return conv_state.gather(2, columns[:, None].expand(-1, conv_state.shape[1], -1))
 
 
 def causal_conv1d_tree(x: Tensor, weight: Tensor, *, conv_state: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-    """D tokens of a tree of drafts for each of N sequences: every token follows its parent.
+    """Convolve the D tokens of a tree of drafts of each of N sequences; every token follows its parent.
 
-    ``x`` [N, D, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1], ``parents`` [N, D] (the root is token 0, whose
-    entry is not read; else smaller than the token's own index). Returns ``out`` [N, D, C] and ``states``
-    [N, D, C, W - 1], the state to go on from after each token.
+    ``x`` [N, D, C], ``weight`` [C, W], ``conv_state`` [N, C, W - 1], ``parents`` [N, D]. The root is token 0 and its
+    entry is not read; every other entry is smaller than the token's index. Returns ``out`` [N, D, C] and ``states``
+    [N, D, C, W - 1], the state to continue from after each token.
     """
     num_sequences, num_tokens, _ = x.shape
     history = weight.shape[1] - 1
@@ -89,7 +92,7 @@ def causal_conv1d_tree(x: Tensor, weight: Tensor, *, conv_state: Tensor, parents
 
 
 def _convolve(stream: Tensor, weight: Tensor) -> Tensor:
-    """``stream`` [L, ..., C] to [L - W + 1, ..., C]."""
+    """Convolve ``stream`` [L, ..., C] with ``weight`` [C, W] and apply SiLU; returns [L - W + 1, ..., C]."""
     compute = torch.promote_types(stream.dtype, torch.float32)
     stream, taps = stream.to(compute), weight.to(compute).mT.contiguous()
     length = stream.shape[0] - len(taps) + 1

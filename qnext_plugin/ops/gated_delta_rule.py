@@ -1,13 +1,13 @@
-"""The gated delta rule: single-token decode, multi-token verify, chunked prefill.
+"""The gated delta rule, for single-token decode, multi-token verification and chunked prefill.
 
-Per value head, with state ``S`` [K, V], log decay ``g`` and write strength ``beta`` (Yang et al., "Gated Delta
+Each value head has a state ``S`` [K, V], a log decay ``g`` and a write strength ``beta`` (Yang et al., "Gated Delta
 Networks", arXiv 2412.06464, eq. 10)::
 
     S <- exp(g) S;   S <- S + k (beta (v - S^T k))^T;   out = S^T q
 
 ``q`` and ``k`` are L2-normalized here and ``q`` is scaled by ``K**-0.5``. Value head ``j`` reads key head
 ``j // (Hv // Hk)``. Sums are in float32 (float64 for float64 inputs), outputs in ``v``'s dtype, states in
-``initial_state``'s; no argument is written to.
+``initial_state``'s. No argument is modified.
 """
 
 import torch
@@ -18,7 +18,7 @@ from qnext_plugin.config import GatedDeltaNetDims
 
 
 def split_heads(mixed: Tensor, dims: GatedDeltaNetDims) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of the convolution's output ``[num_tokens, conv_dim]``.
+    """Split the convolution's output ``[num_tokens, conv_dim]`` into views of its heads.
 
     Returns ``q``, ``k`` [num_tokens, num_k_heads, head_k_dim] and ``v`` [num_tokens, num_v_heads, head_v_dim].
     """
@@ -31,9 +31,10 @@ def split_heads(mixed: Tensor, dims: GatedDeltaNetDims) -> tuple[Tensor, Tensor,
 
 
 def gating(a: Tensor, b: Tensor, *, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Log decay ``g = -exp(A_log) * softplus(a + dt_bias)`` (<= 0) and write strength ``beta = sigmoid(b)``.
+    """Return log decay ``g = -exp(A_log) * softplus(a + dt_bias)`` (<= 0) and write strength ``beta = sigmoid(b)``.
 
-    ``a``, ``b`` [..., Hv] are logits, ``A_log``, ``dt_bias`` [Hv]; both results are [..., Hv], at least float32.
+    ``a`` and ``b`` [..., Hv] are logits; ``A_log`` and ``dt_bias`` are [Hv]. Both results are [..., Hv] in float32
+    (float64 for float64 inputs).
     """
     compute = torch.promote_types(a.dtype, torch.float32)
     g = -A_log.to(compute).exp() * F.softplus(a.to(compute) + dt_bias.to(compute))
@@ -41,7 +42,10 @@ def gating(a: Tensor, b: Tensor, *, A_log: Tensor, dt_bias: Tensor) -> tuple[Ten
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """``x * rsqrt(sum(x^2) + eps)`` over the last dimension, as in ``fla`` and ``transformers``; at least float32."""
+    """Return ``x * rsqrt(sum(x^2) + eps)`` over the last dimension, as in ``fla`` and ``transformers``.
+
+    The result is in float32 (float64 for float64 inputs).
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
@@ -49,7 +53,7 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def recurrent_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token for each of N sequences.
+    """Apply the rule to one token of each of N sequences.
 
     ``q``, ``k`` [N, Hk, K], ``v`` [N, Hv, V], ``g``, ``beta`` [N, Hv], ``initial_state`` [N, Hv, K, V].
     Returns ``out`` [N, Hv, V] and ``final_state`` [N, Hv, K, V].
@@ -70,13 +74,13 @@ def verify_gated_delta_rule(
     initial_state: Tensor,
     parents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """D draft positions for each of N sequences, keeping the state after every one of them.
+    """Apply the rule to D draft positions of each of N sequences, and keep the state after every position.
 
     ``q``, ``k`` [N, D, Hk, K], ``v`` [N, D, Hv, V], ``g``, ``beta`` [N, D, Hv], ``initial_state`` [N, Hv, K, V].
-    Returns ``out`` [N, D, Hv, V] and ``states`` [N, D, Hv, K, V]; having accepted ``n`` positions, go on from
-    ``states[:, n - 1]``. Pad shorter sequences at the end with anything: a position never reads a later one.
-    In a tree of drafts each position follows ``parents`` [N, D] instead of the one before (as in
-    ``causal_conv1d_tree``); go on from that of the last accepted position.
+    Returns ``out`` [N, D, Hv, V] and ``states`` [N, D, Hv, K, V]. After ``n`` accepted positions, continue from
+    ``states[:, n - 1]``. Shorter sequences can be padded at the end with any values: no position reads a later one.
+    In a tree of drafts each position follows its entry of ``parents`` [N, D] instead of the position before it (as
+    in ``causal_conv1d_tree``); continue from the state of the last accepted position.
     """
     heads_per_group = v.shape[2] // q.shape[2]
     compute = torch.promote_types(v.dtype, torch.float32)
@@ -92,7 +96,8 @@ def verify_gated_delta_rule(
     for i in range(v.shape[1]):
         if i and parents is not None:
             state = states[sequences, parents[:, i]]
-        # S^T q after the write is S^T q before it plus (q . k) times what is written: one pass over S for both reads.
+        # S^T q after the write is S^T q before it plus (q . k) times the written value, so one pass over S does both
+        # reads.
         read_q, read_k = ((qk[:, i] @ state) * decay[:, i]).unbind(-2)
         delta = beta[:, i] * (v[:, i] - read_k)
         out[:, i] = read_q + q_dot_k[:, i] * delta
@@ -112,14 +117,14 @@ def chunk_gated_delta_rule(
     cu_seqlens: Tensor,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Prefill of N sequences packed one after another.
+    """Apply the rule to N sequences, packed one after another, chunk by chunk.
 
     ``q``, ``k`` [T, Hk, K], ``v`` [T, Hv, V], ``g``, ``beta`` [T, Hv], ``initial_state`` [N, Hv, K, V],
     ``cu_seqlens`` [N + 1] (starts at 0, ends at T; empty sequences are allowed).
     Returns ``out`` [T, Hv, V] and ``final_state`` [N, Hv, K, V].
 
-    Within a chunk with cumulative log decay ``c`` the writes ``u`` (rows) of all tokens solve one unit lower
-    triangular system, the UT transform of arXiv 2412.06464, section 3.3::
+    Let ``c`` be the cumulative log decay within a chunk. The writes ``u`` (one row for each token) of the chunk solve
+    one unit lower triangular system, the UT transform of arXiv 2412.06464, section 3.3::
 
         (I + strictly_lower(beta_i e^(c_i - c_j) k_i.k_j)) u = beta (v - e^c k S)
     """
@@ -133,18 +138,18 @@ def chunk_gated_delta_rule(
     num_chunks = sum(active)
 
     def to_chunks(x: Tensor) -> Tensor:
-        """[T, heads, ...] to [chunks, heads, C, ...]"""
+        """Rearrange [T, heads, ...] to [chunks, heads, C, ...]."""
         chunks = x.new_zeros(num_chunks, x.shape[1], chunk_size, *x.shape[2:], dtype=compute)
         chunks.transpose(1, 2)[slots // chunk_size, slots % chunk_size] = x.to(compute)
         return chunks
 
-    # [chunks, Hk, 1, C, 2, K] and [chunks, Hk, Hv // Hk, C, ...]
+    # Shapes: qk is [chunks, Hk, 1, C, 2, K]; v, beta and log_decay are [chunks, Hk, Hv // Hk, C, ...].
     qk = to_chunks(torch.stack([l2norm(q) * head_k_dim**-0.5, l2norm(k)], dim=2)).unsqueeze(2)
     q, k = qk.unbind(-2)
     v, beta, log_decay = (to_chunks(x).unflatten(1, groups) for x in (v, beta, g))
     log_decay = log_decay.cumsum(-1)
 
-    # Above the diagonal exp may overflow; tril_ drops it, where a product with a mask would make NaN.
+    # exp may overflow above the diagonal. tril_ drops those values; multiplying by a mask would make them NaN.
     decay = (log_decay[..., :, None] - log_decay[..., None, :]).exp_().tril_()
     attention = q @ k.mT * decay
     system = decay.mul_(k @ k.mT).mul_(beta[..., None])
@@ -171,10 +176,10 @@ def chunk_gated_delta_rule(
 
 
 def _chunk_layout(cu_seqlens: Tensor, num_tokens: int, chunk_size: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Where each token goes when chunks are laid out by chunk index, then by sequence, longest first.
+    """Lay chunks out by chunk index, then by sequence, longest first, and return where each token goes.
 
-    Returns ``slots`` [T], the sequences' ``order`` [N], and how many sequences have an i-th chunk: those are the
-    first ones in ``order``, so that each step of the scan over chunks is a slice.
+    Returns ``slots`` [T], the sequences' ``order`` [N], and for each i how many sequences have an i-th chunk. Those
+    sequences are the first in ``order``, so each step of the scan over chunks works on a slice.
     """
     num_chunks = (cu_seqlens.diff() + chunk_size - 1) // chunk_size
     order = num_chunks.argsort(descending=True, stable=True)

@@ -1,14 +1,14 @@
-"""Which experts a token goes to."""
+"""Routing of tokens to experts."""
 
 import torch
 from torch import Tensor
 
 
 def route(router_logits: Tensor, *, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Softmax over all experts in float32, then the ``top_k`` largest, made to sum to 1 if ``renormalize``.
+    """Return the ``top_k`` experts of each token by a softmax over all experts.
 
-    ``router_logits`` [..., E]. Returns ``weights`` [..., top_k], largest first, at least float32, and ``ids``
-    [..., top_k], int64.
+    ``router_logits`` [..., E]. Returns ``weights`` [..., top_k], largest first, and ``ids`` [..., top_k], int64. The
+    weights are in float32 (float64 for float64 logits); if ``renormalize``, they sum to 1.
     """
     probabilities = router_logits.softmax(-1, dtype=torch.promote_types(router_logits.dtype, torch.float32))
     weights, ids = probabilities.topk(top_k, dim=-1)

@@ -1,1 +1,1 @@
-"""How much memory a model takes, and what an engine makes of the rest."""
+"""Compute how much memory a model takes, and how an engine uses the rest."""

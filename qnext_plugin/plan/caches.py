@@ -1,6 +1,6 @@
-"""How each engine divides the memory that is left for its caches, and how many sequences that is enough for.
+"""Compute how each engine divides the memory left for its caches, and how many sequences fit.
 
-The formulas are those of vLLM 0.32 and SGLang 0.5.23, the names theirs. All sizes are in bytes on one rank.
+The formulas and their names are those of vLLM 0.32 and SGLang 0.5.23. All sizes are in bytes on one rank.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from qnext_plugin.plan.sizes import Serving
 
 @dataclass(frozen=True)
 class Device:
-    """What an engine's attention kernels on a kind of device make of a block.
+    """The block sizes of vLLM's attention on a kind of device, in tokens.
 
-    ``alignment``: tokens in the smallest block that they take; ``block_size``: vLLM's default before it aligns.
+    ``alignment`` is the smallest block that the kernels accept, ``block_size`` is vLLM's default before it aligns.
     """
 
     alignment: int
@@ -28,9 +28,10 @@ DEVICES = {"cuda": Device(16, 16), "cpu": Device(32, 128)}
 
 
 def default_state_dtype(engine: str, device: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """Of recurrent states, unless a flag says otherwise; ``config`` as ``config.json`` has it, ``dtype`` as served.
+    """Return the dtype of recurrent states that an engine chooses if no flag sets it.
 
-    Of a CPU: this machine's.
+    ``config`` is the content of ``config.json``, ``dtype`` the dtype in which the model is served. For the device
+    ``cpu`` the answer is for this machine's CPU.
     """
     if engine == "vllm":
         return torch.float32 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else dtype
@@ -39,11 +40,12 @@ def default_state_dtype(engine: str, device: str, config: Mapping[str, Any], dty
 
 @dataclass(frozen=True)
 class VllmCache:
-    """vLLM keeps states and keys with values in pages of one size, and lengthens attention's block to that end.
+    """vLLM's cache, in which states and keys with values are in pages of one size.
 
-    Layers are in groups of equal size; a block is a page in each layer of one group. A sequence takes one state block
-    of each group of Gated DeltaNet layers, one more with prefix caching (mode ``align``) and one for each draft, and as
-    many attention blocks as its tokens fill.
+    vLLM lengthens the attention block until its page holds a state. Layers are in groups of equal size; a block is one
+    page in each layer of a group. For each group of Gated DeltaNet layers a sequence takes one state block, one more
+    with prefix caching (mode ``align``) and one for each draft. For each group of attention layers it takes as many
+    blocks as its tokens fill.
     """
 
     serving: Serving
@@ -54,13 +56,13 @@ class VllmCache:
 
     @property
     def state_bytes(self) -> int:
-        """One state of one layer, with columns for the drafts in its convolution window."""
+        """The bytes of one layer's state, whose convolution window has columns for the drafts."""
         drafts = self.serving.num_draft_tokens
         return self.serving.state(self.serving.dtype, self.state_dtype, drafts).page_bytes
 
     @property
     def block_size(self) -> int:
-        """Tokens in an attention block, and so in the smallest prefix that can be found again."""
+        """The tokens in an attention block, and so in the smallest prefix that the cache can find."""
         asked = self.user_block_size or self.device.block_size
         if not self.serving.num_gdn_layers:
             return asked
@@ -71,7 +73,7 @@ class VllmCache:
     @property
     def layers_per_group(self) -> int:
         counts = sorted(filter(None, (self.serving.num_full_attention_layers, self.serving.num_gdn_layers)))
-        # Rather than many small groups vLLM pads a few layers where the two kinds are nearly as many.
+        # If both kinds have nearly as many layers, vLLM pads a few layers instead of making many small groups.
         return counts[-1] if counts[-1] < 1.5 * counts[0] else counts[0]
 
     @property
@@ -80,34 +82,37 @@ class VllmCache:
 
     @property
     def state_blocks(self) -> int:
-        """Of one sequence."""
+        """The number of state blocks of one sequence."""
         groups = ceil(self.serving.num_gdn_layers / self.layers_per_group)
         return groups * (1 + self.prefix_caching + self.serving.num_draft_tokens)
 
     def blocks(self, num_tokens: int) -> int:
-        """Of one sequence of that length."""
+        """Return the number of all blocks of one sequence of ``num_tokens`` tokens."""
         groups = ceil(self.serving.num_full_attention_layers / self.layers_per_group)
         return self.state_blocks + groups * ceil(num_tokens / self.block_size)
 
     def num_blocks(self, memory: int) -> int:
-        """Also the most that ``--max-num-seqs`` may be: vLLM refuses more when it captures CUDA graphs."""
+        """Return how many blocks ``memory`` holds.
+
+        vLLM refuses a larger ``--max-num-seqs`` when it captures CUDA graphs.
+        """
         return max(0, memory) // self.block_bytes
 
     def concurrency(self, memory: int, num_tokens: int) -> float:
         return self.num_blocks(memory) / self.blocks(num_tokens)
 
     def longest(self, memory: int) -> int:
-        """Tokens of the longest sequence that fits alone."""
+        """Return the tokens of the longest sequence that fits alone."""
         groups = ceil(self.serving.num_full_attention_layers / self.layers_per_group)
         return max(0, (self.num_blocks(memory) - self.state_blocks) // groups) * self.block_size
 
 
 @dataclass(frozen=True)
 class SglangCache:
-    """SGLang has a pool of state slots and a pool of tokens, in the ratio ``mamba_full_memory_ratio``.
+    """SGLang's cache: a pool of state slots and a pool of tokens, in the ratio ``mamba_full_memory_ratio``.
 
-    A running sequence takes 3 slots, with prefix caching 2 more where it overlaps scheduling (``extra_buffer``), and
-    while drafting a state for each draft and the token before them.
+    A running sequence takes 1 slot. With prefix caching it takes 5: 3, and 2 more with overlapping scheduling
+    (``extra_buffer``). While drafting it also takes a state for each draft and for the token before the drafts.
     """
 
     serving: Serving
@@ -118,7 +123,7 @@ class SglangCache:
 
     @property
     def state_bytes(self) -> int:
-        """One slot: all layers' states of one sequence."""
+        """The bytes of one slot, which holds all layers' states of one sequence."""
         return self.serving.state(self.serving.dtype, self.state_dtype).page_bytes * self.serving.num_gdn_layers
 
     @property
@@ -139,19 +144,19 @@ class SglangCache:
         return max(0, int((budget - self.state_bytes) // self.state_bytes))
 
     def running_requests(self, memory: int) -> int:
-        """The most that run at once, however short."""
-        # Without --max-running-requests SGLang allows 48 while drafting, and else so many that states are the limit.
+        """Return the largest number of requests that run at once, however short they are."""
+        # Without --max-running-requests SGLang allows 48 while drafting, and otherwise so many that states limit them.
         asked = self.max_running_requests or (48 if self.serving.num_draft_tokens else 4096)
         return min(asked, self.num_slots(memory) // self.slots_per_request, self.num_tokens(memory) // 2)
 
     def num_tokens(self, memory: int) -> int:
-        """Of all sequences together."""
+        """Return how many tokens all sequences together can have."""
         asked = self.max_running_requests or 48
         slots = self.num_slots(memory)
         verifying = (min(asked, slots // self.slots_per_request) + 1) * self.verified_tokens
         return max(0, int(memory - (slots + 1 + verifying) * self.state_bytes)) // self.serving.kv_bytes_per_token
 
     def concurrency(self, memory: int, num_tokens: int) -> float:
-        """Sequences of that length; below 1 it does not fit."""
+        """Return how many sequences of ``num_tokens`` tokens fit; below 1 not even one fits."""
         fitting = self.num_tokens(memory) / num_tokens
         return min(float(self.running_requests(memory)), fitting)

@@ -1,4 +1,4 @@
-"""Memory that a model takes on one tensor-parallel rank: weights, keys and values, states. All sizes are in bytes."""
+"""Compute the memory of a model's weights, keys and values, and states on one tensor-parallel rank, in bytes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,14 +12,14 @@ from qnext_plugin.config import FULL, LINEAR, QNextConfig
 from qnext_plugin.plan.state import StateSpec
 
 VOCAB_PADDING = 64  # both engines pad the vocabulary to a multiple of it before they split it
-_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}  # every other format: 8
+_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}  # all other formats have 8
 _REPLICATED = {"norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "gate", "shared_expert_gate"}
 _REPLICATED |= {"pre_fc_norm_hidden", "pre_fc_norm_embedding"}
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is to be served. ``num_draft_tokens`` is 0 without MTP."""
+    """A model and the way to serve it. ``num_draft_tokens`` is 0 without MTP."""
 
     config: QNextConfig
     tp_size: int = 1
@@ -34,7 +34,7 @@ class Serving:
 
     @property
     def num_full_attention_layers(self) -> int:
-        """Those with a key-value cache, the draft's included."""
+        """The number of layers with a key-value cache, the draft's included."""
         draft = self.config.num_nextn_predict_layers if self.num_draft_tokens else 0
         return self.config.layer_types.count(FULL) + draft
 
@@ -44,7 +44,7 @@ class Serving:
 
     @property
     def kv_bytes_per_layer(self) -> int:
-        """Of one token in one full-attention layer; a rank holds at least one key-value head."""
+        """The bytes of one token in one full-attention layer; a rank holds at least one key-value head."""
         heads = max(1, self.config.num_key_value_heads // self.tp_size)
         return 2 * heads * self.config.head_dim * (self.kv_cache_dtype or self.dtype).itemsize
 
@@ -53,11 +53,11 @@ class Serving:
         return self.kv_bytes_per_layer * self.num_full_attention_layers
 
     def state(self, conv_dtype: torch.dtype, recurrent_dtype: torch.dtype, num_draft_tokens: int = 0) -> StateSpec:
-        """One Gated DeltaNet layer's state of one sequence."""
+        """Return the state of one sequence in one Gated DeltaNet layer."""
         return StateSpec(self.config.gdn.shard(self.tp_size), conv_dtype, recurrent_dtype, num_draft_tokens)
 
     def tensors(self, headers: Mapping[str, TensorInfo] | None = None) -> Iterator[tuple[str, float]]:
-        """Name and bytes of each weight; of a quantized checkpoint only its ``headers`` can tell."""
+        """Yield the name and bytes of each weight; a quantized checkpoint's are known only from its ``headers``."""
         bits = self.dtype.itemsize * 8
         if headers is None:
             for name, shape in expected_tensors(self.config, mtp=self.num_draft_tokens > 0).items():
@@ -69,7 +69,7 @@ class Serving:
                 yield name, self._rank_elements(name, info.shape) * width / 8
 
     def weights(self, headers: Mapping[str, TensorInfo] | None = None) -> dict[str, int]:
-        """Bytes by kind of weight."""
+        """Return the bytes of each kind of weight."""
         sizes: dict[str, float] = {}
         for name, size in self.tensors(headers):
             sizes[_kind(name)] = sizes.get(_kind(name), 0) + size

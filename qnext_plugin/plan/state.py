@@ -1,4 +1,4 @@
-"""Shapes, dtypes and bytes of the per-sequence state of one Gated DeltaNet layer."""
+"""The shapes, dtypes and bytes of one sequence's state in one Gated DeltaNet layer."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from qnext_plugin.config import GatedDeltaNetDims
 
 @dataclass(frozen=True)
 class StateSpec:
-    """Canonical state of one sequence in one layer.
+    """The canonical state of one sequence in one layer.
 
     ``conv_state`` is ``[conv_dim, conv_kernel_size - 1 + num_draft_tokens]``, oldest column first.
-    ``recurrent_state`` is ``[num_v_heads, head_k_dim, head_v_dim]``; while speculating an engine keeps one for each
-    draft position besides the accepted one, so ``num_draft_tokens + 1`` of them.
+    ``recurrent_state`` is ``[num_v_heads, head_k_dim, head_v_dim]``. While speculating, an engine keeps
+    ``num_draft_tokens + 1`` recurrent states: one for each draft position and the accepted one.
     """
 
     dims: GatedDeltaNetDims
@@ -32,6 +32,6 @@ class StateSpec:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one cache slot: one ``conv_state`` and one ``recurrent_state``."""
+        """The bytes of one cache slot: one ``conv_state`` and one ``recurrent_state``."""
         conv = math.prod(self.conv_shape) * self.conv_dtype.itemsize
         return conv + math.prod(self.recurrent_shape) * self.recurrent_dtype.itemsize

@@ -1,4 +1,4 @@
-"""The oracle: Qwen3-Next written from its formulas, slow, in float64 (or float32), independent of ``ops``."""
+"""The oracle: a slow Qwen3-Next in float64 (or float32), written from the formulas and independent of ``ops``."""
 
 from qnext_plugin.reference.model import ReferenceModel
 

@@ -1,4 +1,4 @@
-"""The formulas of Qwen3-Next, one sequence at a time, token by token, in the dtype of the inputs."""
+"""The formulas of Qwen3-Next for one sequence at a time, token by token, in the dtype of the inputs."""
 
 import math
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def zero_centered_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``(1 + weight) * x / rms(x)`` over the last dimension."""
+    """Return ``(1 + weight) * x / rms(x)`` over the last dimension."""
     return (1 + weight) * x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * x / rms(x) * silu(gate)`` over the last dimension."""
+    """Return ``weight * x / rms(x) * silu(gate)`` over the last dimension."""
     return weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * silu(gate)
 
 
@@ -28,13 +28,13 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Log decay ``g`` and write strength ``beta``, both shaped as ``a`` and ``b`` [T, Hv]."""
+    """Return log decay ``g`` and write strength ``beta``, both [T, Hv] as ``a`` and ``b``."""
     softplus = torch.logaddexp(a + dt_bias, torch.zeros_like(a))
     return -torch.exp(A_log) * softplus, torch.sigmoid(b)
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence of arXiv 2412.06464, eq. 10, with the kernels' L2 norms and scale.
+    """Apply the recurrence of arXiv 2412.06464, eq. 10, with the kernels' L2 norms and scale.
 
     ``q``, ``k`` [T, Hk, K], ``v`` [T, Hv, V], ``g``, ``beta`` [T, Hv], ``state`` [Hv, K, V]. Returns ``out``
     [T, Hv, V] and the states after every token, [T, Hv, K, V].
@@ -53,9 +53,9 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution, then SiLU.
+    """Apply a depthwise causal convolution, then SiLU.
 
-    ``x`` [T, C], ``weight`` [C, W], ``state`` [C, W - 1]: the inputs before ``x``, oldest first. Returns ``out``
+    ``x`` [T, C], ``weight`` [C, W]. ``state`` [C, W - 1] holds the inputs before ``x``, oldest first. Returns ``out``
     [T, C] and the state after ``x``.
     """
     width = weight.shape[1]
@@ -65,7 +65,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Ten
 
 
 def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Weights and ids [T, top_k] of the likeliest experts by softmax over all of ``router_logits`` [T, E]."""
+    """Return weights and ids [T, top_k] of the likeliest experts by a softmax over all ``router_logits`` [T, E]."""
     probabilities = torch.exp(router_logits - torch.logsumexp(router_logits, dim=-1, keepdim=True))
     ids = torch.argsort(probabilities, dim=-1, descending=True)[:, :top_k]
     weights = torch.gather(probabilities, 1, ids)
@@ -73,10 +73,10 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
 
 
 def rope_frequencies(rope: Mapping[str, Any], rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Radians per position [rotary_dim / 2] and the factor on cos and sin.
+    """Return the radians per position [rotary_dim / 2] and the factor on cos and sin.
 
     YaRN (arXiv 2309.00071, as ``transformers`` computes it) blends each frequency with itself divided by ``factor``.
-    Under partial rotary all its dimensions are those of the rotated part, not of the head.
+    With partial rotary embedding, all its dimensions count within the rotated part, not within the head.
     """
     theta = float(rope["rope_theta"])
     frequencies = theta ** (-torch.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
@@ -110,9 +110,9 @@ def rope_frequencies(rope: Mapping[str, Any], rotary_dim: int, dtype: torch.dtyp
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading dimensions of every head of ``x`` [T, H, D]: dimension ``i`` with ``i + R / 2`` (NeoX style).
+    """Rotate the leading dimensions of every head of ``x`` [T, H, D].
 
-    ``cos``, ``sin`` [T, R / 2].
+    Dimension ``i`` is paired with ``i + R / 2`` (NeoX style). ``cos`` and ``sin`` are [T, R / 2].
     """
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -121,7 +121,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``q`` [T, H, D], ``k``, ``v`` [T, Hkv, D] to [T, H, D]; query head ``j`` reads KV head ``j // (H // Hkv)``."""
+    """Return the causal attention [T, H, D] of ``q`` [T, H, D] to ``k``, ``v`` [T, Hkv, D].
+
+    Query head ``j`` reads KV head ``j // (H // Hkv)``.
+    """
     heads_per_group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(heads_per_group, dim=1), v.repeat_interleave(heads_per_group, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])

@@ -1,4 +1,4 @@
-"""Qwen3-Next over the published checkpoint's own names and layout."""
+"""Qwen3-Next computed from weights with the names and layout of the published checkpoint."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ from qnext_plugin.reference import formulas
 
 
 class ReferenceModel:
-    """The whole model for one sequence, every token computed from scratch, with no cache.
+    """The whole model for one sequence; every call computes all tokens, without a cache.
 
     ``weights`` maps checkpoint names (``model.layers.0.linear_attn.in_proj_qkvz.weight``, ...) to unquantized
-    tensors on the CPU; each is converted to ``dtype`` when it is used, so a lazily loading mapping works too.
+    tensors on the CPU. Each tensor is converted to ``dtype`` when it is used, so a mapping may load tensors lazily.
     """
 
     def __init__(self, config: QNextConfig, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
@@ -23,7 +23,7 @@ class ReferenceModel:
         self.dtype = dtype
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """``input_ids`` [T] to ``logits`` [T, vocab] and ``hidden`` [T, hidden] (after the final norm)."""
+        """Return ``logits`` [T, vocab] and ``hidden`` [T, hidden] (after the final norm) for ``input_ids`` [T]."""
         hidden = self._embed(input_ids)
         for layer_idx, layer_type in enumerate(self.config.layer_types):
             name = f"model.layers.{layer_idx}"
@@ -32,12 +32,12 @@ class ReferenceModel:
         return self._logits(hidden), hidden
 
     def mtp_forward(self, next_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Multi-token prediction: ``next_ids`` [T], ``hidden`` [T, hidden] to ``logits`` [T, vocab], ``hidden``.
+        """Return the MTP layer's ``logits`` [T, vocab] and ``hidden`` for ``next_ids`` [T] and ``hidden`` [T, hidden].
 
-        Position ``t`` takes ``next_ids[t]``, the token at ``t + 1``, and ``hidden[t]``, the trunk's after its final
-        norm; its logits are for the token at ``t + 2``. RoPE uses position ``t``, as the engines do. To draft
-        further, append the drafted token to ``next_ids`` and the hidden that drafted it, ``hidden[-1]`` of the
-        result, to ``hidden``.
+        Position ``t`` takes ``next_ids[t]``, which is the token at ``t + 1``, and ``hidden[t]``, the trunk's output
+        after its final norm; its logits are for the token at ``t + 2``. RoPE uses position ``t``, as in the engines.
+        To draft another token, append the drafted token to ``next_ids``, and ``hidden[-1]`` of the result to
+        ``hidden``.
         """
         embedding = self._norm("mtp.pre_fc_norm_embedding", self._embed(next_ids))
         hidden = self._norm("mtp.pre_fc_norm_hidden", hidden.to(self.dtype))
@@ -57,7 +57,7 @@ class ReferenceModel:
 
     def _gated_delta_net(self, name: str, x: Tensor) -> Tensor:
         dims, num_tokens = self.config.gdn, len(x)
-        # Rows are grouped by key head: [q k v.. z..] and [b.. a..] with the group's value heads.
+        # Rows are grouped by key head: each group has [q k v.. z..] and [b.. a..] for its value heads.
         per_group = dims.heads_per_group * dims.head_v_dim
         qkvz = self._linear(f"{name}.in_proj_qkvz", x).view(num_tokens, dims.num_k_heads, -1)
         q, k, v, z = qkvz.split([dims.head_k_dim, dims.head_k_dim, per_group, per_group], dim=-1)
@@ -84,7 +84,7 @@ class ReferenceModel:
 
     def _gated_attention(self, name: str, x: Tensor) -> Tensor:
         config, head_dim = self.config, self.config.head_dim
-        # Rows are per head: [query | gate].
+        # Each head's rows are [query | gate].
         q, gate = self._linear(f"{name}.q_proj", x).unflatten(-1, (-1, 2 * head_dim)).chunk(2, dim=-1)
         k = self._linear(f"{name}.k_proj", x).unflatten(-1, (-1, head_dim))
         v = self._linear(f"{name}.v_proj", x).unflatten(-1, (-1, head_dim))
@@ -122,7 +122,7 @@ class ReferenceModel:
         return formulas.zero_centered_rms_norm(x, self._weight(f"{name}.weight"), self.config.rms_norm_eps)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        # Biases are attention_bias's, and only there.
+        # Only attention has biases, if `attention_bias` is set.
         bias = self.config.attention_bias and ".self_attn." in name
         return F.linear(x, self._weight(f"{name}.weight"), self._weight(f"{name}.bias") if bias else None)
 

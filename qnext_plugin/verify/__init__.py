@@ -1,1 +1,1 @@
-"""Hold a served model against a reference: scenarios, their runner and the comparison."""
+"""Compare a served model with a reference: the scenarios, their runner and the comparison."""

@@ -1,4 +1,4 @@
-"""How an engine's answers are judged: their distributions against a reference, and did the scenario happen at all."""
+"""Judge an engine's answers: compare distributions with a reference, and check that the scenario did its work."""
 
 import json
 import math
@@ -16,15 +16,17 @@ from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.rows import Query, Reference
 from qnext_plugin.verify.scenarios import Prompt, Scenario
 
-# Router logits of up to about 10 are this far from exact in float32; a smaller margin between experts is a tie.
+# In float32, router logits of up to about 10 have errors of this size; a smaller margin between experts is a tie.
 EXPERT_TIE = 1e-5
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answered request. ``ids`` and ``logprobs`` are ``[positions, k]``, the engine's most likely ids of each.
+    """One answered request.
 
-    The last ``len(token_ids)`` positions are those of ``token_ids``, the ones before, if any, of the prompt's end.
+    ``ids`` and ``logprobs`` ``[positions, k]`` are the engine's most likely ids of each position and their
+    log-probabilities. The last ``len(token_ids)`` positions belong to ``token_ids``; any earlier positions belong to
+    the end of the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -40,11 +42,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Result:
-    """A scenario's completions by batch, and what the engine counted meanwhile.
+    """A scenario's completions by batch, and the engine's counts during the scenario.
 
-    ``num_accepted[i]`` of ``num_drafts`` steps accepted the i-th draft. ``draft_steps`` are those of a single request,
-    where asked for: each the ``position`` of the last accepted token and the ``logits`` that its drafts are drawn from.
-    ``seeded``: the engine honors a request's seed.
+    ``num_accepted[i]`` of ``num_drafts`` steps accepted the i-th draft. ``draft_steps`` are the draft steps of a single
+    request, if requested: each has the ``position`` of the last accepted token and the ``logits`` from which the drafts
+    are drawn. ``seeded`` tells whether the engine honors a request's seed.
     """
 
     batches: list[list[Completion]]
@@ -86,14 +88,15 @@ class Result:
 
 @dataclass
 class Difference:
-    """What an engine's distributions are off, over ``positions``.
+    """The errors of an engine's distributions over ``positions`` positions.
 
-    ``max`` and ``mean`` are of absolute log-probability differences, whose means at each position are
-    ``by_position``; ``usual`` leaves out the worst tenth of positions, which in a lower precision are those where other
-    experts were chosen, and few of them make most of the mean. ``worst`` says where the largest is. ``kl`` is the mean
-    Kullback-Leibler divergence from the reference, ids not reported as one. ``same_top`` counts positions with the
-    same most likely id. ``ties`` are further positions off by more than the tolerance, after a tie between experts:
-    right implementations differ there, so they count in nothing else. ``wrong_tokens`` the reference would not choose.
+    ``max`` and ``mean`` are the largest and the mean absolute difference of log-probabilities; ``by_position`` has the
+    mean of each position. ``usual`` is the mean without the worst tenth of positions: in a lower precision other
+    experts were chosen there, and a few such positions make up most of the mean. ``worst`` is the place of the largest
+    difference. ``kl`` is the mean Kullback-Leibler divergence from the reference, with all unreported ids counted as
+    one id. ``same_top`` counts positions with the same most likely id. ``ties`` counts further positions that are off
+    by more than the tolerance after a tie between experts. Right implementations differ there, so these positions
+    count in nothing else. ``wrong_tokens`` lists the places of tokens that the reference would not choose.
     """
 
     positions: int = 0
@@ -106,7 +109,7 @@ class Difference:
     by_position: list[float] = field(default_factory=list)
 
     def add(self, actual: Tensor, expected: Tensor, where: Sequence[str]) -> None:
-        """Fold in log-probabilities ``[positions, k]`` of the same ids; NaN counts as infinite."""
+        """Add log-probabilities ``[positions, k]`` of the same ids; NaN counts as infinite."""
         if not len(actual):
             return
         difference = (actual - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf)
@@ -135,7 +138,10 @@ class Difference:
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Kullback-Leibler divergence ``[positions]`` of log-probabilities ``[positions, k]``, the rest of each as one."""
+    """Return the Kullback-Leibler divergence ``[positions]`` of log-probabilities ``[positions, k]``.
+
+    In each distribution all other ids count as one id.
+    """
     p, q = p.double(), q.double()
     rest_p, rest_q = ((1 - x.exp().sum(-1)).clamp_min(0) for x in (p, q))
     rest = torch.where(rest_p > 1e-6, rest_p * (rest_p / rest_q.clamp_min(1e-12)).log(), 0.0)
@@ -149,11 +155,11 @@ def completions(result: Result) -> Iterator[tuple[str, Completion]]:
 
 
 def compare(result: Result, reference: Reference, tolerance: float = math.inf, top_k: int = 1) -> Difference:
-    """Hold a result against a reference.
+    """Compare a result with a reference.
 
-    That reads the prompt and the tokens the engine itself chose, so one early difference does not hide the
-    rest. A chosen token is wrong where the reference prefers ``top_k`` others by more than twice ``tolerance``: two
-    engines each within it can disagree on smaller gaps.
+    The reference reads the prompt and the tokens that the engine chose, so one early difference does not hide the
+    rest. A chosen token is wrong if the reference prefers ``top_k`` others by more than twice ``tolerance``. Two
+    engines that are each within the tolerance can disagree on smaller gaps.
     """
     difference = Difference()
     answered = list(completions(result))
@@ -179,7 +185,7 @@ def compare(result: Result, reference: Reference, tolerance: float = math.inf, t
 
 
 def rounding(result: Result, exact: Reference, rounded: Reference) -> Difference:
-    """What ``rounded``, `transformers` in a lower precision, is off on the tokens and ids of a result."""
+    """Return the errors of ``rounded``, `transformers` in a lower precision, on the tokens and ids of a result."""
     difference = Difference()
     answered = [completion for _, completion in completions(result)]
     queries = [completion.query for completion in answered]
@@ -189,17 +195,18 @@ def rounding(result: Result, exact: Reference, rounded: Reference) -> Difference
 
 
 class NotExercised(Exception):
-    """A scenario did not do what it exists for."""
+    """Raised if a scenario did not do what it exists for."""
 
 
 class Unsteady(Exception):
-    """One seed gave two answers."""
+    """Raised if one seed gave two answers."""
 
 
 def check_conditions(scenario: Scenario, config: EngineConfig, result: Result) -> None:
-    """Raise ``NotExercised`` where hits over several blocks, preemptions or acceptance did not come about.
+    """Check that a scenario did its work.
 
-    Raises ``Unsteady`` where the same seed gave two answers.
+    Raises ``NotExercised`` if it lacks cache hits over several blocks, preemptions or the expected acceptance of
+    drafts, and ``Unsteady`` if the same seed gave two answers.
     """
     if config.draft_tokens and scenario.drafts != "own":
         rates = [accepted / max(1, result.num_drafts) for accepted in result.num_accepted]
@@ -220,14 +227,14 @@ def check_conditions(scenario: Scenario, config: EngineConfig, result: Result) -
 
 
 def check_warm(result: Result) -> None:
-    """Raise ``NotExercised`` where a second pass was not served from the prefix cache though it is long enough."""
+    """Raise ``NotExercised`` if a second pass has long enough prompts and was not served from the prefix cache."""
     hits = [c.num_cached_tokens for _, c in completions(result) if len(c.prompt) > 3 * result.block_size]
     if hits and max(hits) < result.block_size:
         raise NotExercised(f"cached tokens {hits}, blocks of {result.block_size}")
 
 
 def loops(token_ids: Sequence[int]) -> bool:
-    """Whether an output ends in up to eight tokens repeated four times or more, over at least sixteen."""
+    """Return whether an output ends in up to eight tokens repeated at least four times, over at least 16 tokens."""
     spans = [(period, max(16, 4 * period)) for period in range(1, 9)]
     return any(
         len(token_ids) >= span and list(token_ids[-span + period :]) == list(token_ids[-span:-period])

@@ -1,7 +1,7 @@
-"""Next-token log-probabilities from `transformers`, the reference every engine is held against.
+"""Next-token log-probabilities from `transformers`, the reference for every engine.
 
-``Whole`` loads a checkpoint, ``Streamed`` keeps one decoder layer without its experts and one expert in memory, both
-with the modules of `transformers`; ``Recorded`` looks up in a file what was computed before.
+``Whole`` loads a checkpoint. ``Streamed`` keeps in memory only one decoder layer without its experts, and one expert.
+Both use the modules of `transformers`. ``Recorded`` looks up in a file what was computed before.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _VOCAB_CHUNK = 8192
 
 
 def reference(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Reference:
-    """``Whole`` where the machine has the memory for it, ``Streamed`` otherwise."""
+    """Return ``Whole`` if the machine has enough memory for it, otherwise ``Streamed``."""
     parameters = sum(torch.Size(info.shape).numel() for info in read_headers(checkpoint).values())
     fits = 1.25 * parameters * dtype.itemsize < _available_bytes()
     return Whole(checkpoint, dtype) if fits else Streamed(checkpoint, dtype)
@@ -40,7 +40,7 @@ def _available_bytes() -> int:
 
 
 class Whole:
-    """Teacher-forced forward of one checkpoint in ``dtype``, a sequence at a time; each is computed once."""
+    """A teacher-forced forward pass of one checkpoint in ``dtype``. It computes each sequence alone, and only once."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         model, info = Qwen3NextForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
@@ -62,7 +62,10 @@ class Whole:
 
 
 class Streamed:
-    """The same with little memory: every layer is read once for all sequences, every expert when it is needed."""
+    """A forward pass that needs little memory.
+
+    It reads every layer once for all sequences, and every expert when it is needed.
+    """
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
         self.headers, self.dtype = read_headers(checkpoint), dtype
@@ -78,7 +81,7 @@ class Streamed:
         rotations = [rotary(hidden, torch.arange(length)[None]) for length in lengths]
         for i in tqdm(range(self.config.num_hidden_layers), desc="Reference", unit="layer", disable=None):
             with self._layer(i) as layer, _margins(layer, len(tokens)) as least:
-                # As the layer's own forward, but only the mixer works sequence by sequence.
+                # This is the layer's own forward, except that the mixer takes one sequence at a time.
                 mixed = zip(layer.input_layernorm(hidden).split(lengths, dim=1), rotations, strict=True)
                 hidden = hidden + torch.cat([_mix(layer, x, rotation) for x, rotation in mixed], dim=1)
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
@@ -110,7 +113,7 @@ class Streamed:
         return torch.cat([nn.functional.linear(hidden, head) for head in heads], dim=-1).float().log_softmax(-1)
 
     def _tensor(self, name: str, rows: Any = slice(None)) -> Tensor:
-        """Rows of a tensor of the checkpoint; the file is only mapped, so that the others are not read."""
+        """Return rows of a tensor of the checkpoint; the file is mapped, so other rows are not read."""
         if name not in self.headers:
             raise ValueError(f"the checkpoint has no {name}, which transformers needs; compare on an unquantized one")
         with safe_open(self.headers[name].file, framework="pt") as file:
@@ -119,7 +122,7 @@ class Streamed:
 
 @dataclass
 class _Experts:
-    """Stands for a parameter ``[experts, ...]``: reads one expert when it is indexed."""
+    """A replacement for a parameter ``[experts, ...]`` that reads one expert when it is indexed."""
 
     source: Streamed
     prefix: str
@@ -141,7 +144,7 @@ def _mix(layer: nn.Module, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor
 
 @contextmanager
 def _margins(model: nn.Module, num_tokens: int) -> Iterator[Tensor]:
-    """Fills in the least margin between experts ``[num_tokens]`` of the routers that run meanwhile."""
+    """Yield a tensor ``[num_tokens]`` that receives the smallest margin between experts of the routers that run."""
     margin = torch.full((num_tokens,), torch.inf)
 
     def note(router: Any, args: Any, output: tuple[Tensor, ...]) -> None:
@@ -159,10 +162,10 @@ def _margins(model: nn.Module, num_tokens: int) -> Iterator[Tensor]:
 
 
 class Recorded:
-    """Rows of one checkpoint, kept in memory and in ``file``, if any; what is not there is computed and added.
+    """A store of one checkpoint's rows in memory and in ``file``, if given; missing rows are computed and added.
 
-    A row's key is the whole sequence up to it, so that a later run that says the same in another scenario finds it.
-    ``ValueError`` if the file is of another checkpoint.
+    A row's key is the whole sequence up to it, so a later run finds it also in another scenario with the same tokens.
+    Raises ``ValueError`` if the file belongs to another checkpoint.
     """
 
     def __init__(self, checkpoint: Path, file: Path | None = None) -> None:
@@ -210,7 +213,7 @@ def _keys(query: Query, dtype: torch.dtype) -> list[bytes]:
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Of the configuration and a few bytes of every tensor."""
+    """Return a hash of the configuration and of a few bytes of every tensor."""
     digest = hashlib.sha256(json.dumps(json.loads((checkpoint / "config.json").read_text()), sort_keys=True).encode())
     files: dict[Path, list[str]] = {}
     for name, info in sorted(read_headers(checkpoint).items()):

@@ -1,4 +1,4 @@
-"""What `qnext verify` prints and writes: a row for every scenario of every start."""
+"""The report that `qnext verify` prints and writes, with a row for every scenario of every start."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +11,11 @@ COLUMNS = ("start", "scenario", "positions", "max", "mean", "KL", "top-1", "wors
 
 @dataclass(frozen=True)
 class Row:
-    """What ``difference.max`` and ``difference.usual`` may be; ``loops`` counts outputs that end in a loop."""
+    """The verdict on one scenario of one start.
+
+    ``max_bound`` and ``usual_bound`` limit ``difference.max`` and ``difference.usual``. ``loops`` counts outputs that
+    end in a loop.
+    """
 
     start: str
     scenario: str
@@ -38,7 +42,7 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """As Markdown, which is readable as it is."""
+    """Return the rows as a Markdown table, which is readable without rendering."""
     cells = [list(COLUMNS), *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
@@ -46,7 +50,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What the table does not say by itself."""
+    """Return lines that explain the table."""
     found = []
     compared = [row for row in rows if row.difference is not None]
     if ties := sum(row.difference.ties for row in compared if row.difference):

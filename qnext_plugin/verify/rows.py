@@ -1,4 +1,4 @@
-"""What a reference is asked and what it answers."""
+"""The questions to a reference and its answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ MAX_IDS = 2048  # how many of a position's most likely ids are kept
 
 @dataclass(frozen=True)
 class Rows:
-    """What follows some positions of a sequence: the most likely ids of each, ascending, with their log-probabilities.
+    """The distributions after some positions of a sequence.
 
-    ``ids`` and ``logprobs`` are ``[positions, min(vocab_size, MAX_IDS)]``. ``margin[p]`` is by how much the last expert
-    chosen, for any token up to there and in any layer, was ahead of the first not chosen, in router logits: where that
-    is within rounding, two right implementations take different experts.
+    ``ids`` are the most likely ids of each position in ascending order, and ``logprobs`` are their log-probabilities;
+    both are ``[positions, min(vocab_size, MAX_IDS)]``. ``margin[p]`` is the smallest difference in router logits
+    between the last chosen expert and the first not chosen, over all layers and all tokens up to that position. If it
+    is within rounding, two right implementations may choose different experts.
     """
 
     ids: Tensor
@@ -24,7 +25,7 @@ class Rows:
 
     @classmethod
     def of(cls, logprobs: Tensor, margin: Tensor) -> "Rows":
-        """From whole distributions ``[positions, vocab_size]``."""
+        """Build rows from whole distributions ``[positions, vocab_size]``."""
         ids = logprobs.topk(min(MAX_IDS, logprobs.shape[-1])).indices.sort(-1).values
         return cls(ids.int(), logprobs.gather(-1, ids).float(), margin)
 
@@ -34,7 +35,10 @@ class Rows:
         return self.ids.gather(-1, self.logprobs.argmax(-1, keepdim=True))[:, 0]
 
     def gather(self, ids: Tensor) -> Tensor:
-        """Log-probabilities of ``ids`` ``[positions, k]``; of an id not kept, the least one that is: an upper bound."""
+        """Return the log-probabilities of ``ids`` ``[positions, k]``.
+
+        An id that is not kept gets the smallest log-probability that is kept, which is an upper bound.
+        """
         at = torch.searchsorted(self.ids, ids.int()).clamp_max(self.ids.shape[-1] - 1)
         kept = self.ids.gather(-1, at) == ids
         return torch.where(kept, self.logprobs.gather(-1, at), self.logprobs.amin(-1, keepdim=True))
@@ -42,7 +46,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Query:
-    """The last ``positions`` of ``ids`` that have a successor in it: their rows are asked for."""
+    """A question for the rows of the last ``positions`` positions of ``ids`` that have a successor in ``ids``."""
 
     ids: tuple[int, ...]
     positions: int

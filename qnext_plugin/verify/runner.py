@@ -1,4 +1,4 @@
-"""Start an engine in a process of its own, let it answer scenarios, read what it answered."""
+"""Start an engine in a separate process, let it answer scenarios, and read its answers."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from qnext_plugin.verify.scenarios import Scenario
 
 @dataclass(frozen=True)
 class Run:
-    """One scenario in one start; ``warm`` if it finds the cache as it left it before."""
+    """One scenario in one start. It is ``warm`` if an earlier run of the scenario has filled the cache."""
 
     key: str
     scenario: Scenario
@@ -25,7 +25,10 @@ class Run:
 
 
 def passes(config: EngineConfig, scenarios: Mapping[str, Scenario]) -> list[Run]:
-    """Each scenario on an empty cache; where the start is warm, on one that fills up, then all of them again."""
+    """Return the runs of a start: each scenario on an empty cache.
+
+    In a warm start the cache is never emptied, and after all scenarios each of them runs again.
+    """
     if not config.warm:
         return [Run(name, scenario) for name, scenario in scenarios.items()]
     first = [Run(name, scenario, reset=False) for name, scenario in scenarios.items()]
@@ -33,8 +36,11 @@ def passes(config: EngineConfig, scenarios: Mapping[str, Scenario]) -> list[Run]
 
 
 class Start:
-    """One engine start. After ``run``, ``serving`` has the ``modules`` that serve, the ``kernels`` of ours that ran,
-    sizes in ``memory``, and of SGLang how many functions torch ``compiled`` meanwhile."""
+    """One start of an engine.
+
+    After ``run``, ``serving`` has the serving ``modules``, our ``kernels`` that ran, sizes in ``memory`` and, for
+    SGLang, how many functions torch ``compiled``.
+    """
 
     def __init__(
         self,
@@ -56,7 +62,7 @@ class Start:
         progress: Callable[[str], None] = lambda line: None,
         env: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Run everything, or raise ``EngineFailed``; what was answered until then can still be read.
+        """Start the engine and make all runs. After an ``EngineFailed``, the earlier answers can still be read.
 
         ``timeout`` is in seconds, for the start and for each run.
         """

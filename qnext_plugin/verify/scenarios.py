@@ -1,4 +1,4 @@
-"""What an engine is asked to do, in sequences of batches. ``comparison`` says how its answers are judged."""
+"""Scenarios that an engine is asked to answer, as sequences of batches; ``comparison`` judges the answers."""
 
 import random
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ Prompt = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Scenario:
-    """Batches sent one after the other, each as concurrent requests.
+    """A sequence of batches; the requests of a batch are concurrent.
 
-    Request i is greedy, unless ``sampled`` with a seed of its prompt's, and says ``max_tokens[i % len(max_tokens)]``.
-    ``drafts`` says which of a step's drafts are right, where the engine speculates: ``own`` (the model's, almost none),
-    ``right`` (all) or ``cycle`` (none, the first, ... all, in turn). ``aborted`` are prompts whose requests are dropped
-    after a few steps, before the first batch, so that the shorter ones are dropped while they decode and the longer
-    ones amid their prefill.
-    ``turns`` continue the first request: each is another batch, of all that was said before and these tokens.
-    ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks;
-    ``preempts`` says that the cache must run out on the way. Without them such a scenario would prove nothing.
+    Request i produces ``max_tokens[i % len(max_tokens)]`` tokens. It is greedy, or, if ``sampled``, it has a seed that
+    depends on its prompt. ``drafts`` tells which drafts of a step are right if the engine speculates: ``own`` (the
+    model's drafts, almost none is right), ``right`` (all) or ``cycle`` (none, the first, ... all, in turn). ``aborted``
+    are prompts whose requests are dropped after a few steps, before the first batch. Short ones are dropped while
+    they decode, long ones during their prefill.
+    ``turns`` continue the first request: each is another batch, of all tokens so far and these.
+    ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks. If
+    ``preempts``, the cache must run out meanwhile. Without these conditions such a scenario would prove nothing.
     """
 
     batches: tuple[tuple[Prompt, ...], ...]
@@ -37,28 +37,28 @@ class Scenario:
 
     @property
     def top_k(self) -> int:
-        """Of how many most likely tokens the next one is."""
+        """The number of most likely tokens from which the next one is chosen."""
         return int(SAMPLING["top_k"]) if self.sampled else 1
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest request, its output included."""
+        """The number of tokens of the longest request, its output included."""
         single = max(len(prompt) for batch in (*self.batches, self.aborted) for prompt in batch)
         turns = sum(len(turn) + self.max_tokens[0] for turn in self.turns)
         return max(self.max_tokens) + max(single, len(self.batches[0][0]) + turns)
 
 
 def tokens(length: int, seed: int, vocab_size: int = VOCAB_SIZE) -> Prompt:
-    """A prompt of ``length`` random ids, the same for the same ``seed``."""
+    """Return a prompt of ``length`` random ids; the same ``seed`` gives the same ids."""
     rng = random.Random(seed)
     return tuple(rng.randrange(vocab_size) for _ in range(length))
 
 
 def scenarios(vocab_size: int = VOCAB_SIZE, scale: float = 1, texts: Sequence[Prompt] = ()) -> dict[str, Scenario]:
-    """All of them, by name.
+    """Return all scenarios by name.
 
-    Lengths are for caches that find prefixes in blocks of up to 64 tokens; ``scale`` multiplies those that matter.
-    ``texts`` are further prompts.
+    The lengths suit caches that find prefixes in blocks of up to 64 tokens; ``scale`` multiplies the lengths that
+    depend on blocks. ``texts`` are further prompts.
     """
 
     def length(base: int) -> int:
@@ -72,7 +72,7 @@ def scenarios(vocab_size: int = VOCAB_SIZE, scale: float = 1, texts: Sequence[Pr
     found = {
         "mixed_lengths": Scenario((lengths,)),
         "arrivals": Scenario(
-            # More requests than run at once, and each leaves at another time.
+            # There are more requests than can run at once, and they end at different times.
             (tuple(tokens(1 + 37 * i % 101, seed=400 + i, vocab_size=vocab_size) for i in range(20)),),
             max_tokens=(2, 24, 7, 40, 13),
             drafts="cycle",
@@ -90,7 +90,7 @@ def scenarios(vocab_size: int = VOCAB_SIZE, scale: float = 1, texts: Sequence[Pr
         ),
         "short": Scenario((lengths[1:4], lengths[:1]), max_tokens=(8,)),
         "slot_reuse": Scenario(
-            # Long sequences leave their state behind; the next ones start in the same slots.
+            # Sequences leave their state behind, and the next ones start in the same slots.
             tuple(tuple(tokens(n, seed=10 * i + n, vocab_size=vocab_size) for n in (90, 65, 3)) for i in range(6)),
             max_tokens=(4,),
             drafts="cycle",

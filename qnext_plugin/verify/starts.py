@@ -1,4 +1,4 @@
-"""Which engine starts and scenarios prove a user's checkpoint; sizes follow its dimensions."""
+"""Plan the engine starts and scenarios that verify a user's checkpoint, with sizes that fit its dimensions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from qnext_plugin.verify.scenarios import Prompt, scenarios
 
 @dataclass(frozen=True)
 class Case:
-    """A way to start an engine, without sizes that follow from a checkpoint, and the scenarios that try it."""
+    """A way to start an engine, without the sizes that depend on a checkpoint, and the scenarios that test it."""
 
     config: EngineConfig
     scenarios: tuple[str, ...]
@@ -59,7 +59,7 @@ FULL_SET = {
     ),
 }
 
-# Lengths in `scenarios` are for blocks of at most this many tokens.
+# The lengths in `scenarios` suit blocks of at most this many tokens.
 _BLOCK = 64
 
 TEXTS = (
@@ -73,7 +73,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """The starts by name, each with its runs, and (start, scenario) of what is longer than the model takes."""
+    """The starts by name, each with its runs, and (start, scenario) of those too long for the model."""
 
     starts: dict[str, tuple[EngineConfig, list[Run]]]
     too_long: list[tuple[str, str]]
@@ -82,11 +82,11 @@ class Plan:
 def plan(
     checkpoint: Path, engine: str, *, dtype: str, draft_tokens: int, full: bool, graphs: bool, flags: Sequence[str]
 ) -> Plan:
-    """``graphs``: whether compiled starts differ from eager ones here."""
+    """Plan starts and runs for a checkpoint. ``graphs`` tells whether compiled starts differ from eager ones here."""
     config = QNextConfig.from_pretrained(checkpoint)
 
     def cache(drafts: int) -> VllmCache:
-        """Of one rank alone: on several, blocks hold as many tokens or fewer."""
+        """Return the cache of a single rank; with more ranks, blocks hold as many tokens or fewer."""
         device, served = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype)
         state_dtype = default_state_dtype("vllm", device, {}, served)
         return VllmCache(
@@ -114,14 +114,14 @@ def plan(
         if "starved" in name and engine == "vllm":
             sizes["num_blocks"] = _starving_blocks(cache(drafts), round(370 * scale), max_model_len)
         if base.tree:
-            sizes["tree"] = 4 * draft_tokens - 2  # all that a depth of so many has: two drafts, then four each
+            sizes["tree"] = 4 * draft_tokens - 2  # the full tree of this depth: two drafts, then four at each level
         chosen = replace(base, dtype=dtype, draft_tokens=drafts, flags=tuple(flags), **sizes)
         starts[label] = chosen, passes(chosen, wanted)
     return Plan(starts, too_long)
 
 
 def texts(checkpoint: Path) -> list[Prompt]:
-    """Prompts through the checkpoint's tokenizer and chat template; none without."""
+    """Return prompts made with the checkpoint's tokenizer and chat template; none if it has no tokenizer."""
     if not (checkpoint / "tokenizer_config.json").exists():
         return []
     from transformers import AutoTokenizer
@@ -136,5 +136,5 @@ def texts(checkpoint: Path) -> list[Prompt]:
 
 
 def _starving_blocks(cache: VllmCache, length: int, max_model_len: int) -> int:
-    """Blocks for two or three of four requests of ``length``, but for a whole one of ``max_model_len``."""
+    """Return a number of blocks for two or three of four requests of ``length``, and for one of ``max_model_len``."""
     return max(cache.blocks(max_model_len) + 2, round(2.4 * cache.blocks(length)))

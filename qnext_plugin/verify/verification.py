@@ -1,4 +1,4 @@
-"""Run a plan against an engine and judge every scenario of it."""
+"""Run a plan on an engine and judge every scenario."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ TIMEOUT = 7200.0  # seconds for a start, and for each scenario
 def serve(
     checkpoint: Path, engine: str, plan: Plan, directory: Path, native: bool, say: Callable[[str], None]
 ) -> tuple[list[Start], dict[str, str]]:
-    """Every start of a plan, one after another, and by its name why one that failed did."""
+    """Run every start of a plan, one after another; returns the starts, and the reasons of failed ones by name."""
     starts, failures = [], {}
     for name, (config, runs) in plan.starts.items():
         start = Start(engine, checkpoint, config, runs, directory / name, native)
@@ -45,17 +45,17 @@ def serve(
 
 
 def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Recorded) -> list[Row]:
-    """A row for every scenario of every start; of a failed one the first not answered says why.
+    """Return a row for every scenario of every start. In a failed start, the first unanswered row has the reason.
 
-    In float32 every position is held to the tolerance. In a lower precision what is usual in a scenario is held to that
-    of `transformers` on the same tokens, and the largest to its largest anywhere: where a choice of experts flips,
-    both are off by as much, but not at the same positions.
+    In float32 every position must be within the tolerance. In a lower precision, a scenario's usual error is compared
+    with that of `transformers` on the same tokens, and its largest error with the largest of `transformers` in any
+    scenario. When a choice of experts flips, both are off by similar amounts, though not at the same positions.
     """
     answered = [(start, run, start[run.key]) for start in starts for run in start.runs if run.key in start]
     queries = [completion.query for _, _, result in answered for _, completion in completions(result)]
     roundings: dict[int, Difference] = {}
     exact = recorded.of(torch.float32)
-    exact(queries)  # all at once, because each layer is read once for all
+    exact(queries)  # all at once, so that each layer is read only once
     for dtype in {start.config.dtype for start in starts} - {"float32"}:
         rounded = recorded.of(getattr(torch, dtype))
         rounded(queries)

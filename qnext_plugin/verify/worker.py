@@ -1,4 +1,4 @@
-"""What runs scenarios inside an engine's process. An adapter's ``tools.engine`` subclasses ``Worker``."""
+"""Run scenarios inside an engine's process. An adapter's ``tools.engine`` subclasses ``Worker``."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import Completion, Result
 from qnext_plugin.verify.scenarios import Prompt, Scenario
 
-FULL_VOCAB = 2048  # larger ones are compared on their most likely ids
+FULL_VOCAB = 2048  # larger vocabularies are compared on the most likely ids only
 MOST_LIKELY = 256
 
 
 class Worker(ABC):
-    """One started engine. ``block_size``: cached prefixes are whole multiples of it; ``seeded``: it honors seeds."""
+    """A started engine. Cached prefixes are multiples of ``block_size``. ``seeded`` tells whether it honors seeds."""
 
     config: EngineConfig
     block_size: int
@@ -27,7 +27,7 @@ class Worker(ABC):
 
     @abstractmethod
     def serving(self) -> dict[str, Any]:
-        """``modules`` of the classes that serve, the ``kernels`` of ours that ran so far, and sizes in ``memory``."""
+        """Return the serving classes' ``modules``, our ``kernels`` that have run, and the sizes in ``memory``."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -35,26 +35,29 @@ class Worker(ABC):
 
     @abstractmethod
     def broken(self, mutant: str) -> AbstractContextManager[Any]:
-        """The model is broken by ``mutant``, a ``module:function``, meanwhile; the cache is empty before and after."""
+        """Break the model with ``mutant``, a ``module:function``, while the context lasts.
+
+        The cache is emptied before and after.
+        """
 
     @abstractmethod
     def counts(self) -> dict[str, Any]:
-        """``num_preemptions``, ``num_drafts`` and ``num_accepted`` (by position) since the start."""
+        """Return ``num_preemptions``, ``num_drafts`` and ``num_accepted`` (by position) since the start."""
 
     @abstractmethod
     def drafts_as(self, pattern: str, sequences: list[list[int]]) -> None:
-        """From now on draft the right continuations of ``sequences``, or wrong ones, as ``pattern`` says."""
+        """From now on draft right or wrong continuations of ``sequences``, according to ``pattern``."""
 
     @abstractmethod
     def generate(self, batch: Sequence[Prompt], scenario: Scenario) -> list[Completion]:
-        """Answer concurrent requests."""
+        """Answer the requests of a batch concurrently."""
 
     @abstractmethod
     def abort(self, batch: Sequence[Prompt]) -> None:
-        """Start requests, and drop them amid their work."""
+        """Start requests, and drop them before they finish."""
 
     def run(self, scenario: Scenario, reset: bool) -> Result:
-        """Answer a scenario; with drafts to be put in the model's mouth, once without them to learn the right ones."""
+        """Answer a scenario. If it prescribes drafts, answer it first without them to learn the right ones."""
         if reset:
             self.reset()
         if not self.config.draft_tokens or scenario.drafts == "own":
@@ -69,7 +72,7 @@ class Worker(ABC):
             self.drafts_as("own", [])
 
     def answers(self, scenario: Scenario) -> Result:
-        """Everything a scenario says, in its order."""
+        """Make all requests of a scenario in order, and return the answers."""
         before = self.counts()
         if scenario.aborted:
             self.abort(scenario.aborted)
@@ -90,18 +93,21 @@ class Worker(ABC):
 
 
 def run(engine: Worker, scenario: dict[str, Any], mutant: str, reset: bool, file: str) -> None:
-    """Answer a scenario, given by its fields, into ``file``: with the model broken by ``mutant``, unless that is ""."""
+    """Answer a scenario, given by its fields, and save the result in ``file``.
+
+    The model is broken by ``mutant``, unless that is "".
+    """
     with engine.broken(mutant) if mutant else nullcontext():
         engine.run(Scenario(**scenario), reset).save(Path(file))
 
 
 def num_logprobs(vocab_size: int) -> int:
-    """How many of each distribution's most likely ids are compared."""
+    """Return how many of each distribution's most likely ids are compared."""
     return vocab_size if vocab_size <= FULL_VOCAB else MOST_LIKELY
 
 
 def top(entries: dict[int, float], k: int) -> tuple[list[int], list[float]]:
-    """The ``k`` most likely ids and their log-probabilities, of what an engine reported for one position."""
+    """Return the ``k`` most likely ids and their log-probabilities from an engine's ``entries`` for one position."""
     best = sorted(entries, key=entries.__getitem__, reverse=True)[:k]
     assert len(best) == k, f"{len(best)} log-probabilities of {k}"
     return best, [entries[i] for i in best]

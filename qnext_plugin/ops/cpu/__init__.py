@@ -1,1 +1,1 @@
-"""Kernels compiled for CPUs; they know no engine."""
+"""Kernels that are compiled for CPUs and do not depend on an engine."""

@@ -1,6 +1,6 @@
-"""The delta rule of a decode step on CPU, compiled: each state is read and written once.
+"""The delta rule of a decode step, compiled for CPUs.
 
-Torch takes nine passes over what no cache holds.
+It reads and writes each state once. Torch makes nine passes over states that do not fit in a cache.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from qnext_plugin.ops.gated_delta_rule import l2norm
 
 
 def available() -> bool:
-    """Compiles it, the first time."""
+    """Return whether the kernel can run here; the first call compiles it."""
     return in_parallel(_region) is not None
 
 
@@ -24,9 +24,9 @@ def serves(states: Tensor) -> bool:
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, states: Tensor, slots: Tensor) -> Tensor:
-    """``ops.recurrent_gated_delta_rule`` from ``states[slots]``, which is written over; returns ``out`` [N, Hv, V].
+    """Apply ``ops.recurrent_gated_delta_rule`` to ``states[slots]`` in place; returns ``out`` [N, Hv, V].
 
-    ``slots`` [N] are all different; ``serves(states)``, which are [slots, Hv, K, V].
+    ``states`` is [slots, Hv, K, V], and ``serves(states)`` holds. ``slots`` [N] are all different.
     """
     scaled, decay = l2norm(q).float() * q.shape[-1] ** -0.5, g.float().exp()
     inputs = [x.contiguous() for x in (scaled, l2norm(k).float(), v.float(), decay, beta.float(), slots.long())]
@@ -39,7 +39,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, states: 
 
 
 def _region(data: Any) -> None:
-    """What each thread does: its share of the heads of all sequences."""
+    """Compute one thread's share of the heads of all sequences."""
     a = carray(data, 14, np.int64)
     n, num_slots, groups, heads, rows, columns = a[0], a[1], a[2], a[3], a[4], a[5]
     q, k = carray(pointer(a[6]), (n, groups, rows), np.float32), carray(pointer(a[7]), (n, groups, rows), np.float32)
@@ -57,9 +57,12 @@ def _region(data: Any) -> None:
         _head(q[i, group], k[i, group], v[i, head], decay[i, head], beta[i, head], state, out[i, head])
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"})  # sums in any order, but NaN stays NaN
+@njit(fastmath={"reassoc", "contract", "nsz"})  # allows sums in any order; NaN stays NaN
 def _head(q: Any, k: Any, v: Any, decay: Any, beta: Any, state: Any, out: Any) -> None:
-    """Both reads in one pass, then the write: S^T q after it is S^T q before it plus (q . k) times what is written."""
+    """Read the state for q and k in one pass, then write it.
+
+    S^T q after the write is S^T q before it plus (q . k) times the written value.
+    """
     read_q: Any = np.zeros(len(v), np.float32)
     read_k: Any = np.zeros(len(v), np.float32)
     q_dot_k = np.float32(0)

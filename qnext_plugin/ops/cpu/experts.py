@@ -1,4 +1,4 @@
-"""Routed experts around whatever multiplies by their weights."""
+"""Routed experts, given functions that multiply by their weights."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,18 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GateUp = Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Tensor]
-"""Of ``x``, its ``rows`` [R], ``used`` and ``counts``: ``counts[i]`` of the rows by expert ``used[i]``; [R, 2 I]."""
+"""A function of ``x``, ``rows`` [R], ``used`` and ``counts`` that returns [R, 2 I].
+
+It multiplies the ``rows`` of ``x``, in order: the next ``counts[i]`` of them by the weight of expert ``used[i]``.
+"""
 Down = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
-"""Of float32 [R, I], ``used`` and ``counts``: [R, H]."""
+"""A function of float32 [R, I], ``used`` and ``counts``, as in ``GateUp``, that returns [R, H]."""
 
 
 def routed_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: GateUp, down: Down) -> Tensor:
-    """``sum_k topk_weights[:, k] w2[e] (silu(gate) up)`` where ``[gate | up] = w13[e] x`` and ``e = topk_ids[:, k]``.
+    """Return ``sum_k topk_weights[:, k] w2[e] (silu(gate) up)`` [T, H].
 
-    ``x`` [T, H]; ``gate_up`` multiplies by ``w13``, ``down`` by ``w2``; ``topk_weights``, ``topk_ids`` [T, K], with -1
-    for another rank's experts. Returns [T, H].
+    Here ``[gate | up] = w13[e] x`` and ``e = topk_ids[:, k]``. ``x`` [T, H], ``topk_weights``, ``topk_ids`` [T, K];
+    the id is -1 for another rank's expert. ``gate_up`` multiplies by ``w13``, ``down`` by ``w2``.
     """
-    ids = topk_ids.flatten().numpy()  # on a few integers a quarter of what torch's operators take
+    ids = topk_ids.flatten().numpy()  # for a few integers numpy takes a quarter of the time of torch's operators
     elsewhere, *by_expert = np.bincount(ids + 1, minlength=1).tolist()
     used = [expert for expert, count in enumerate(by_expert) if count]
     if not used:
@@ -30,7 +33,7 @@ def routed_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: G
     places.reshape(-1)[sorted_places] = np.arange(len(sorted_places))
     order = torch.from_numpy(sorted_places)
     gate, up = gate_up(x, order // topk_ids.shape[1], used, counts).float().chunk(2, dim=-1)
-    # The rest is linear, so the routing weights may come before it, to be rounded together with what they multiply.
+    # The rest is linear, so the routing weights can be applied here already: the product is rounded only once.
     hidden = F.silu(gate).mul_(up).mul_(topk_weights.flatten()[order, None])
     out = down(hidden, used, counts)
     if elsewhere:

@@ -1,8 +1,8 @@
-"""Products with bfloat16 weights on CPUs with AVX2 and no instructions for bfloat16, compiled.
+"""Compiled products with bfloat16 weights, for CPUs that have AVX2 and no bfloat16 instructions.
 
-There torch multiplies bfloat16 ten times as slowly as float32. Here weights stay bfloat16 in memory and become float32
-in registers, which costs a shift or a mask, so that few rows are computed at the rate of memory and many at that of
-float32.
+On such CPUs torch multiplies bfloat16 ten times as slowly as float32. Here weights stay bfloat16 in memory and are
+converted to float32 in registers, which costs a shift or a mask. Few rows run at the speed of memory, many rows at
+the speed of float32.
 """
 
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ from torch import Tensor
 
 from qnext_plugin.ops.cpu.jit import in_parallel, pointer, share, thread_num
 
-BLOCK = 16  # outputs at once
-ROWS = 6  # at once: their sums of a block fill 12 of the 16 registers, its weights and the input the others
-PARTS = 8  # of up to ROWS each are kept in a core's cache while all weights pass by
-TOGETHER = 4  # blocks at most that are read at once
+BLOCK = 16  # outputs computed at once
+ROWS = 6  # rows computed at once: their sums fill 12 of the 16 registers, weights and an input fill the others
+PARTS = 8  # parts of up to ROWS rows that stay in a core's cache while all weights are read
+TOGETHER = 4  # the most blocks that are read at once
 LINE = 4 * BLOCK  # bytes of a block's weights for two inputs
 
 
 @cache
 def available() -> bool:
-    """Compiles it, the first time."""
+    """Return whether these kernels can run here and are needed; the first call compiles them."""
     needed = torch.cpu._is_avx2_supported() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return needed and in_parallel(_region) is not None
 
 
 def pack(weights: Tensor) -> Tensor:
-    """[..., n, k] bfloat16, ``k`` even, as ``products`` takes them: in blocks of outputs, each by pairs of inputs.
+    """Pack bfloat16 ``weights`` [..., n, k], ``k`` even, for ``products``.
 
-    Returns [..., n rounded up to BLOCK, k].
+    The result has blocks of outputs, each ordered by pairs of inputs. Returns [..., n rounded up to BLOCK, k].
     """
     n = weights.shape[-2]
     padded = F.pad(weights, (0, 0, 0, -n % BLOCK)) if n % BLOCK else weights.contiguous()
@@ -46,14 +46,17 @@ def pack(weights: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
-    """The [..., n, k] that ``pack`` was given."""
+    """Undo ``pack``; returns the weights [..., n, k]."""
     *_, padded, k = packed.shape
     pairs = packed.view(torch.int32).unflatten(-2, (padded // BLOCK, BLOCK)).flatten(-2).unflatten(-1, (k // 2, BLOCK))
     return _transposed(pairs).view(packed.shape)[..., :n, :]
 
 
 def _transposed(pairs: Tensor) -> Tensor:
-    """As bfloat16, contiguous also where a dimension is 1. A pair as one element is copied three times as fast."""
+    """Transpose ``pairs`` and return them as contiguous bfloat16, also if a dimension is 1.
+
+    Copying a pair as one element is three times as fast as copying two.
+    """
     return pairs.mT.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
 
 
@@ -65,10 +68,11 @@ def products(
     rows: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """``counts[i]`` of the ``rows`` of ``x`` after one another by matrix ``used[i]``; by default all by the first.
+    """Multiply rows of ``x`` by packed matrices: the next ``counts[i]`` of the ``rows`` by matrix ``used[i]``.
 
-    ``x`` [T, k] is bfloat16 or float32; ``packed`` [matrices, padded n, k] or [padded n, k]; ``rows`` [R] int64, by
-    default each once. Returns [R, padded n] in ``dtype``, bfloat16 or float32; sums are float32.
+    By default all rows are multiplied by the first matrix. ``x`` [T, k] is bfloat16 or float32, ``packed``
+    [matrices, padded n, k] or [padded n, k], ``rows`` [R] int64 indices, by default each row once. Returns
+    [R, padded n] in ``dtype``, bfloat16 or float32. Sums are in float32.
     """
     assert packed.is_contiguous() and x.shape[-1] == packed.shape[-1]
     x, rows = x.contiguous(), None if rows is None else rows.contiguous()
@@ -86,14 +90,14 @@ def products(
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """``x`` [T, k] by one matrix of ``n`` outputs, rounded once; returns [T, n] bfloat16."""
+    """Multiply ``x`` [T, k] by one matrix of ``n`` outputs, add ``bias`` and round once; returns [T, n] bfloat16."""
     if bias is None:
         return products(x, packed)[:, :n]
     return (products(x, packed, dtype=torch.float32)[:, :n] + bias).to(torch.bfloat16)
 
 
 def _region(data: Any) -> None:
-    """What each thread does: its share of all products of a block and at most ``ROWS`` rows."""
+    """Compute one thread's share of all products, each of a block and at most ``ROWS`` rows."""
     a = carray(data, 12, np.int64)
     n, k, num_rows, x_bytes, out_bytes = a[1], a[2], a[4], a[5], a[6]
     x16, x32 = carray(pointer(a[8]), (a[3], k), np.uint16), carray(pointer(a[8]), (a[3], k), np.uint32)
@@ -153,7 +157,7 @@ def _bounds(row: Any, count: Any, parts: Any, part: Any) -> Any:
 
 @njit
 def _rounded(bits: Any) -> Any:
-    """Of a float32 the bfloat16 next to it, of two the even one; NaN stays NaN."""
+    """Round the bits of a float32 to the nearest bfloat16, ties to even; NaN stays NaN."""
     if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
         return np.uint16(0x7FC0)
     return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
@@ -161,7 +165,7 @@ def _rounded(bits: Any) -> Any:
 
 @njit
 def _together(rows: Any) -> Any:
-    """Blocks that are read at once: a core reads from several places faster than from one."""
+    """Return how many blocks to read at once: a core reads faster from several places than from one."""
     return 4 if rows == 1 else 2 if rows == 2 else 1
 
 
@@ -191,14 +195,16 @@ VECTORS = range(BLOCK // 8)
 
 
 def _of_rows(rows: int, together: int = 1) -> Any:
-    """``out[r, b, :16] = sum_i x[i, 0, r] weights[b, i, :16, 0] + x[i, 1, r] weights[b, i, :16, 1]``.
+    """Return an intrinsic for ``rows`` rows and for the blocks that are read ``together``. It computes::
 
-    For each of ``rows`` and of the blocks that are read ``together``. In the compiled loop ``weights``, ``x``, ``out``
-    are addresses; ``x`` has ``rows`` to an input and ``k`` inputs, ``out`` TOGETHER blocks to a row.
+        out[r, b, :16] = sum_i x[i, 0, r] weights[b, i, :16, 0] + x[i, 1, r] weights[b, i, :16, 1]
+
+    In the compiled loop ``weights``, ``x`` and ``out`` are addresses. ``x`` has ``k`` inputs of ``rows`` numbers each,
+    ``out`` has TOGETHER blocks in each row.
     """
 
     def define(module: Any) -> Any:
-        """A function of its own: of several in one, LLVM moves the stores together, and spills the sums."""
+        """Define a separate function: with several loops in one, LLVM groups the stores and spills the sums."""
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 4), f"rows_{rows}_blocks_{together}")
         function.linkage = "internal"
         function.attributes.add("noinline")
@@ -228,7 +234,7 @@ def _of_rows(rows: int, together: int = 1) -> Any:
             total.add_incoming(FLOATS([0.0] * 8), before)
         lines = [builder.add(start, builder.mul(i, I64(LINE))) for start in starts]
         if together == 1:
-            # The next block, at four places in turn.
+            # Prefetch the next block, at four places in turn.
             apart = builder.mul(builder.and_(i, I64(3)), builder.lshr(k, I64(3)))
             ahead = builder.mul(builder.add(apart, builder.lshr(i, I64(2))), I64(LINE))
             builder.call(fetch, [at(builder.add(weights, size), ahead, ir.IntType(8)), I32(0), I32(2), I32(1)])
@@ -236,7 +242,7 @@ def _of_rows(rows: int, together: int = 1) -> Any:
         results = [[list(row) for row in block] for block in sums]
         for block, line in zip(results, lines, strict=True):
             for which in range(2):
-                # With all rows loaded twice: both halves at once would be one more register than there is.
+                # For the most rows, weights are loaded twice: holding both halves takes one register too many.
                 address = builder.call(same, [line]) if which and rows == ROWS else line
                 halves = [half(builder.add(address, I64(32 * j)), which) for j in VECTORS]
                 for r, row in enumerate(block):

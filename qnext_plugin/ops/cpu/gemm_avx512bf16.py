@@ -1,8 +1,8 @@
-"""Products with packed bfloat16 weights on CPU, compiled: all matrices of a layer in one parallel loop.
+"""Compiled products with packed bfloat16 weights on CPUs: one parallel loop computes all matrices of a layer.
 
-oneDNN, which packs the weights, reads them for few rows at two thirds of the rate that memory allows, and waits for all
-threads after each matrix. Its blocks are 64 outputs by all inputs, two inputs of an output next to each other: an
-operand of AVX512-BF16. Nothing documents that, so what is packed is tried (``readable``).
+oneDNN packs the weights. For few rows its own products read them at two thirds of the rate that memory allows, and
+wait for all threads after each matrix. Its blocks are 64 outputs by all inputs, with two inputs of an output next to
+each other, as AVX512-BF16 takes them. That layout is not documented, so ``readable`` tests each packed matrix.
 """
 
 from collections.abc import Sequence
@@ -18,29 +18,35 @@ from torch import Tensor
 from qnext_plugin.ops.cpu.jit import in_parallel, pointer, share
 
 BLOCK = 64
-ROWS = 6  # at once: their sums of a block fill 24 of the 32 registers, its weights and the input the others
-BYTES_OF_INPUT = 2 * BLOCK  # in a block
+ROWS = 6  # rows computed at once: their sums fill 24 of the 32 registers, weights and an input fill the others
+BYTES_OF_INPUT = 2 * BLOCK  # bytes of a block's weights for one input
 
 
 def available() -> bool:
-    """Compiles it, the first time. Where there is AMX, oneDNN has kernels for that."""
+    """Return whether these kernels can run here; the first call compiles them.
+
+    They are not used on CPUs with AMX, for which oneDNN has kernels.
+    """
     instructions = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     return instructions and in_parallel(_region) is not None
 
 
 def readable(matrix: Tensor, n: int, k: int) -> bool:
-    """Whether ``matrix``, [n, k] as oneDNN has packed it, is laid out as expected."""
+    """Return whether ``matrix``, an [n, k] that oneDNN has packed, has the layout that we expect."""
     if not available() or k % 2 or torch.ops.mkldnn._nbytes(matrix) != 2 * _padded(n) * k:
         return False
     x = torch.linspace(-1, 1, k).bfloat16().unsqueeze(0)
     expected = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     found = products(x, [torch.ops.mkldnn.data_ptr(matrix)], [1], n)
-    largest = float(expected.abs().max())  # 0 proves nothing
+    largest = float(expected.abs().max())  # a comparison of zeros would prove nothing
     return largest > 0 and torch.allclose(found, expected, rtol=2**-6, atol=2**-6 * largest)
 
 
 def products(x: Tensor, addresses: Sequence[int] | np.ndarray, counts: Sequence[int], n: int) -> Tensor:
-    """``counts[i]`` rows of ``x`` [T, k] after one another by the packed [n, k] at ``addresses[i]``; returns [T, n]."""
+    """Multiply the rows of ``x`` [T, k], in order: the next ``counts[i]`` by the packed [n, k] at ``addresses[i]``.
+
+    Returns [T, n].
+    """
     x = x.contiguous()
     rows, k = x.shape
     out = torch.empty(rows, _padded(n), dtype=x.dtype)
@@ -56,7 +62,7 @@ def _padded(n: int) -> int:
 
 
 def _region(data: Any) -> None:
-    """What each thread does: its share of all products of a block and at most ``ROWS`` rows."""
+    """Compute one thread's share of all products, each of a block and at most ``ROWS`` rows."""
     a = carray(data, 6, np.int64)
     n, k, x, out = a[1], a[2], a[3], a[4]
     addresses, counts = carray(pointer(a[5]), (2, a[0]), np.int64)
@@ -65,7 +71,7 @@ def _region(data: Any) -> None:
     row = 0
     for matrix, count in zip(addresses, counts):  # noqa: B905
         parts = (count + ROWS - 1) // ROWS
-        # Where a block is read more than once, the next one comes from memory meanwhile.
+        # While a block is read more than once, the next one is fetched from memory.
         ahead = BYTES_OF_INPUT * k if parts > 1 else 0
         for job in range(max(first, 0), min(last, blocks * parts)):
             block, part = job // parts, job % parts
@@ -92,7 +98,7 @@ def _block(rows: Any, weights: Any, x: Any, out: Any, k: Any, n: Any, ahead: Any
 
 
 class BFloat(ir.Type):
-    """LLVM has it, llvmlite does not."""
+    """LLVM's type ``bfloat``, which llvmlite does not have."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -111,10 +117,12 @@ VECTORS = range(BLOCK // 16)
 
 
 def _of_rows(rows: int) -> Any:
-    """``out[r, :64] = sum_i x[r, 2 i] weights[i, :64, 0] + x[r, 2 i + 1] weights[i, :64, 1]`` for each of ``rows``.
+    """Return an intrinsic for ``rows`` rows. It computes::
 
-    In the compiled loop ``weights``, ``x``, ``out`` are addresses; ``x`` has ``k`` elements to a row, ``out`` ``n``.
-    What is ``ahead`` of the weights, in bytes, is fetched.
+        out[r, :64] = sum_i x[r, 2 i] weights[i, :64, 0] + x[r, 2 i + 1] weights[i, :64, 1]
+
+    In the compiled loop ``weights``, ``x`` and ``out`` are addresses. A row of ``x`` has ``k`` elements, a row of
+    ``out`` has ``n``. The loop also fetches the memory that is ``ahead`` bytes after the weights.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Parallel loops on CPU, compiled by Numba, on which both engines depend.
+"""Parallel loops on CPUs, compiled by Numba; both engines depend on Numba.
 
-Numba's own threads would compete with torch's for the cores, so what is compiled runs as a parallel region of the
+Numba's own threads would compete with torch's for the cores, so the compiled code runs as a parallel region of the
 OpenMP runtime that torch has loaded.
 """
 
@@ -22,29 +22,29 @@ thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 
 @cache
 def in_parallel(region: Callable[[Any], None]) -> Callable[[np.ndarray], None] | None:
-    """``region`` of an array's address, in each of torch's threads; None if torch brings no GNU OpenMP runtime.
+    """Compile ``region`` and return a function that runs it on an array in each of torch's threads.
 
-    Its packages on PyPI do. It is compiled once on a machine: Numba keeps the result next to the code, or in the user's
-    cache.
+    ``region`` gets the address of the array. Returns None if torch includes no GNU OpenMP runtime; its packages on
+    PyPI do. A machine compiles a region only once: Numba keeps the result next to the code or in the user's cache.
     """
     file = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
     if file is None:
         return None
-    binding.load_library_permanently(str(file))  # where compiled code finds its functions
+    binding.load_library_permanently(str(file))  # so that compiled code finds the library's functions
     library = ctypes.CDLL(str(file))
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
     signature = types.void(types.voidptr)
     try:
         compiled = cfunc(signature, cache=True)(region)
-    except RuntimeError:  # neither place can be written to
+    except RuntimeError:  # neither directory is writable
         compiled = cfunc(signature)(region)
     return lambda data: library.GOMP_parallel(compiled.address, data.ctypes.data, torch.get_num_threads(), 0)
 
 
 @njit
 def share(jobs: Any) -> Any:
-    """The first of this thread's ``jobs``, and the first of the next thread's."""
+    """Return the first of this thread's ``jobs`` and the first of the next thread's."""
     thread, threads = thread_num(), _num_threads()
     return jobs * thread // threads, jobs * (thread + 1) // threads
 

@@ -1,4 +1,4 @@
-"""The compiled products as operators of torch, which graphs that it compiles call as they are."""
+"""The compiled products as torch operators; a graph that torch compiles calls them unchanged."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ torch.library.register_fake(
 torch.library.register_fake("qnext::cpu_experts", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
 
 linear_operator = torch.ops.qnext.cpu_linear
-"""``gemm_avx2.linear`` by a matrix whose outputs are a multiple of BLOCK."""
+"""This operator is ``gemm_avx2.linear`` for a matrix whose number of outputs is a multiple of BLOCK."""
 
 experts_operator = torch.ops.qnext.cpu_experts
-"""``routed_experts`` of ``x``, with packed ``w13`` [experts, 2 I, H] and ``w2`` [experts, H, I]."""
+"""This operator is ``routed_experts`` for packed ``w13`` [experts, 2 I, H] and ``w2`` [experts, H, I]."""
