@@ -60,9 +60,12 @@ collect_ignore_glob = [f"*test_{engine}_*" for engine in ENGINES if engine != EN
 
 
 def may_be_forked(config: EngineConfig) -> bool:
-    """Whether a fork is like a start: SGLang's ranks import it anew, and a compiler has threads."""
-    ranks = config.tensor_parallel * config.pipeline_parallel
-    return not config.compiled and (ENGINE == "vllm" or ranks == 1)
+    """Whether a fork is like a start.
+
+    A compiler has threads, SGLang's ranks import it again, and it is told to take requests back when it is imported.
+    """
+    alone = config.tensor_parallel * config.pipeline_parallel == 1 and not config.num_tokens
+    return not config.compiled and (ENGINE == "vllm" or alone)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

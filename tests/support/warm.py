@@ -26,6 +26,9 @@ MODULES = {
     "sglang": ("sglang.srt.entrypoints.engine", "sglang.srt.managers.scheduler"),
 }
 
+# What the engine reads from the environment while it is imported, and a start of ours would set too late.
+ENVIRONMENT = {"vllm": {}, "sglang": {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}}
+
 
 class Forked:
     """As much of a ``Popen`` as ``process`` uses."""
@@ -66,7 +69,12 @@ class Warm:
             command = [sys.executable, "-m", "tests.workers.warm", *MODULES[self.engine]]
             with self.log.open("w") as log:
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=os.environ | ENVIRONMENT[self.engine],
                 )
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(request) + "\n")
