@@ -49,7 +49,7 @@ def directories(tmp_path_factory, checkpoint):
     root, others = tmp_path_factory.mktemp("reload"), ("new", "missing", "misshapen", "undrafted")
     spec = {"old": checkpoint("tiny")} | {name: root / name for name in others}
     for name in others:
-        write_random_checkpoint(spec[name], dtype="float32", seed=7, overrides=CHECKPOINTS["tiny"])
+        write_random_checkpoint(spec[name], dtype="float32", seed=8, overrides=CHECKPOINTS["tiny"])
     for damage in ("missing", "misshapen"):
         tensors = load_file(spec[damage] / "model.safetensors")
         whole = tensors.pop(CHANGED)
