@@ -26,7 +26,7 @@ SCENARIOS = scenarios() | {
         ),
         max_tokens=(12,),
         drafts="cycle",
-        hits=((1, 0), (2, 0), (4, 0), (5, 0), (5, 9)),
+        hits=((1, 0), (2, 0), (4, 0), (5, 0)),
     ),
     "draft_logits": Scenario(((tokens(61, seed=7),),), drafts="cycle", draft_logits=True),
 }
@@ -50,7 +50,7 @@ def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "ti
 _DRAFTS = CASES["mtp3-compiled"].scenarios
 _PLAIN = ("mixed_lengths",)
 _BFLOAT16 = EngineConfig(dtype="bfloat16")
-_PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120, flags=("--block-size", "96", "--prefix-match-unit", "32"))
+_PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120, flags=("--block-size", "128", "--prefix-match-unit", "32"))
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
     "compiled": _shared("compiled", ("vllm",), num_blocks=48),
@@ -59,7 +59,7 @@ MATRIX = {
     "prefix-no-buffer": _shared("prefix-no-buffer", ("sglang",)),
     "starved": _shared("starved", num_blocks=44),
     "prefix-unit": Case(_PARTIAL, ("partial_hits",)),
-    "mtp2-prefix-unit": Case(replace(_PARTIAL, draft_tokens=2), ("partial_hits", "multi_turn")),
+    "mtp2-prefix-unit": Case(replace(_PARTIAL, draft_tokens=2), ("partial_hits",)),
     "tp2": Case(
         EngineConfig(prefix_caching=True, tensor_parallel=2, num_blocks=160), (*_PLAIN, "multi_turn"), engines=ENGINES
     ),

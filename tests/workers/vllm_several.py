@@ -22,7 +22,7 @@ def layers(worker: Any) -> dict[str, list[str]]:
     draft = getattr(getattr(runner, "drafter", None), "model", None)
     for model, rename in ((runner.model, "model."), (draft, "mtp.")):
         for name, layer in model.named_modules() if model is not None else ():
-            name = rename + name.removeprefix("model.")
+            name = rename + name.removeprefix("model.").removesuffix(".routed_experts")
             if hasattr(layer, "dequantized"):
                 found["dequantized"].append(name)
             elif isinstance(layer, LinearBase | RoutedExperts) and not is_plain(layer):
