@@ -99,10 +99,8 @@ def check(served, checkpoints, form):
     result = served["results"][0]
     check_conditions(SCENARIO, ALONE, result)
 
-    # vLLM rounds scales to the type that it serves in.
-    scales = torch.bfloat16 if as_stored else None
-    exact = Whole(dequantized(checkpoints, form))
-    rounded = Whole(dequantized(checkpoints, form, scales), torch.bfloat16)
+    directory = dequantized(checkpoints, form)
+    exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
     ours = compare(result, exact)
     with ExitStack() as hooks:
         for layer in as_stored if form in INPUTS else ():

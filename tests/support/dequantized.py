@@ -20,11 +20,8 @@ from torch import Tensor
 EVERY = ["re:.*"]
 
 
-def dequantized(directory: Path, scales: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All tensors of a one-file checkpoint, the quantized ones as float32 weights.
-
-    ``scales``: round the scales of GPTQ and AWQ, which are stored in float16, to this type first.
-    """
+def dequantized(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a one-file checkpoint, the quantized ones as float32 weights."""
     tensors = load_file(directory / "model.safetensors")
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     method = config["quant_method"]
@@ -32,8 +29,6 @@ def dequantized(directory: Path, scales: torch.dtype | None = None) -> dict[str,
     modules = sorted({name.rpartition(".")[0] for name in names})
     for module in modules:
         leaves = {n.removeprefix(f"{module}."): tensors.pop(n) for n in list(tensors) if n.rpartition(".")[0] == module}
-        if scales is not None and "scales" in leaves:
-            leaves["scales"] = leaves["scales"].to(scales).float()
         tensors[f"{module}.weight"] = _weight(method, leaves, config).float()
     return tensors
 
@@ -73,10 +68,10 @@ def _gptq(leaves: dict[str, Tensor]) -> Tensor:
     return (leaves["scales"].float()[group] * (weight - zeros[group])).T.contiguous()
 
 
-def write_dequantized(source: Path, target: Path, scales: torch.dtype | None = None) -> Path:
-    """A float32 checkpoint with the values of a quantized one; ``scales`` as in ``dequantized``."""
+def write_dequantized(source: Path, target: Path) -> Path:
+    """A float32 checkpoint with the values of a quantized one."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    tensors = {name: tensor.float().contiguous() for name, tensor in dequantized(source, scales).items()}
+    tensors = {name: tensor.float().contiguous() for name, tensor in dequantized(source).items()}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text())
     del config["quantization_config"]

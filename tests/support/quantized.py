@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.verify.scenarios import Scenario, tokens
@@ -34,7 +32,7 @@ def write(root: Path) -> None:
         quantize_checkpoint(root / "source", root / name, format=name)
 
 
-def dequantized(root: Path, form: str, scales: torch.dtype | None = None) -> Path:
-    """The same values in float32, for `transformers`; ``scales`` as in ``write_dequantized``."""
-    directory = root / f"{form}-dequantized-{scales}"
-    return directory if directory.exists() else write_dequantized(root / form, directory, scales)
+def dequantized(root: Path, form: str) -> Path:
+    """The same values in float32, for `transformers`."""
+    directory = root / f"{form}-dequantized"
+    return directory if directory.exists() else write_dequantized(root / form, directory)
