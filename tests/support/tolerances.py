@@ -16,8 +16,9 @@ STREAMED_LOGPROB = 3e-5
 
 # Those of a served model are in qnext_plugin.verify.tolerances, because `qnext verify` applies them as well.
 
-# The same with quantized weights, where `transformers` also rounds the inputs of the layers whose kernels do.
-LOGPROB_QUANTIZED_RATIO = 1.3
+# The same with quantized weights, where `transformers` also rounds the inputs of the layers whose kernels do: of the
+# usual errors, because the largest of a hundred positions differs by a third between CPUs.
+LOGPROB_QUANTIZED_RATIO = 1.2
 
 # Hidden states, embeddings and class probabilities of a served model against float32 transformers, relative.
 SERVED_TENSOR_FLOAT32 = 2e-5
