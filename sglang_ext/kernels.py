@@ -1,4 +1,4 @@
-"""The kernels of Gated DeltaNet layers, and the matrix products.
+"""What serves Gated DeltaNet layers on each device, and the way to packed matrix products on CPUs.
 
 ======  ====================================================================================================
 device  convolution and delta rule

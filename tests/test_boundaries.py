@@ -96,10 +96,10 @@ def test_no_import_leads_back_to_where_it_began() -> None:
     assert cycles({"a": ["b"], "b": ["c"], "c": ["b", "d"], "d": []}) == ["b -> c -> b"]
 
 
-def test_rooms_of_the_core_import_only_those_below_them() -> None:
+def test_rooms_of_the_core_import_only_those_listed_before_them() -> None:
     found = {(module, room(module), room(name)) for module in within("qnext_plugin") for name in imported(module, True)}
-    above = {(module, to) for module, here, to in found if here and to and ROOMS.index(to) > ROOMS.index(here)}
-    assert not above
+    later = {(module, to) for module, here, to in found if here and to and ROOMS.index(to) > ROOMS.index(here)}
+    assert not later
 
 
 def room(module: str) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from qnext_plugin.checkpoint.guard import LoadGuard, Role, Weights
 from qnext_plugin.checkpoint.make_quantized import FORMATS
-from qnext_plugin.checkpoint.quantized_layers import layer_name
+from qnext_plugin.checkpoint.merged import layer_name
 from qnext_plugin.checkpoint.schema import RefusedUpdate, expected_tensors
 from qnext_plugin.config import QNextConfig
 

@@ -1,4 +1,4 @@
-"""The CPU kernels: vLLM's C++ kernels where they serve, and torch for every other data type and size."""
+"""Selects the CPU kernels of each phase (``phases``): vLLM's in C++ where they serve, else torch."""
 
 import torch
 from torch import Tensor

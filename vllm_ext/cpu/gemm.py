@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.kernel_log import record
 from vllm_ext.compat import lacks_bfloat16
-from vllm_ext.cpu.experts import local_experts
+from vllm_ext.cpu.expert_ids import local_experts
 
 BLOCK = 32
 """Both sizes of a packed matrix are multiples of this."""

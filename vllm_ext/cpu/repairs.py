@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_ext.cpu.experts import local_experts
+from vllm_ext.cpu.expert_ids import local_experts
 
 signature = cache(inspect.signature)
 
