@@ -1,11 +1,8 @@
 """How long a forward pass and its logits take in an engine on a CPU; what is left of a step is the engine's.
 
-    echo decode batch 1 | python -m bench.step vllm|sglang MODEL DIRECTORY
-
-The workloads of ``qnext bench``, eager, in bfloat16. Line i of the input is one; ``DIRECTORY/<i>.json`` answers it,
-with what ``qnext bench`` finds and two times in milliseconds. ``model ms`` is for a prefill the least of a batch's
-passes together, for a decode the median of a pass; ``step ms`` is for a prefill until the first tokens, for a decode
-from the beginning of a pass to that of the next.
+The workloads of ``qnext bench``, eager, in bfloat16; each gives what ``qnext bench`` finds and two times in
+milliseconds. ``model ms`` is for a prefill the least of a batch's passes together, for a decode the median of a pass;
+``step ms`` is for a prefill until the first tokens, for a decode from the beginning of a pass to that of the next.
 """
 
 import json
@@ -16,13 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from qnext_plugin.engines import process
+from qnext_plugin.bench.side import TIMEOUT, Side, Task
+from qnext_plugin.bench.worker import measure_engine
+from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.engines.remote import started_engine
 
 WORKLOADS = {
     "prefill 1x2000": {"batch": 1, "length": 2000},
@@ -85,57 +84,26 @@ def decode(passes: list[Pass], batch: int) -> dict[str, float]:
     }
 
 
-def measurements(engine_name: str, model: str, workloads: Iterable[str]) -> Iterator[dict[str, Any]]:
-    from qnext_plugin.bench import worker
-    from qnext_plugin.bench.side import Task
-    from qnext_plugin.config import QNextConfig
-    from qnext_plugin.engines.config import EngineConfig
-
-    task = Task(model, WORKLOADS)
-    config = EngineConfig(dtype=task.dtype, max_model_len=task.longest, flags=tuple(task.flags(engine_name)))
-    engine = import_module(f"{engine_name}_ext.tools.engine").Engine(model, config)
-    assert all(module.startswith(f"{engine_name}_ext.") for module in engine.serving()["modules"])
-    prompts = worker.random_prompts(QNextConfig.from_pretrained(model).vocab_size)
-    for name in workloads:
-        workload = WORKLOADS[name]
-        with engine.broken("bench.step:stopwatch"):
-            found = worker.measure(engine.answer, prompts, prompts, {name: workload})[name]
-        passes = json.loads(Path(os.environ[OUT]).read_text())
-        if "output" in workload:
-            yield found | decode(passes, workload["batch"])
-        else:
-            yield found | prefill(passes, **workload, rate=found["tokens per second"])
+def measure(engine: Any, model: str, name: str) -> dict[str, Any]:
+    """Measure the workload ``name`` of ``WORKLOADS``, in the process that holds an adapter's ``engine``."""
+    workload = WORKLOADS[name]
+    with engine.broken("bench.step:stopwatch"):
+        found = measure_engine(engine, model, {name: workload}, [])[name]
+    passes = json.loads(Path(os.environ[OUT]).read_text())
+    if "output" in workload:
+        return found | decode(passes, workload["batch"])
+    return found | prefill(passes, **workload, rate=found["tokens per second"])
 
 
 @contextmanager
 def started(engine: str, model: Path, python: str = sys.executable) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """What measures a workload, in a process that starts and ends with this."""
-    with tempfile.TemporaryDirectory() as directory:
-        log, numbers = Path(directory) / "log", count()
-        with process.started(["-m", "bench.step", engine, str(model), directory], log, python=python) as child:
-
-            def measure(workload: str) -> dict[str, Any]:
-                assert child.stdin
-                child.stdin.write(f"{workload}\n".encode())
-                child.stdin.flush()
-                out = Path(directory) / f"{next(numbers)}.json"
-                process.wait_until(out.exists, child, log, timeout=600)
-                return dict(json.loads(out.read_text()))
-
-            yield measure
-
-
-def main(engine: str, model: str, directory: str) -> None:
-    # All cores, as `qnext bench`; before torch is loaded, which looks once.
-    cores = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    os.environ |= cores | {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ
-    part = Path(directory) / "part"
-    os.environ[OUT] = str(Path(directory) / "passes")
-    for i, found in enumerate(measurements(engine, model, map(str.strip, sys.stdin))):
-        part.write_text(json.dumps(found))
-        part.rename(part.with_name(f"{i}.json"))
-    os._exit(0)  # shutting an engine down can wait for ever; the caller ends the whole process group
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    """Start ours on ``engine``, and yield a function that measures a workload in it by name."""
+    task, side = Task(str(model), WORKLOADS), Side("ours", engine, python=python)
+    config = EngineConfig(dtype=task.dtype, max_model_len=task.longest, flags=tuple(task.flags(engine)))
+    with tempfile.TemporaryDirectory() as scratch:
+        env = side.environment | {OUT: f"{scratch}/passes"}
+        directory = Path(scratch) / "engine"
+        with started_engine(engine, task.model, config, directory, env=env, python=python) as remote:
+            remote.ready(TIMEOUT)
+            remote.serving(TIMEOUT)
+            yield lambda name: remote.call("bench.step:measure", TIMEOUT, model=task.model, name=name)
