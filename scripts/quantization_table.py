@@ -12,7 +12,10 @@ from pathlib import Path
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"
 BEGIN, END = "<!-- quantized checkpoints: scripts/quantization_table.py -->\n", "<!-- end -->\n"
-FORMATS = ("fp8-block", "fp8-channel", "w8a8", "w4a16", "awq", "gptq", "nvfp4")
+FORMATS = (
+    *("fp8-block", "fp8-channel", "w8a8", "w4a16", "mxfp8", "mxfp4", "nvfp4-llm-compressor"),
+    *("awq", "gptq", "gptq-int8", "nvfp4", "mxfp4-quark", "auto-round-mixed", "two-groups"),
+)
 ENGINES = ("vLLM", "SGLang")
 COLUMNS = ("one process, MTP", "TP 1, 2, 4, 8", "TP 2", "EP 2", "PP 2")
 UNPROVEN = "unproven"
@@ -39,7 +42,7 @@ def table(found: dict[tuple[str, str, str], str], before: str) -> str:
     rows += [
         [f"`{form}`", engine, *(found.get((form, engine, column), UNPROVEN) for column in COLUMNS)]
         if engine in tested
-        else kept[f"`{form}`", engine]
+        else kept.get((f"`{form}`", engine), [f"`{form}`", engine, *[UNPROVEN] * len(COLUMNS)])
         for engine in ENGINES
         for form in FORMATS
     ]

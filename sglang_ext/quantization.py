@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import get_model, get_parallel
 from torch import nn
 
 from qnext_plugin.checkpoint import quantized_layers
-from qnext_plugin.checkpoint.quantization import Leaves
+from qnext_plugin.checkpoint.formats import Leaves
 from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
 from qnext_plugin.checkpoint.stored import MODELOPT_FILE, Checkpoint, read_served
 from qnext_plugin.config import QNextConfig

@@ -60,7 +60,7 @@ def _load(
     for name, tensor in weights:
         if layer_name(name.rpartition(".")[0]) not in layers:
             continue  # it is on another pipeline stage
-        for param_name, rows, args in placements(name, tensor, config, checkpoint.quant_method):
+        for param_name, rows, args in placements(name, tensor, config):
             if param_name in params:
                 param = params[param_name]
                 getattr(param, "weight_loader", default_weight_loader)(param, rows, *args)
@@ -80,7 +80,7 @@ def is_trunk(name: str, config: QNextConfig) -> bool:
 
 
 def placements(
-    name: str, tensor: torch.Tensor, config: QNextConfig, quant_method: str | None
+    name: str, tensor: torch.Tensor, config: QNextConfig
 ) -> Iterator[tuple[str, torch.Tensor, tuple[object, ...]]]:
     """Yield where a checkpoint tensor goes: our parameter's name, its rows, and more arguments for its loader."""
     module, _, leaf = name.rpartition(".")
@@ -99,7 +99,7 @@ def placements(
             else:
                 yield _expert(module, "w2_weight", rows, "w2", expert)
     elif last in KINDS:
-        yield name, ungroup(tensor, config.gdn, KINDS[last], leaf, quant_method), ()
+        yield name, ungroup(tensor, config.gdn, KINDS[last], leaf), ()
     elif last in PARTS:
         layer, sections = PARTS[last]
         shards = (tensor,) if len(sections) == 1 else _sections(tensor, config, layer, len(sections))

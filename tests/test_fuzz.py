@@ -148,46 +148,44 @@ def test_layouts_survive_a_round_trip_on_every_shard(dims: GatedDeltaNetDims, ki
     divisors = [n for n in range(1, dims.num_k_heads + 1) if dims.num_k_heads % n == 0]
     tp_size = data.draw(st.sampled_from(divisors))
     rows = sum(section_sizes(dims, kind))
-    words = [("awq", "qweight", 8), ("gptq", "qzeros", 8), ("gptq", "qzeros", 4)]
     packed = [
-        (m, name, torch.randint(-(2**31), 2**31, (3, rows // n), dtype=torch.int32))
-        for m, name, n in words
+        (name, torch.randint(-(2**31), 2**31, (3, rows // n), dtype=torch.int32))
+        for name, n in (("qweight", 8), ("qzeros", 8), ("qzeros", 4))
         if rows % n == 0
     ]
-    plain = [(None, "weight", torch.arange(rows * 2).view(rows, 2)), (None, "bias", torch.arange(rows))]
-    scales = [("gptq", "scales", torch.arange(rows * 3).view(3, rows))]
-    method, suffix, stored = data.draw(st.sampled_from(plain + scales + packed))
+    plain = [("weight", torch.arange(rows * 2).view(rows, 2)), ("bias", torch.arange(rows))]
+    scales = [("scales", torch.arange(rows * 3).view(3, rows))]
+    suffix, stored = data.draw(st.sampled_from(plain + scales + packed))
     try:
-        flat = ungroup(stored, dims, kind, suffix, method)
+        flat = ungroup(stored, dims, kind, suffix)
     except ValueError as e:  # words that hold rows of two sections
         assert stored.dtype == torch.int32 and "in a key-head group, expected multiples of" in str(e)
         return
-    assert flat.shape == stored.shape and torch.equal(regroup(flat, dims, kind, suffix, method), stored)
+    assert flat.shape == stored.shape and torch.equal(regroup(flat, dims, kind, suffix), stored)
     if stored.dtype == torch.int32:
         return
     axis, sections = (1, section_sizes(dims, kind)) if suffix == "scales" else (0, section_sizes(dims, kind))
     for rank in range(tp_size):
         merged = torch.cat([section.chunk(tp_size, axis)[rank] for section in flat.split(sections, axis)], axis)
         groups = stored.chunk(tp_size, axis)[rank]
-        assert torch.equal(merged, ungroup(groups, dims.shard(tp_size), kind, suffix, method))
+        assert torch.equal(merged, ungroup(groups, dims.shard(tp_size), kind, suffix))
 
 
 @fuzz(300)
 @given(
     dims,
     kinds,
-    st.sampled_from([(m, s) for m, layouts in LAYOUTS.items() for s in layouts]) | st.tuples(st.text(), st.text()),
+    st.sampled_from(list(LAYOUTS)) | st.text(),
     st.lists(st.integers(0, 200), max_size=4),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int32, torch.int8, torch.uint8]),
 )
 def test_any_tensor_is_permuted_or_refused(
-    dims: GatedDeltaNetDims, kind: Any, name: tuple[Any, str], shape: list[int], dtype: torch.dtype
+    dims: GatedDeltaNetDims, kind: Any, suffix: str, shape: list[int], dtype: torch.dtype
 ) -> None:
-    method, suffix = name
     tensor = torch.zeros(()).to(dtype).expand(shape)
     for move in (ungroup, regroup):
         try:
-            moved = move(tensor, dims, kind, suffix, method)
+            moved = move(tensor, dims, kind, suffix)
         except ValueError as e:
             assert "in_proj_" in str(e) or "expected one of" in str(e)
         else:

@@ -125,15 +125,18 @@ STORED = {
         rows_as(torch.float8_e4m3fn),
     ],
     "scales": [lambda values: values.T.half()],
-    ("gptq", "qweight"): [lambda values: values.T.int()],
+    "qweight": [lambda values: values.T.int()],
     "weight_zero_point": [rows_as(torch.int8)],
 }
 # The same, several rows to an int32.
 PACKED = {
-    ("gptq", "qzeros"): [lambda values: pack(values.T, 4, IN_ORDER), lambda values: pack(values.T, 8, IN_ORDER)],
-    ("awq", "qweight"): [lambda values: pack(values.T, 4, AWQ)],
-    ("awq", "qzeros"): [lambda values: pack(values.T, 4, AWQ)],
-    ("compressed-tensors", "weight_zero_point"): [
+    "qzeros": [
+        lambda values: pack(values.T, 4, IN_ORDER),
+        lambda values: pack(values.T, 8, IN_ORDER),
+        lambda values: pack(values.T, 4, AWQ),
+    ],
+    "qweight": [lambda values: pack(values.T, 4, AWQ)],
+    "weight_zero_point": [
         lambda values: pack(values.T, 4, IN_ORDER).T,
         lambda values: pack(values.T, 8, IN_ORDER).T,
     ],
@@ -149,76 +152,68 @@ UNCHANGED = {
     "input_zero_point": (1,),
     "input_global_scale": (1,),
 }
-SUFFIXES = [(method, suffix) for method, layouts in LAYOUTS.items() for suffix in layouts]
 
 
-def check_moves(store, dims, kind, method, suffix):
+def check_moves(store, dims, kind, suffix):
     values = torch.randint(16, (sum(section_sizes(dims, kind)), 6), generator=torch.Generator().manual_seed(0))
     grouped, flat = store(values), store(values[expected_order(dims, kind)])
     before = grouped.clone()
-    assert can_ungroup({suffix: tuple(grouped.shape)}, dims, kind, method)
+    assert can_ungroup({suffix: tuple(grouped.shape)}, dims, kind)
     for _ in range(2):  # the second is a reload of the same checkpoint tensor
-        actual = ungroup(grouped, dims, kind, suffix, method)
+        actual = ungroup(grouped, dims, kind, suffix)
         assert actual.dtype == flat.dtype
         assert actual.is_contiguous()
         assert torch.equal(actual.double(), flat.double())
     assert torch.equal(grouped.double(), before.double())
-    assert torch.equal(regroup(actual, dims, kind, suffix, method).double(), grouped.double())
+    assert torch.equal(regroup(actual, dims, kind, suffix).double(), grouped.double())
 
 
-@pytest.mark.parametrize("method, suffix", [s for s in SUFFIXES if s in STORED or s[1] in STORED])
+@pytest.mark.parametrize("suffix", STORED)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dims", (UNALIGNED, ALIGNED), ids=("unaligned", "aligned"))
-def test_every_stored_tensor_moves_with_its_rows(dims, kind, method, suffix):
-    for store in STORED.get((method, suffix)) or STORED[suffix]:
-        check_moves(store, dims, kind, method, suffix)
+def test_every_stored_tensor_moves_with_its_rows(dims, kind, suffix):
+    for store in STORED[suffix]:
+        check_moves(store, dims, kind, suffix)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method, suffix", PACKED)
-def test_packed_words_move_whole(kind, method, suffix):
-    for store in PACKED[method, suffix]:
-        check_moves(store, ALIGNED, kind, method, suffix)
+@pytest.mark.parametrize("suffix", PACKED)
+def test_packed_words_move_whole(kind, suffix):
+    for store in PACKED[suffix]:
+        check_moves(store, ALIGNED, kind, suffix)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method, suffix", PACKED)
-def test_packed_words_that_straddle_sections_are_refused(kind, method, suffix):
-    for store in PACKED[method, suffix]:
+@pytest.mark.parametrize("suffix", PACKED)
+def test_packed_words_that_straddle_sections_are_refused(kind, suffix):
+    for store in PACKED[suffix]:
         words = store(torch.zeros(sum(section_sizes(UNALIGNED, kind)), 6, dtype=torch.int64))
-        assert not can_ungroup({suffix: tuple(words.shape)}, UNALIGNED, kind, method)
+        assert not can_ungroup({suffix: tuple(words.shape)}, UNALIGNED, kind)
         with pytest.raises(ValueError, match=f"in_proj_{kind}: found .*expected multiples of .*dequantize it first"):
-            ungroup(words, UNALIGNED, kind, suffix, method)
+            ungroup(words, UNALIGNED, kind, suffix)
 
 
 def test_every_suffix_is_tested():
-    tested = {s for s in SUFFIXES if s in STORED or s[1] in STORED or s in PACKED or s[1] in UNCHANGED}
-    assert set(SUFFIXES) - tested == {("fp8", "weight_scale_inv")}
+    assert LAYOUTS.keys() - STORED.keys() - PACKED.keys() - UNCHANGED.keys() == {"weight_scale_inv"}
 
 
-@pytest.mark.parametrize("method, suffix", [s for s in SUFFIXES if s[1] in UNCHANGED])
-def test_tensors_without_rows_are_returned_as_they_are(method, suffix):
+@pytest.mark.parametrize("suffix", UNCHANGED)
+def test_tensors_without_rows_are_returned_as_they_are(suffix):
     tensor = torch.ones(UNCHANGED[suffix])
-    assert ungroup(tensor, UNALIGNED, "ba", suffix, method) is tensor
-    assert regroup(tensor, UNALIGNED, "ba", suffix, method) is tensor
+    assert ungroup(tensor, UNALIGNED, "ba", suffix) is tensor
+    assert regroup(tensor, UNALIGNED, "ba", suffix) is tensor
 
 
-@pytest.mark.parametrize("method", ("fp8", "compressed-tensors", "modelopt"))
 @pytest.mark.parametrize("shape", ((), (1,)))
-def test_a_per_tensor_weight_scale_is_returned_as_it_is(method, shape):
+def test_a_per_tensor_weight_scale_is_returned_as_it_is(shape):
     scale = torch.ones(shape)
-    assert ungroup(scale, UNALIGNED, "qkvz", "weight_scale", method) is scale
+    assert ungroup(scale, UNALIGNED, "qkvz", "weight_scale") is scale
 
 
 @pytest.mark.parametrize(
-    "method, suffix, scale_shape",
-    [
-        ("fp8", "weight_scale_inv", (28, 2)),
-        ("compressed-tensors", "weight_scale", (28, 2)),
-        ("modelopt", "weight_scale", (28, 1, 2, 1)),
-    ],
+    "suffix, scale_shape", [("weight_scale_inv", (28, 2)), ("weight_scale", (28, 2)), ("weight_scale", (28, 1, 2, 1))]
 )
-def test_fp8_blocks_dequantize_to_the_permuted_weight(method, suffix, scale_shape):
+def test_fp8_blocks_dequantize_to_the_permuted_weight(suffix, scale_shape):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3584, 256, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape, generator=generator)
@@ -227,11 +222,11 @@ def test_fp8_blocks_dequantize_to_the_permuted_weight(method, suffix, scale_shap
         blocks = scale.reshape(28, 2).repeat_interleave(128, 0).repeat_interleave(128, 1)
         return weight.float() * blocks
 
-    flat_weight = ungroup(weight, BLOCKS, "qkvz", "weight", method)
-    flat_scale = ungroup(scale, BLOCKS, "qkvz", suffix, method)
+    flat_weight = ungroup(weight, BLOCKS, "qkvz", "weight")
+    flat_scale = ungroup(scale, BLOCKS, "qkvz", suffix)
     expected = dequantize(weight, scale)[expected_order(BLOCKS, "qkvz")]
     assert torch.equal(dequantize(flat_weight, flat_scale), expected)
-    assert torch.equal(regroup(flat_scale, BLOCKS, "qkvz", suffix, method), scale)
+    assert torch.equal(regroup(flat_scale, BLOCKS, "qkvz", suffix), scale)
 
 
 @pytest.mark.parametrize(
@@ -244,31 +239,27 @@ def test_fp8_blocks_dequantize_to_the_permuted_weight(method, suffix, scale_shap
     ],
 )
 def test_fp8_blocks_that_straddle_sections_are_refused(dims, kind, scale_rows):
-    assert not can_ungroup({"weight_scale_inv": (scale_rows, 2)}, dims, kind, "fp8")
+    assert not can_ungroup({"weight_scale_inv": (scale_rows, 2)}, dims, kind)
     with pytest.raises(ValueError, match=rf"in_proj_{kind}: .*multiples of 128.*dequantize it first"):
-        ungroup(torch.ones(scale_rows, 2), dims, kind, "weight_scale_inv", "fp8")
+        ungroup(torch.ones(scale_rows, 2), dims, kind, "weight_scale_inv")
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    tensor = torch.ones(24, 2)
-    with pytest.raises(ValueError, match=r"'bitsandbytes', expected one of .*'gptq', 'awq'"):
-        ungroup(tensor, UNALIGNED, "ba", "weight", "bitsandbytes")
-    with pytest.raises(ValueError, match=r"'qweight', expected one of .*'weight_scale_inv'.* 'fp8'"):
-        ungroup(tensor, UNALIGNED, "ba", "qweight", "fp8")
+    with pytest.raises(ValueError, match=r"'absmax', expected one of .*'weight_scale_inv'"):
+        ungroup(torch.ones(24, 2), UNALIGNED, "ba", "absmax")
 
 
 @pytest.mark.parametrize(
-    "method, suffix, shape, dtype, found",
+    "suffix, shape, dtype, found",
     [
-        (None, "weight", (23, 2), torch.float32, r"found shape \[23, 2\], expected 24 along axis 0"),
-        (None, "weight", (1,), torch.float32, r"found shape \[1\], expected 24 along axis 0"),
-        ("gptq", "scales", (24,), torch.half, r"found shape \[24\], expected 24 along axis 1"),
-        ("fp8", "weight_scale", (2, 1), torch.float32, r"found shape \[2, 1\], expected 24 or 1 along axis 0"),
-        ("awq", "qweight", (2, 24), torch.int32, r"found shape \[2, 24\], expected 3 along axis 1"),
-        ("awq", "qzeros", (2, 6), torch.int32, r"found shape \[2, 6\], expected 3 along axis 1"),
-        ("gptq", "qzeros", (2, 5), torch.int32, r"found shape \[2, 5\], expected 6 or 3 along axis 1"),
+        ("weight", (23, 2), torch.float32, r"found shape \[23, 2\], expected 24 along axis 0"),
+        ("weight", (1,), torch.float32, r"found shape \[1\], expected 24 along axis 0"),
+        ("scales", (24,), torch.half, r"found shape \[24\], expected 24 along axis 1"),
+        ("weight_scale", (2, 1), torch.float32, r"found shape \[2, 1\], expected 24 or 1 along axis 0"),
+        ("qweight", (2, 6), torch.int32, r"found shape \[2, 6\], expected 24 or 3 along axis 1"),
+        ("qzeros", (2, 5), torch.int32, r"found shape \[2, 5\], expected 6 or 3 or 2 along axis 1"),
     ],
 )
-def test_a_tensor_of_another_shape_is_refused(method, suffix, shape, dtype, found):
+def test_a_tensor_of_another_shape_is_refused(suffix, shape, dtype, found):
     with pytest.raises(ValueError, match=rf"in_proj_ba\.{suffix}: {found}"):
-        ungroup(torch.zeros(shape, dtype=dtype), UNALIGNED, "ba", suffix, method)
+        ungroup(torch.zeros(shape, dtype=dtype), UNALIGNED, "ba", suffix)

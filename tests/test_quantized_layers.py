@@ -245,3 +245,14 @@ def test_exclusions_are_undone_on_a_copy():
         "full_config": {"bits": 4},
     }
     assert config.ignore == ["lm_head"] and not config.lm_head_quantized
+
+
+def test_exclusions_of_auto_round_and_quark_are_undone():
+    settings = {"model.layers.0.mlp.gate": {"bits": 16}, "model.layers.0.self_attn.q_proj": {"bits": 8}}
+    view = without_exclusions(SimpleNamespace(block_name_to_quantize=["model.layers"], extra_config=settings))
+    assert vars(view) == {
+        "block_name_to_quantize": None,
+        "extra_config": {"model.layers.0.self_attn.q_proj": {"bits": 8}},
+    }
+    view = without_exclusions(SimpleNamespace(quant_config={"exclude": ["lm_head"], "export": 1}))
+    assert vars(view) == {"quant_config": {"exclude": [], "export": 1}}

@@ -23,8 +23,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 
 from qnext_plugin.checkpoint import quantized_layers
-from qnext_plugin.checkpoint.formats import WORDS, stored_format
-from qnext_plugin.checkpoint.quantization import Leaves, is_quantized
+from qnext_plugin.checkpoint.formats import FORMATS, Leaves, stored_format
+from qnext_plugin.checkpoint.quantization import is_quantized
 from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
 from qnext_plugin.checkpoint.stored import Checkpoint, read_served
 from qnext_plugin.config import QNextConfig
@@ -88,10 +88,13 @@ class ByCheckpoint:
 
 
 def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
-    """Return why quantized modules cannot be served as stored where vLLM would try, and fail at the first request."""
-    if not current_platform.is_cpu() or has_cpu_wna16():
+    """Return why quantized modules cannot be served as stored where vLLM would try, and fail after loading."""
+    if not current_platform.is_cpu():
         return None
-    if any(is_quantized(leaves) and stored_format(leaves) in WORDS for leaves in modules.values()):
+    formats = {stored_format(leaves) for leaves in modules.values() if is_quantized(leaves)}
+    if formats & {"mxfp8", "mxfp4"}:
+        return "vLLM has no kernel for exponents as scales on a CPU"
+    if not has_cpu_wna16() and any(FORMATS[name].in_words for name in formats):
         return "vLLM's operators for this CPU lack cpu_gemm_wna16, which is built for AVX512 only"
     return None
 

@@ -58,7 +58,7 @@ def load_weights(
     layers = {name for name, _ in model.named_modules()}
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name) and is_here(name, layers))
     plain = dequantized(trunk, model, checkpoint, vllm_config)
-    return _load(model, config, flatten(plain, config, checkpoint.quant_method))
+    return _load(model, config, flatten(plain, config))
 
 
 def load_draft_weights(
@@ -107,11 +107,9 @@ def _tied(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, to
             yield "lm_head.weight", tensor
 
 
-def flatten(
-    weights: Iterable[tuple[str, torch.Tensor]], config: QNextConfig, quant_method: str | None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def flatten(weights: Iterable[tuple[str, torch.Tensor]], config: QNextConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Reorder the rows of the input projections from grouped by key head to flat; pass other tensors on."""
     for name, tensor in weights:
         module, _, suffix = name.rpartition(".")
         kind = KINDS.get(module.rpartition(".")[2])
-        yield name, tensor if kind is None else ungroup(tensor, config.gdn, kind, suffix, quant_method)
+        yield name, tensor if kind is None else ungroup(tensor, config.gdn, kind, suffix)

@@ -1,19 +1,24 @@
-"""Decoders that compute the weight of a quantized module from its stored tensors, one for each stored format.
+"""The stored formats of quantized modules: how each is recognized, checked and decoded.
 
-The stored tensors are named as follows by each quantizer (``rows`` are outputs, ``in`` are inputs):
+A format is recognized by the names and dtypes of a module's tensors, module by module, because configurations describe
+modules in lists that often do not fit. Each quantizer names its tensors as follows (``rows`` are outputs, ``in`` are
+inputs; a group of inputs shares a scale):
 
     fp8                 weight float8 [rows, in]          weight_scale_inv per 128x128 block, or weight_scale
-    compressed-tensors  weight float8 or int8 [rows, in]  weight_scale per tensor, row, group of inputs or block
+    compressed-tensors  weight float8 or int8 [rows, in]  weight_scale per tensor, row, group or block
                         weight_packed int32 [rows, in/8]  weight_scale, weight_zero_point int32 [rows/8, groups]
                         weight_packed uint8 [rows, in/2]  weight_scale float8, weight_global_scale (divides)
     modelopt            weight uint8 [rows, in/2]         weight_scale float8, weight_scale_2 (multiplies)
     gptq                qweight int32 [in/8, rows]        scales [groups, rows], qzeros int32 [groups, rows/8], g_idx
     awq                 qweight int32 [in, rows/8]        scales [groups, rows], qzeros int32 [groups, rows/8]
+    quark               as modelopt or compressed-tensors, with packed bytes in ``weight``
 
-``make_quantized.py`` writes each format; each of its encoders names the decoder that reads its result.
+A scale stored as uint8 or float8_e8m0 (the MX formats) is an exponent, ``2 ** (scale - 127)``. ``make_quantized.py``
+writes each format.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -21,27 +26,141 @@ import torch
 from torch import Tensor
 
 from qnext_plugin.checkpoint.headers import TensorInfo, describe
+from qnext_plugin.checkpoint.layouts import FP8_BLOCK
+from qnext_plugin.checkpoint.schema import FLOAT_DTYPES
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of the eight rows in an AWQ word
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_EXPONENTS = ("U8", "F8_E8M0")
 
+Shape = tuple[int, ...]
+Leaves = Mapping[str, TensorInfo]
 Stored = Mapping[str, Tensor]
 Decoder = Callable[[Stored, Mapping[str, Any]], Tensor]
 
 
-def stored_format(leaves: Mapping[str, TensorInfo]) -> str:
-    """Return the key in ``DECODERS`` for a quantized module. ``leaves`` are its tensors by the names' last segment."""
+@dataclass(frozen=True)
+class Format:
+    """A stored format.
+
+    ``decode`` takes a module's tensors and the ``quantization_config``, and returns the float32 weight ``[rows, in]``.
+    ``dtypes`` has every tensor that a module may have, with its possible dtypes. ``shapes`` takes a module's headers,
+    its rows and its inputs, and yields the tensors that it must have, each with its possible shapes. ``in_words``
+    says that several integers are packed into an int32.
+    """
+
+    decode: Decoder
+    shapes: Callable[[Leaves, int, int], Iterator[tuple[str, list[Shape]]]]
+    dtypes: Mapping[str, tuple[str, ...]]
+    in_words: bool = False
+
+
+def stored_format(leaves: Leaves) -> str:
+    """Return the key in ``FORMATS`` for a quantized module. ``leaves`` are its tensors by the names' last segment.
+
+    Raises ``ValueError`` if no known format has such a weight.
+    """
     if "qweight" in leaves:
-        packs_inputs = leaves["qweight"].shape[1] == leaves["scales"].shape[1]
-        return "gptq" if packs_inputs else "awq"
-    weight = leaves["weight"] if "weight" in leaves else leaves["weight_packed"]
-    return {"I32": "packed", "U8": "fp4"}.get(weight.dtype, "bytes")
+        by_inputs = "scales" in leaves and leaves["qweight"].shape[-1:] == leaves["scales"].shape[-1:]
+        return "gptq" if by_inputs else "awq"
+    name = "weight" if "weight" in leaves else "weight_packed"
+    dtype, scale = leaves[name].dtype, leaves["weight_scale"].dtype if "weight_scale" in leaves else None
+    formats = {"F8_E4M3": "mxfp8" if scale in _EXPONENTS else "fp8", "I8": "int8"}
+    formats = (formats if name == "weight" else {"I32": "packed"}) | {"U8": "nvfp4" if scale == "F8_E4M3" else "mxfp4"}
+    if dtype not in formats:
+        raise ValueError(f"{name} is {dtype}, which no known format has")
+    return formats[dtype]
+
+
+def problem(leaves: Leaves, shape: Shape) -> str | None:
+    """Return why a quantized module, whose weight has ``shape``, cannot be read from its stored tensors, or None."""
+    try:
+        stored = FORMATS[stored_format(leaves)]
+        for leaf, info in leaves.items():
+            if leaf not in stored.dtypes:
+                return f"{leaf} is not known beside {next(iter(leaves))}"
+            if info.dtype not in stored.dtypes[leaf]:
+                return f"{leaf} is {info.dtype}, expected {' or '.join(stored.dtypes[leaf])}"
+        for leaf, expected in stored.shapes(leaves, *shape):
+            if leaves[leaf].shape not in expected:
+                allowed = " or ".join(str(list(shape)) for shape in expected) or "another number of groups"
+                return f"{leaf} is {list(leaves[leaf].shape)} for a weight of {list(shape)}, expected {allowed}"
+    except ValueError as e:
+        return str(e)
+    except KeyError as e:
+        return f"{e.args[0]} is missing"
+    return None
+
+
+def _grouped(rows: int, columns: int, size: int) -> list[Shape]:
+    return [] if columns % size else [(rows, columns // size)]
+
+
+def _scale_shapes(scale: Shape, rows: int, columns: int) -> list[Shape]:
+    """Return the shapes that a scale per tensor, row, group of inputs or 128x128 block may have."""
+    high, wide = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+    groups = scale[1] if len(scale) == 2 and scale[0] == rows and scale[1] and columns % scale[1] == 0 else 1
+    return [(), (1,), (1, 1), (rows,), (rows, groups), (high, wide), (high, 1, wide, 1)]
+
+
+def _byte_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
+    yield "weight", [(rows, columns)]
+    name = "weight_scale_inv" if "weight_scale_inv" in leaves else "weight_scale"
+    yield name, _scale_shapes(leaves[name].shape, rows, columns)
+    if "weight_zero_point" in leaves:
+        yield "weight_zero_point", [leaves[name].shape]
+
+
+def _mxfp8_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
+    yield "weight", [(rows, columns)]
+    yield "weight_scale", _grouped(rows, columns, 32)
+
+
+def _mxfp4_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
+    yield "weight" if "weight" in leaves else "weight_packed", _grouped(rows, columns, 2)
+    yield "weight_scale", _grouped(rows, columns, 32)
+
+
+def _nvfp4_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
+    yield "weight" if "weight" in leaves else "weight_packed", _grouped(rows, columns, 2)
+    yield "weight_scale", _grouped(rows, columns, 16)
+    yield "weight_scale_2" if "weight_scale_2" in leaves else "weight_global_scale", [(), (1,)]
+
+
+def _packed_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
+    words = {-(-columns * bits // 32): bits for bits in (4, 8)}
+    yield "weight_packed", [(rows, count) for count in words]
+    yield "weight_shape", [(2,)]
+    scale = leaves["weight_scale"].shape
+    yield "weight_scale", _scale_shapes(scale, rows, columns)
+    if "weight_zero_point" in leaves:
+        is_packed = leaves["weight_zero_point"].dtype == "I32"
+        entries = -(-rows * words[leaves["weight_packed"].shape[1]] // 32) if is_packed else rows
+        yield "weight_zero_point", [(entries, *scale[1:])]
+    if "weight_g_idx" in leaves:
+        yield "weight_g_idx", [(columns,)]
+
+
+def _gptq_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
+    yield "qweight", [(columns * bits // 32, rows) for bits in (2, 4, 8)]
+    groups, bits = leaves["scales"].shape[0], 32 * leaves["qweight"].shape[0] // columns
+    yield "scales", [(groups, rows)] if "g_idx" in leaves or columns % max(groups, 1) == 0 else []
+    yield "qzeros", [] if rows * bits % 32 else [(groups, rows * bits // 32)]
+    if "g_idx" in leaves:
+        yield "g_idx", [(columns,)]
+
+
+def _awq_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
+    yield "qweight", [] if rows % 8 else [(columns, rows // 8)]
+    groups = leaves["scales"].shape[0]
+    yield "scales", [] if columns % max(groups, 1) else [(groups, rows)]
+    yield "qzeros", [(groups, rows // 8)]
 
 
 def dequantize(tensors: Stored, quantization_config: Mapping[str, Any]) -> Tensor:
     """Compute a module's weight, float32 ``[rows, in]``, from its stored tensors by the names' last segment."""
     name = stored_format({leaf: describe(tensor) for leaf, tensor in tensors.items()})
-    return DECODERS[name](tensors, quantization_config)
+    return FORMATS[name].decode(tensors, quantization_config)
 
 
 def _bytes(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
@@ -62,41 +181,86 @@ def _packed(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
     bits = 32 * words.shape[1] // columns
     zero: Tensor | float = 2.0 ** (bits - 1)
     if "weight_zero_point" in tensors:
-        zero = unpack(tensors["weight_zero_point"].T, bits)[:, :rows].T.float()
+        zero = tensors["weight_zero_point"]
+        # Bytes are relative to the middle of the range, words are not.
+        zero = zero + 2.0 ** (bits - 1) if zero.dtype == torch.int8 else unpack(zero.T, bits)[:, :rows].T.float()
+        if zero.amin() < 0 or zero.amax() >= 2**bits:
+            raise ValueError(f"a weight of {bits} bits has a zero point out of its range")
     return _scaled(unpack(words, bits)[:, :columns].float(), zero, tensors)
 
 
 def _gptq(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
-    bits = config["bits"]
-    zeros = unpack(tensors["qzeros"], bits)
-    if config.get("checkpoint_format", "gptq") != "gptq_v2":
-        zeros = zeros + 1
+    bits = 32 * tensors["qzeros"].shape[1] // tensors["scales"].shape[1]
+    zeros = unpack(tensors["qzeros"], bits) + stored_minus(config) & 2**bits - 1
     return _by_groups(unpack(tensors["qweight"].T, bits).T, zeros, tensors)
 
 
+def stored_minus(quantization_config: Mapping[str, Any]) -> int:
+    """Return what was subtracted from the zero points in ``qzeros``; raises ``ValueError`` if that is not known."""
+    form = str(quantization_config.get("packing_format") or quantization_config.get("checkpoint_format") or "gptq")
+    offsets = {"gptq": 1, "auto_gptq": 1, "gptq_v2": 0, "gptqmodel": 0}
+    name = form.removeprefix("auto_round:")
+    if name not in offsets:
+        raise ValueError(f"the packing format of GPTQ is {form!r}, expected one of {', '.join(offsets)}")
+    return offsets[name]
+
+
 def _awq(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
-    bits = config["bits"] if "bits" in config else config["w_bit"]
-    values, zeros = (unpack(tensors[name], bits, AWQ_ORDER) for name in ("qweight", "qzeros"))
+    values, zeros = (unpack(tensors[name], 4, AWQ_ORDER) for name in ("qweight", "qzeros"))
     return _by_groups(values, zeros, tensors)
 
 
-DECODERS: Mapping[str, Decoder] = MappingProxyType(
-    {"bytes": _bytes, "packed": _packed, "fp4": _fp4, "gptq": _gptq, "awq": _awq}
+_INPUTS = {"input_scale": FLOAT_DTYPES, "input_global_scale": FLOAT_DTYPES, "input_zero_point": ("I8", "F8_E4M3")}
+_BYTES = _INPUTS | {"weight_scale": FLOAT_DTYPES, "weight_scale_inv": FLOAT_DTYPES}
+_FP4 = _INPUTS | {"weight": ("U8",), "weight_packed": ("U8",)}
+_WORDS = {"qweight": ("I32",), "qzeros": ("I32",), "scales": FLOAT_DTYPES, "g_idx": ("I32",)}
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "fp8": Format(
+            _bytes, _byte_shapes, _BYTES | {"weight": ("F8_E4M3",), "weight_zero_point": ("F8_E4M3", *FLOAT_DTYPES)}
+        ),
+        "int8": Format(_bytes, _byte_shapes, _BYTES | {"weight": ("I8",), "weight_zero_point": ("I8",)}),
+        "mxfp8": Format(_bytes, _mxfp8_shapes, _INPUTS | {"weight": ("F8_E4M3",), "weight_scale": _EXPONENTS}),
+        "mxfp4": Format(_fp4, _mxfp4_shapes, _FP4 | {"weight_scale": _EXPONENTS}),
+        "nvfp4": Format(
+            _fp4,
+            _nvfp4_shapes,
+            {
+                **_FP4,
+                **{"weight_scale": ("F8_E4M3",), "weight_global_scale": FLOAT_DTYPES, "weight_scale_2": FLOAT_DTYPES},
+            },
+        ),
+        "packed": Format(
+            _packed,
+            _packed_shapes,
+            {
+                **_INPUTS,
+                **{"weight_packed": ("I32",), "weight_shape": ("I64", "I32"), "weight_scale": FLOAT_DTYPES},
+                **{"weight_zero_point": ("I32", "I8"), "weight_g_idx": ("I32",)},
+            },
+            in_words=True,
+        ),
+        "gptq": Format(_gptq, _gptq_shapes, _WORDS, in_words=True),
+        "awq": Format(_awq, _awq_shapes, _WORDS, in_words=True),
+    }
 )
-"""Each takes a module's tensors and the ``quantization_config``, and returns the float32 weight ``[rows, in]``."""
-
-WORDS = ("packed", "gptq", "awq")
-"""These are the formats that pack integers of fewer than eight bits into 32-bit words."""
 
 
 def _scaled(values: Tensor, zero: Tensor | float, tensors: Stored) -> Tensor:
     """Compute ``(values - zero) * scale`` in place."""
-    scale = (tensors["weight_scale_inv"] if "weight_scale_inv" in tensors else tensors["weight_scale"]).float()
+    scale = tensors["weight_scale_inv"] if "weight_scale_inv" in tensors else tensors["weight_scale"]
+    # float8_e8m0 holds the same bytes, but not every operation knows the dtype.
+    is_exponent = scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    scale = torch.exp2(scale.view(torch.uint8).float() - 127) if is_exponent else scale.float()
     if "weight_global_scale" in tensors:
         scale = scale / tensors["weight_global_scale"].float()
     if "weight_scale_2" in tensors:
         scale = scale * tensors["weight_scale_2"].float()
     scale = _by_group(scale, values)
+    if "weight_g_idx" in tensors and scale.shape[1] > 1:  # groups are not of consecutive inputs
+        group = tensors["weight_g_idx"].long()
+        zero = zero[:, group] if isinstance(zero, Tensor) else zero
+        return values.sub_(zero).mul_(scale[:, group])
     groups = values.unflatten(1, (scale.shape[1], -1))  # a view, to allocate no second weight
     groups.sub_(_by_group(zero, values).unsqueeze(-1) if isinstance(zero, Tensor) else zero)
     groups.mul_(scale.unsqueeze(-1))
@@ -116,9 +280,9 @@ def _by_group(scale: Tensor, values: Tensor) -> Tensor:
     if scale.ndim == 1:
         scale = scale[:, None]
     if scale.shape[0] != rows:
-        scale = scale.repeat_interleave(128, 0)[:rows]
-        if columns % 128:
-            scale = scale.repeat_interleave(128, 1)[:, :columns]
+        scale = scale.repeat_interleave(FP8_BLOCK, 0)[:rows]
+        if columns % FP8_BLOCK:
+            scale = scale.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
     return scale
 
 

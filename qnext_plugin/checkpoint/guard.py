@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from qnext_plugin.checkpoint.listing import collapse
-from qnext_plugin.checkpoint.schema import PACKED_WEIGHTS, QUANT_COMPANIONS, UpdateCheck, check_stream
+from qnext_plugin.checkpoint.schema import PACKED_WEIGHTS, QUANT_COMPANIONS, UpdateCheck, both_forms, check_stream
 from qnext_plugin.config import QNextConfig
 
 Role = Literal["trunk", "draft"]
@@ -123,10 +123,11 @@ class LoadGuard(ABC):
     @cached_property
     def _expected(self) -> list[dict[str, set[str]]]:
         """The tensors of each module, in each of the two forms in which a layer may be stored."""
-        forms: list[dict[str, set[str]]] = [{} for _ in self._check.forms]
-        for form, names in zip(forms, self._check.forms, strict=True):
+        forms: list[dict[str, set[str]]] = []
+        for names in both_forms(self.config):
+            forms.append({})
             for name in filter(self.awaits, names):
-                form.setdefault(self.module(name), set()).add(name)
+                forms[-1].setdefault(self.module(name), set()).add(name)
         return forms
 
     def _stop_or_serve(self) -> None:

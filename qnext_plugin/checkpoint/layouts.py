@@ -44,58 +44,30 @@ class TensorLayout:
 
 _ROWS, _COLUMNS, _UNCHANGED = TensorLayout(0), TensorLayout(1), TensorLayout(None)
 _SCALE = TensorLayout(0, rows_per_entry=(1, FP8_BLOCK), per_tensor=True)
-_UNQUANTIZED = {
-    "weight": _ROWS,  # [rows, in]
-    "bias": _ROWS,  # [rows]
-    "lora_A.weight": _UNCHANGED,  # [rank, in]
-    "lora_B.weight": _ROWS,  # [rows, rank]
-}
-
-LAYOUTS: Mapping[str | None, Mapping[str, TensorLayout]] = MappingProxyType(
+LAYOUTS: Mapping[str, TensorLayout] = MappingProxyType(
     {
-        None: _UNQUANTIZED,
-        "fp8": {
-            **_UNQUANTIZED,
-            "weight_scale": _SCALE,  # [1] or [rows, 1]
-            "weight_scale_inv": TensorLayout(0, rows_per_entry=(FP8_BLOCK,)),  # [rows / 128, in / 128]
-            "input_scale": _UNCHANGED,  # per tensor
-        },
-        "gptq": {
-            **_UNQUANTIZED,
-            "qweight": _COLUMNS,  # [in / pack, rows], packed along the inputs
-            "scales": _COLUMNS,  # [in / group, rows]
-            "qzeros": TensorLayout(1, rows_per_entry=(4, 8)),  # [in / group, rows / pack]
-            "g_idx": _UNCHANGED,  # [in]
-        },
-        "awq": {
-            **_UNQUANTIZED,
-            "qweight": TensorLayout(1, rows_per_entry=(8,)),  # [in, rows / 8]
-            "scales": _COLUMNS,  # [in / group, rows]
-            "qzeros": TensorLayout(1, rows_per_entry=(8,)),  # [in / group, rows / 8]
-        },
-        "compressed-tensors": {
-            **_UNQUANTIZED,
-            "weight_packed": _ROWS,  # [rows, in / pack]
-            "weight_scale": _SCALE,  # [1], [rows, 1], [rows, in / group] or [rows / 128, in / 128]
-            "weight_zero_point": TensorLayout(0, rows_per_entry=(1, 4, 8)),  # int8 [rows, groups], packed or not
-            "weight_shape": _UNCHANGED,  # [2]
-            "weight_g_idx": _UNCHANGED,  # [in]
-            "weight_global_scale": _UNCHANGED,  # per tensor
-            "input_scale": _UNCHANGED,
-            "input_zero_point": _UNCHANGED,
-            "input_global_scale": _UNCHANGED,
-        },
-        "modelopt": {
-            **_UNQUANTIZED,  # FP8 [rows, in]; NVFP4 uint8 [rows, in / 2]
-            "weight_scale": _SCALE,  # [], [rows], [rows, in / 16] or [rows / 128, 1, in / 128, 1]
-            "weight_scale_2": _UNCHANGED,  # per tensor
-            "input_scale": _UNCHANGED,
-        },
+        "weight": _ROWS,  # [rows, in], FP4 [rows, in / 2]
+        "bias": _ROWS,  # [rows]
+        "lora_A.weight": _UNCHANGED,  # [rank, in]
+        "lora_B.weight": _ROWS,  # [rows, rank]
+        "weight_packed": _ROWS,  # [rows, in / pack]
+        "weight_scale": _SCALE,  # [], [1], [rows], [rows, 1], [rows, groups] or of blocks, [rows / 128, ...]
+        "weight_scale_inv": _SCALE,  # [rows / 128, in / 128]
+        "weight_zero_point": TensorLayout(0, rows_per_entry=(1, 4, 8)),  # int8 [rows, groups], packed or not
+        "weight_shape": _UNCHANGED,  # [2]
+        "weight_g_idx": _UNCHANGED,  # [in]
+        "weight_global_scale": _UNCHANGED,  # per tensor, as all that follow
+        "weight_scale_2": _UNCHANGED,
+        "input_scale": _UNCHANGED,
+        "input_zero_point": _UNCHANGED,
+        "input_global_scale": _UNCHANGED,
+        "qweight": TensorLayout(1, rows_per_entry=(1, 8)),  # GPTQ [in / pack, rows], AWQ [in, rows / 8]
+        "scales": _COLUMNS,  # [groups, rows]
+        "qzeros": TensorLayout(1, rows_per_entry=(4, 8, 16)),  # [groups, rows / pack]
+        "g_idx": _UNCHANGED,  # [in]
     }
 )
-"""The keys are ``quant_method`` of the checkpoint's ``quantization_config`` (None: not quantized), then the suffix.
-Every table has the suffixes of layers that a quantized checkpoint leaves in bf16. The sources are vLLM's
-``model_executor/layers/quantization/{fp8,auto_gptq,auto_awq,modelopt}.py`` and ``compressed_tensors/compressors``."""
+"""The keys are the last segments of the names of a module's tensors, in any of the formats (``formats.py``)."""
 
 
 def section_sizes(dims: GatedDeltaNetDims, kind: Kind) -> tuple[int, ...]:
@@ -128,24 +100,20 @@ def inverse_row_order(dims: GatedDeltaNetDims, kind: Kind, granularity: int = 1)
     return row_order(dims, kind, granularity).argsort()
 
 
-def ungroup(
-    tensor: Tensor, dims: GatedDeltaNetDims, kind: Kind, suffix: str, quant_method: str | None = None
-) -> Tensor:
+def ungroup(tensor: Tensor, dims: GatedDeltaNetDims, kind: Kind, suffix: str) -> Tensor:
     """Reorder a whole (unsharded) checkpoint tensor of ``in_proj_qkvz`` or ``in_proj_ba`` from grouped to flat rows.
 
     ``suffix`` is the parameter's name after the module's name, such as ``"weight"`` or ``"lora_B.weight"``;
-    ``LAYOUTS`` has the known suffixes of each ``quant_method``. The result has the tensor's shape and dtype; a tensor
-    without output rows is returned as it is. Raises ``ValueError`` for an unknown suffix or method, for a shape that
-    does not hold the projection's rows, and for blocks or packed words that straddle sections.
+    ``LAYOUTS`` has all of them. The result has the tensor's shape and dtype; a tensor without output rows is returned
+    as it is. Raises ``ValueError`` for an unknown suffix, for a shape that does not hold the projection's rows, and for
+    blocks or packed words that straddle sections.
     """
-    return _permute(tensor, dims, kind, suffix, quant_method, row_order)
+    return _permute(tensor, dims, kind, suffix, row_order)
 
 
-def regroup(
-    tensor: Tensor, dims: GatedDeltaNetDims, kind: Kind, suffix: str, quant_method: str | None = None
-) -> Tensor:
+def regroup(tensor: Tensor, dims: GatedDeltaNetDims, kind: Kind, suffix: str) -> Tensor:
     """Reorder a tensor from flat to grouped rows; the inverse of ``ungroup``."""
-    return _permute(tensor, dims, kind, suffix, quant_method, inverse_row_order)
+    return _permute(tensor, dims, kind, suffix, inverse_row_order)
 
 
 def _permute(
@@ -153,21 +121,17 @@ def _permute(
     dims: GatedDeltaNetDims,
     kind: Kind,
     suffix: str,
-    quant_method: str | None,
     order: Callable[[GatedDeltaNetDims, Kind, int], Tensor],
 ) -> Tensor:
-    axis = _layout(suffix, quant_method).axis
-    granularity = _granularity(tuple(tensor.shape), dims, kind, suffix, quant_method)
+    axis, granularity = _layout(suffix).axis, _granularity(tuple(tensor.shape), dims, kind, suffix)
     if axis is None or granularity is None:
         return tensor
     return tensor.index_select(axis, order(dims, kind, granularity).to(tensor.device))
 
 
-def _granularity(
-    shape: tuple[int, ...], dims: GatedDeltaNetDims, kind: Kind, suffix: str, quant_method: str | None
-) -> int | None:
+def _granularity(shape: tuple[int, ...], dims: GatedDeltaNetDims, kind: Kind, suffix: str) -> int | None:
     """Return how many rows one entry along the layout's axis holds; None for a tensor without rows."""
-    layout = _layout(suffix, quant_method)
+    layout = _layout(suffix)
     if layout.axis is None or (layout.per_tensor and shape in ((), (1,))):
         return None
     rows = sum(section_sizes(dims, kind))
@@ -182,28 +146,20 @@ def _granularity(
     )
 
 
-def can_ungroup(
-    shapes: Mapping[str, tuple[int, ...]], dims: GatedDeltaNetDims, kind: Kind, quant_method: str | None
-) -> bool:
+def can_ungroup(shapes: Mapping[str, tuple[int, ...]], dims: GatedDeltaNetDims, kind: Kind) -> bool:
     """Return whether every section of a projection is a whole number of words and blocks.
 
     ``shapes`` are those of the projection's tensors by suffix. Raises ``ValueError`` for unknown suffixes and shapes,
     as ``ungroup`` does.
     """
-    held = [_granularity(shape, dims, kind, suffix, quant_method) for suffix, shape in shapes.items()]
+    held = [_granularity(shape, dims, kind, suffix) for suffix, shape in shapes.items()]
     return all(_divides(granularity or 1, _segments(dims, kind)) for granularity in held)
 
 
-def _layout(suffix: str, quant_method: str | None) -> TensorLayout:
-    if quant_method not in LAYOUTS:
-        raise ValueError(f"quant_method is {quant_method!r}, expected one of {list(LAYOUTS)}; dequantize it first")
-    layouts = LAYOUTS[quant_method]
-    if suffix not in layouts:
-        raise ValueError(
-            f"parameter suffix is {suffix!r}, expected one of {list(layouts)} for quant_method {quant_method!r}; "
-            f"dequantize it first"
-        )
-    return layouts[suffix]
+def _layout(suffix: str) -> TensorLayout:
+    if suffix not in LAYOUTS:
+        raise ValueError(f"parameter suffix is {suffix!r}, expected one of {list(LAYOUTS)}; dequantize it first")
+    return LAYOUTS[suffix]
 
 
 def _segments(dims: GatedDeltaNetDims, kind: Kind) -> tuple[int, ...]:

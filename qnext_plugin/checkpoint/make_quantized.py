@@ -44,11 +44,11 @@ class Format:
     """A stored format and the functions that write it.
 
     ``leaves`` turns a weight ``[rows, in]`` into the stored tensors, and ``config`` makes the ``quantization_config``.
-    Both take the scheme; ``config`` also takes the names of the modules that stay unquantized. ``decoder`` is the key
-    in ``formats.DECODERS`` of the function that reads the format.
+    Both take the scheme; ``config`` also takes the names of the modules that stay unquantized. ``name`` is the key
+    in ``formats.FORMATS``, by which the format is read.
     """
 
-    decoder: str
+    name: str
     scheme: Callable[[int], QuantizationScheme]
     leaves: Callable[[Tensor, QuantizationScheme], Leaves]
     config: Callable[[QuantizationScheme, list[str]], dict[str, Any]]
@@ -72,7 +72,7 @@ def quantize_checkpoint(
     raw = json.loads((source / "config.json").read_text())
     if "quantization_config" in raw:
         raise ValueError(f"{source}: has a quantization_config already; start from the unquantized checkpoint")
-    check_quantization(headers, None)
+    check_quantization(headers, None, {})
     scheme = FORMATS[format].scheme(group_size)
     linear = {
         name.removesuffix(".weight")
@@ -183,9 +183,10 @@ def _gptq(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
     values, scales, zeros = _integers(weight, scheme)
     groups = torch.arange(len(values), dtype=torch.int32) // scheme.weights.group_size
     return {
-        "qweight": pack_to_int32(values.contiguous(), 4, packed_dim=0),
+        "qweight": pack_to_int32(values.contiguous(), scheme.weights.num_bits, packed_dim=0),
         "scales": scales,
-        "qzeros": pack_to_int32((zeros - 1).contiguous(), 4),  # the format stores each zero point minus one
+        # The format stores each zero point minus one.
+        "qzeros": pack_to_int32((zeros - 1).contiguous(), scheme.weights.num_bits),
         "g_idx": groups,
     }
 
@@ -193,7 +194,7 @@ def _gptq(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
 def _gptq_config(scheme: QuantizationScheme, ignored: list[str]) -> dict[str, Any]:
     return {
         "quant_method": "gptq",
-        "bits": 4,
+        "bits": scheme.weights.num_bits,
         "group_size": scheme.weights.group_size,
         "desc_act": False,
         "sym": True,
@@ -245,6 +246,26 @@ def _nvfp4_config(scheme: QuantizationScheme, ignored: list[str]) -> dict[str, A
     }
 
 
+def _quark_mxfp4(weight: Tensor, scheme: QuantizationScheme) -> Leaves:
+    stored = _compressed("mxfp4-pack-quantized")(weight, scheme)
+    return {"weight": stored["weight_packed"], "weight_scale": stored["weight_scale"]}
+
+
+def _quark_mxfp4_config(scheme: QuantizationScheme, ignored: list[str]) -> dict[str, Any]:
+    args = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "scale_format": "e8m0"}
+    inputs = {**args, "is_dynamic": True}
+    return {
+        "quant_method": "quark",
+        "global_quant_config": {
+            **{"weight": {**args, "is_dynamic": False}, "input_tensors": inputs, "output_tensors": None, "bias": None}
+        },
+        "layer_quant_config": {},
+        "layer_type_quant_config": {},
+        "exclude": ignored,
+        "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
+    }
+
+
 def _weights(**args: Any) -> Callable[[int], QuantizationScheme]:
     return lambda group_size: QuantizationScheme(
         targets=["Linear"], weights={k: group_size if v == "group_size" else v for k, v in args.items()}
@@ -255,20 +276,27 @@ def _preset(name: str) -> Callable[[int], QuantizationScheme]:
     return lambda _: preset_name_to_scheme(name, ["Linear"])
 
 
+def _by_preset(name: str, preset: str, compression: str) -> Format:
+    return Format(name, _preset(preset), _compressed(compression), _compressed_config(compression))
+
+
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": "group_size"}
 FORMATS: Mapping[str, Format] = {
     "fp8-block": Format(
-        "bytes",
+        "fp8",
         _weights(num_bits=8, type="float", strategy="block", block_structure=FP8_BLOCK),
         _fp8_block,
         _fp8_block_config,
     ),
-    "fp8-channel": Format(
-        "bytes", _preset("FP8_DYNAMIC"), _compressed("float-quantized"), _compressed_config("float-quantized")
-    ),
-    "w8a8": Format("bytes", _preset("W8A8"), _compressed("int-quantized"), _compressed_config("int-quantized")),
+    "fp8-channel": _by_preset("fp8", "FP8_DYNAMIC", "float-quantized"),
+    "w8a8": _by_preset("int8", "W8A8", "int-quantized"),
     "w4a16": Format("packed", _weights(**_INT4), _compressed("pack-quantized"), _compressed_config("pack-quantized")),
+    "mxfp8": _by_preset("mxfp8", "MXFP8", "mxfp8-quantized"),
+    "mxfp4": _by_preset("mxfp4", "MXFP4", "mxfp4-pack-quantized"),
+    "nvfp4-llm-compressor": _by_preset("nvfp4", "NVFP4", "nvfp4-pack-quantized"),
     "awq": Format("awq", _weights(**_INT4, symmetric=False), _awq, _awq_config),
     "gptq": Format("gptq", _weights(**_INT4), _gptq, _gptq_config),
-    "nvfp4": Format("fp4", _preset("NVFP4"), _nvfp4, _nvfp4_config),
+    "gptq-int8": Format("gptq", _weights(**_INT4 | {"num_bits": 8}), _gptq, _gptq_config),
+    "nvfp4": Format("nvfp4", _preset("NVFP4"), _nvfp4, _nvfp4_config),
+    "mxfp4-quark": Format("mxfp4", _preset("MXFP4"), _quark_mxfp4, _quark_mxfp4_config),
 }

@@ -28,7 +28,7 @@ Config = TypeVar("Config")
 
 # The attributes of both engines' configurations that list modules to leave unquantized.
 _EXCLUSIONS = (
-    *("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules"),
+    *("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules", "exclude_layers"),
     "modules_in_block_to_quantize",  # lists the modules to quantize; an empty list means all
 )
 # The errors that engines raise for a layer that a method or its kernels do not support.
@@ -45,6 +45,12 @@ def without_exclusions(quant_config: Config) -> Config:
         view.dynamic = {pattern: value for pattern, value in view.dynamic.items() if not pattern.startswith("-:")}
     if hasattr(view, "lm_head_quantized"):
         view.lm_head_quantized = True
+    if hasattr(view, "block_name_to_quantize"):  # AutoRound's; the modules with settings of their own may be excluded
+        view.block_name_to_quantize = None
+        settings = view.extra_config or {}
+        view.extra_config = {name: value for name, value in settings.items() if value.get("bits", 4) < 16}
+    if isinstance(getattr(view, "quant_config", None), dict):  # Quark's
+        view.quant_config = view.quant_config | {"exclude": []}
     if hasattr(view, "full_config"):  # vLLM makes another configuration for experts from it
         view.full_config = {key: value for key, value in view.full_config.items() if key not in _EXCLUSIONS}
     return view

@@ -30,19 +30,38 @@ class _Layer:
 
 
 def expected_tensors(
-    config: QNextConfig, *, mtp: bool = True, split_in_proj: bool = False, fused_experts: bool = False
+    config: QNextConfig,
+    *,
+    mtp: bool = True,
+    split_in_proj: bool = False,
+    fused_experts: bool = False,
+    fused_mlp: bool = False,
 ) -> dict[str, Shape]:
     """Return the name and shape of every tensor of an unquantized checkpoint; a tied ``lm_head`` is left out.
 
     If ``split_in_proj``, the input projections are ``in_proj_{qkv,z,b,a}`` with flat rows instead of
     ``in_proj_{qkvz,ba}`` grouped by key head. If ``fused_experts``, the experts are ``experts.gate_up_proj``
     ``[experts, 2 * intermediate, hidden]`` and ``experts.down_proj`` ``[experts, hidden, intermediate]``, as
-    ``transformers`` 5 writes them with ``save_original_format=False``.
+    ``transformers`` 5 writes them with ``save_original_format=False``. If ``fused_mlp``, shared experts and dense MLPs
+    have ``gate_up_proj`` ``[2 * intermediate, hidden]``, as some quantizers write them.
     """
     tensors = _outer_tensors(config, mtp, lm_head=not config.tie_word_embeddings)
     for layer in _layers(config, mtp):
-        tensors |= _layer_tensors(config, layer, split_in_proj, fused_experts)
+        tensors |= _layer_tensors(config, layer, split_in_proj, fused_experts, fused_mlp)
     return tensors
+
+
+def both_forms(config: QNextConfig) -> list[dict[str, Shape]]:
+    """Return the tensors of the two forms in which a checkpoint may store each layer: as published, and otherwise."""
+    return [
+        expected_tensors(config, split_in_proj=other, fused_experts=other, fused_mlp=other) for other in (False, True)
+    ]
+
+
+def weight_shapes(config: QNextConfig) -> dict[str, Shape]:
+    """Return the shape of every weight of a checkpoint in either form, ``lm_head`` included."""
+    published, other = both_forms(config)
+    return {"lm_head.weight": (config.vocab_size, config.hidden_size)} | published | other
 
 
 def check_coverage(
@@ -77,10 +96,7 @@ class UpdateCheck:
     """
 
     def __init__(self, config: QNextConfig) -> None:
-        # Each layer may be stored in either form.
-        self.forms = [expected_tensors(config, split_in_proj=other, fused_experts=other) for other in (False, True)]
-        head: dict[str, Shape] = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
-        self._expected = head | self.forms[0] | self.forms[1]
+        self._expected = weight_shapes(config)
         self._linear, self._attention = _quantizable(self._expected)
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -128,10 +144,16 @@ def _layers(config: QNextConfig, mtp: bool) -> Iterator[_Layer]:
         yield _Layer(f"mtp.layers.{i}.", True, config.num_experts > 0)
 
 
-def _layer_tensors(config: QNextConfig, layer: _Layer, split_in_proj: bool, fused_experts: bool) -> dict[str, Shape]:
+def _layer_tensors(
+    config: QNextConfig, layer: _Layer, split_in_proj: bool, fused_experts: bool, fused_mlp: bool
+) -> dict[str, Shape]:
     hidden = config.hidden_size
     mixer = _self_attn(config) if layer.full_attention else _linear_attn(config, split_in_proj)
-    mlp = _sparse_moe(config, fused_experts) if layer.sparse else _mlp("mlp.", hidden, config.intermediate_size)
+    mlp = (
+        _sparse_moe(config, fused_experts, fused_mlp)
+        if layer.sparse
+        else _mlp("mlp.", hidden, config.intermediate_size, fused_mlp)
+    )
     norms: dict[str, Shape] = {f"{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
     return {layer.prefix + name: shape for name, shape in (norms | mixer | mlp).items()}
 
@@ -170,18 +192,16 @@ def _self_attn(config: QNextConfig) -> dict[str, Shape]:
     return {f"self_attn.{name}": shape for name, shape in tensors.items()}
 
 
-def _mlp(prefix: str, hidden: int, intermediate: int) -> dict[str, Shape]:
-    return {
-        f"{prefix}gate_proj.weight": (intermediate, hidden),
-        f"{prefix}up_proj.weight": (intermediate, hidden),
-        f"{prefix}down_proj.weight": (hidden, intermediate),
-    }
+def _mlp(prefix: str, hidden: int, intermediate: int, fused: bool = False) -> dict[str, Shape]:
+    inputs = {"gate_up_proj": 2 * intermediate} if fused else {"gate_proj": intermediate, "up_proj": intermediate}
+    tensors: dict[str, Shape] = {f"{prefix}{name}.weight": (rows, hidden) for name, rows in inputs.items()}
+    return tensors | {f"{prefix}down_proj.weight": (hidden, intermediate)}
 
 
-def _sparse_moe(config: QNextConfig, fused_experts: bool) -> dict[str, Shape]:
+def _sparse_moe(config: QNextConfig, fused_experts: bool, fused_mlp: bool) -> dict[str, Shape]:
     hidden, experts, intermediate = config.hidden_size, config.num_experts, config.moe_intermediate_size
     tensors: dict[str, Shape] = {"mlp.gate.weight": (experts, hidden), "mlp.shared_expert_gate.weight": (1, hidden)}
-    tensors |= _mlp("mlp.shared_expert.", hidden, config.shared_expert_intermediate_size)
+    tensors |= _mlp("mlp.shared_expert.", hidden, config.shared_expert_intermediate_size, fused_mlp)
     if fused_experts:
         tensors["mlp.experts.gate_up_proj"] = (experts, 2 * intermediate, hidden)
         tensors["mlp.experts.down_proj"] = (experts, hidden, intermediate)
@@ -200,7 +220,8 @@ def _expected_for(config: QNextConfig, names: set[str], mtp: bool) -> dict[str, 
         merged = {in_proj + "qkvz", in_proj + "ba"} & modules
         split = {in_proj + part for part in ("qkv", "z", "b", "a")} & modules
         fused = {f"{layer.prefix}mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")} & names
-        tensors |= _layer_tensors(config, layer, bool(split and not merged), bool(fused))
+        fused_mlp = {f"{layer.prefix}mlp.{part}gate_up_proj" for part in ("", "shared_expert.")} & modules
+        tensors |= _layer_tensors(config, layer, bool(split and not merged), bool(fused), bool(fused_mlp))
     return tensors
 
 

@@ -9,20 +9,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from qnext_plugin.checkpoint.formats import dequantize
+from qnext_plugin.checkpoint.formats import Leaves, dequantize
 from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, TensorInfo, is_complete, read_headers
 from qnext_plugin.checkpoint.layouts import FP8_BLOCK, KINDS, can_ungroup
-from qnext_plugin.checkpoint.merged import modules_of
+from qnext_plugin.checkpoint.merged import MERGED, modules_of
 from qnext_plugin.checkpoint.quantization import (
     SCALES,
-    Leaves,
     check_quantization,
     is_quantized,
-    layout_method,
-    storage,
+    of_one_row,
     stored_modules,
 )
-from qnext_plugin.checkpoint.schema import check_coverage
+from qnext_plugin.checkpoint.schema import check_coverage, weight_shapes
 from qnext_plugin.config import QNextConfig, read_config
 
 MODELOPT_FILE = "hf_quant_config.json"  # ModelOpt's file for the settings that others write to config.json
@@ -49,11 +47,6 @@ class Checkpoint:
     headers: Mapping[str, TensorInfo] | None
     quantization: Mapping[str, Any] | None
 
-    @property
-    def quant_method(self) -> str | None:
-        """The quantization method as ``layouts.LAYOUTS`` names it."""
-        return None if self.quantization is None else layout_method(self.quantization)
-
     @cached_property
     def quantized(self) -> Mapping[str, Leaves] | None:
         """The stored tensors of all modules; None if the checkpoint is not quantized or has no headers."""
@@ -63,7 +56,7 @@ class Checkpoint:
         """Raise ``ValueError`` if the headers do not fit the configuration or each other."""
         assert self.headers is not None
         check_coverage(config, self.headers, mtp=mtp)
-        check_quantization(self.headers, self.quantization)
+        check_quantization(self.headers, self.quantization, weight_shapes(config))
 
     def parts(self, layer: str, num_experts: int) -> dict[str, Leaves]:
         """Return the stored modules of a layer; the result is empty if none of them is quantized.
@@ -76,17 +69,21 @@ class Checkpoint:
 
     def obstacle(self, parts: Mapping[str, Leaves], config: QNextConfig, tp_size: int) -> str | None:
         """Return why a layer's ``parts`` cannot be served as stored, as far as this is known without the engine."""
-        if len({storage(leaves) for leaves in parts.values()}) > 1:
+        merged = {name: leaves for name, leaves in parts.items() if ".experts." not in name}
+        if len({of_one_row(leaves) for leaves in merged.values()}) > 1:
             return "its parts are stored in different ways"
         for name, leaves in parts.items():
             last = name.rpartition(".")[2]
             if last in KINDS:
                 shapes = {leaf: info.shape for leaf, info in leaves.items()}
-                if not can_ungroup(shapes, config.gdn, KINDS[last], self.quant_method):
+                if not can_ungroup(shapes, config.gdn, KINDS[last]):
                     return "a packed word or block holds rows of several sections"
             elif ".experts." not in name:
                 ranks = min(tp_size, config.num_key_value_heads) if last in ("k_proj", "v_proj") else tp_size
-                if not _splits(leaves, ranks, by_inputs=last in _ROW_PARALLEL, merged=len(parts) > 1):
+                # A layer that is stored whole has several sections, of which each rank takes a part.
+                sections = MERGED[last].num_sections if last in MERGED else 1
+                merged = len(parts) > 1 or sections > 1
+                if not _splits(leaves, ranks * sections, by_inputs=last in _ROW_PARALLEL, merged=merged):
                     return (
                         f"a block or group with one scale would be split among {tp_size} ranks or joined with another's"
                     )

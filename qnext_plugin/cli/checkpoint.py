@@ -36,10 +36,15 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     quantize.set_defaults(run=_quantize)
     quantize.add_argument("source", metavar="SRC", help="a local unquantized checkpoint")
     quantize.add_argument("target", metavar="DST", help="an empty or new directory")
-    quantize.add_argument(
-        "--format", required=True, choices=("fp8-block", "fp8-channel", "w8a8", "w4a16", "awq", "gptq", "nvfp4")
-    )
+    quantize.add_argument("--format", required=True, choices=_FORMATS)
     quantize.add_argument("--group-size", type=int, default=32, metavar="N", help="inputs with one scale (4 bits)")
+
+
+# The keys of ``make_quantized.FORMATS``, which imports torch.
+_FORMATS = (
+    *("fp8-block", "fp8-channel", "w8a8", "w4a16", "mxfp8", "mxfp4", "nvfp4-llm-compressor"),
+    *("awq", "gptq", "gptq-int8", "nvfp4", "mxfp4-quark"),
+)
 
 
 def _quantize(args: argparse.Namespace) -> None:

@@ -12,13 +12,12 @@ from functools import cache
 import pytest
 import torch
 
-from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.comparison import Result, check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
 from qnext_plugin.verify.scenarios import Scenario, tokens
-from tests.support.quantized import SCENARIO, dequantized, write
+from tests.support.quantized import FORMS, SCENARIO, dequantized, write
 from tests.support.references import TOLERANCE, compare_draft
 from tests.support.tolerances import LOGPROB_QUANTIZED_RATIO
 
@@ -31,12 +30,12 @@ PHYSICAL = [2, 0, 3, 2, 1, 3, 0, 1]
 LOCATION = json.dumps({"physical_to_logical_map": [PHYSICAL, PHYSICAL[::-1]] * 2})
 BALANCED = ("--ep-size", "2", "--ep-num-redundant-experts", "4", "--init-expert-location", LOCATION)
 # What SGLang has to be told first on a CPU comes first.
-FORMS = ("gptq", *(name for name in FORMATS if name != "gptq"))
+ORDER = ("gptq", *(name for name in FORMS if name != "gptq"))
 STARTS = {
-    "one process": (FORMS, CONFIG),
-    "TP 2": (FORMS, replace(BFLOAT16, tensor_parallel=2)),
-    "PP 2": (FORMS, replace(BFLOAT16, pipeline_parallel=2)),
-    "EP 2": (FORMS, replace(BFLOAT16, tensor_parallel=2, flags=("--ep-size", "2"))),
+    "one process": (ORDER, CONFIG),
+    "TP 2": (ORDER, replace(BFLOAT16, tensor_parallel=2)),
+    "PP 2": (ORDER, replace(BFLOAT16, pipeline_parallel=2)),
+    "EP 2": (ORDER, replace(BFLOAT16, tensor_parallel=2, flags=("--ep-size", "2"))),
     "EP 2, balanced": (("fp8-channel",), replace(BFLOAT16, tensor_parallel=2, flags=BALANCED)),
 }
 
@@ -77,7 +76,7 @@ def served(checkpoints, warm):
     return start
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
     results, _ = served("one process")
     answered, drafted = results[form]

@@ -11,11 +11,10 @@ from functools import cache
 import pytest
 import torch
 
-from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.verify.comparison import check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
-from tests.support.quantized import SCENARIO, dequantized, write
+from tests.support.quantized import FORMS, SCENARIO, dequantized, write
 from tests.support.several import case, serve
 from tests.support.tolerances import LOGPROB_QUANTIZED_RATIO
 
@@ -34,6 +33,7 @@ AS_STORED = {
     "w4a16": PROJECTIONS,
     "awq": PROJECTIONS,
     "gptq": PROJECTIONS,
+    "gptq-int8": set(),
     "nvfp4": set(),
 }
 # Largest value of the format that inputs are rounded to, one scale for each token; None where they are not.
@@ -57,7 +57,7 @@ def served(checkpoints, warm):
         config, root = PARALLEL.get(name, ALONE), checkpoints / name.replace(" ", "-")
         root.mkdir()
         with nullcontext() if name in PARALLEL else warm.forking():
-            return serve(root, {form: case(checkpoints / form, config, (SCENARIO,)) for form in FORMATS}, timeout=900)
+            return serve(root, {form: case(checkpoints / form, config, (SCENARIO,)) for form in FORMS}, timeout=900)
 
     return start
 
@@ -75,7 +75,7 @@ def rounded_to(dtype):
     return hook
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
     check(served("one process")[form], checkpoints, form)
     how = "as stored: all but the experts" if AS_STORED[form] else "dequantized while loading"
@@ -83,7 +83,7 @@ def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, ch
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", PARALLEL)
 def test_a_quantized_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name, form):
     check(served(name)[form], checkpoints, form)

@@ -1,6 +1,7 @@
 """Quantized checkpoints turned into plain ones by compressed-tensors: what a server of ours is held against."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,48 +24,60 @@ EVERY = ["re:.*"]
 def dequantized(directory: Path) -> dict[str, Tensor]:
     """All tensors of a one-file checkpoint, the quantized ones as float32 weights."""
     tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("shared_expert.gate_up_proj.weight")]:
+        gate, up = tensors.pop(name).chunk(2)
+        tensors |= {name.replace("gate_up", part): rows for part, rows in (("gate", gate), ("up", up))}
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     method = config["quant_method"]
     names = [name for name in tensors if name.rpartition(".")[2] in QUANTIZED]
     modules = sorted({name.rpartition(".")[0] for name in names})
     for module in modules:
         leaves = {n.removeprefix(f"{module}."): tensors.pop(n) for n in list(tensors) if n.rpartition(".")[0] == module}
-        tensors[f"{module}.weight"] = _weight(method, leaves, config).float()
+        tensors[f"{module}.weight"] = _weight(method, module, leaves, config).float()
     return tensors
 
 
 QUANTIZED = ("weight_scale_inv", "weight_scale", "scales")
 
 
-def _weight(method: str, leaves: dict[str, Tensor], config: dict) -> Tensor:
+def _weight(method: str, module: str, leaves: dict[str, Tensor], config: dict) -> Tensor:
     named = {f"m.{leaf}": tensor for leaf, tensor in leaves.items()}
     if method == "fp8":
         return FP8BlockDequantizer(targets=EVERY, dtype=torch.float32).process(named)["m.weight"]
     if method in ("gptq", "auto-round"):
-        return _gptq(leaves)
+        return _gptq(leaves, minus=0 if config.get("packing_format") == "auto_round:gptqmodel" else 1)
     if method == "awq":
         scheme, form = preset_name_to_scheme("W4A16_ASYM", ["Linear"]), "pack-quantized"
         named = AutoAWQConverter(group_size=config["group_size"], targets=EVERY).process(named)
     elif method == "modelopt":
-        named = ModelOptNvfp4Converter(targets=EVERY).process(named)
-        rows, half = named["m.weight_packed"].shape  # their whole decompression rounds to bfloat16
-        values = unpack_fp4_from_uint8(named["m.weight_packed"], rows, 2 * half, dtype=torch.float32)
-        return dequantize(values, named["m.weight_scale"].float(), global_scale=named["m.weight_global_scale"])
+        named, form = ModelOptNvfp4Converter(targets=EVERY).process(named), "nvfp4-pack-quantized"
+    elif method == "quark":  # the same bytes under other names
+        scheme, form = preset_name_to_scheme("MXFP4", ["Linear"]), "mxfp4-pack-quantized"
+        named = {"m.weight_packed": leaves["weight"], "m.weight_scale": leaves["weight_scale"]}
     else:
-        scheme, form = QuantizationScheme(**config["config_groups"]["group_0"]), config["format"]
+        schemes = [QuantizationScheme(**group) for group in config["config_groups"].values()]
+        scheme = next(s for s in schemes if len(schemes) == 1 or any(re.match(t[3:], module) for t in s.targets))
+        form = scheme.format or config["format"]
     state = {name.removeprefix("m."): tensor for name, tensor in named.items()}
+    if form == "nvfp4-pack-quantized":  # their whole decompression rounds to bfloat16
+        rows, half = state["weight_packed"].shape
+        values = unpack_fp4_from_uint8(state["weight_packed"], rows, 2 * half, dtype=torch.float32)
+        return dequantize(values, state["weight_scale"].float(), global_scale=state["weight_global_scale"])
     if state["weight_scale"].dtype != torch.float8_e4m3fn:
         state["weight_scale"] = state["weight_scale"].float()  # it is in what this is that they compute
     return BaseCompressor.get_value_from_registry(form).decompress(state, scheme)["weight"]
 
 
-def _gptq(leaves: dict[str, Tensor]) -> Tensor:
+def _gptq(leaves: dict[str, Tensor], minus: int) -> Tensor:
     """compressed-tensors has no converter; this is AutoGPTQ's formula, ``scales * (weight - (zeros + 1))``."""
     groups, rows = leaves["scales"].shape
-    inputs = 8 * len(leaves["qweight"])
-    weight = unpack_from_int32(leaves["qweight"], 4, (inputs, rows), packed_dim=0).float()
-    zeros = unpack_from_int32(leaves["qzeros"], 4, (groups, rows)).float() + 1
-    group = leaves["g_idx"].long()
+    bits = 32 * leaves["qzeros"].shape[1] // rows
+    inputs = 32 // bits * len(leaves["qweight"])
+    # Their unpacking returns signed values.
+    middle = 2 ** (bits - 1)
+    weight = unpack_from_int32(leaves["qweight"], bits, (inputs, rows), packed_dim=0).float() + middle
+    zeros = unpack_from_int32(leaves["qzeros"], bits, (groups, rows)).float() + middle + minus
+    group = leaves["g_idx"].long() if "g_idx" in leaves else torch.arange(inputs) // (inputs // groups)
     return (leaves["scales"].float()[group] * (weight - zeros[group])).T.contiguous()
 
 

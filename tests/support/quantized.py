@@ -1,8 +1,14 @@
 """What the tests of quantized checkpoints serve, on either engine."""
 
+import json
+import shutil
 from pathlib import Path
 
-from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qnext_plugin.checkpoint.make_quantized import FORMATS, IGNORE, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.verify.scenarios import Scenario, tokens
 from tests.support.dequantized import write_dequantized
@@ -25,11 +31,59 @@ SIZES = {
 SCENARIO = Scenario((tuple(tokens(length, seed=length) for length in (1, 7, 40, 130)),), drafts="cycle")
 
 
+FORMS = (*FORMATS, "auto-round-mixed", "two-groups")
+
+
 def write(root: Path) -> None:
-    """A checkpoint in each format, by its name below ``root``."""
+    """A checkpoint in each of ``FORMS``, by its name below ``root``."""
     write_random_checkpoint(root / "source", overrides=SIZES)
     for name in FORMATS:
         quantize_checkpoint(root / "source", root / name, format=name)
+    _write_auto_round_mixed(root)
+    _write_two_groups(root)
+
+
+def _write_auto_round_mixed(root: Path) -> None:
+    """As AutoRound mixes bits: experts have 4, other linear layers 8, and some none. Groups are in order."""
+    tensors, configs = _in_two_formats(root, "gptq", "gptq-int8", IGNORE)
+    eight = {name.rpartition(".")[0] for name in tensors if name.endswith(".qzeros") and ".experts." not in name}
+    plain = [name.removesuffix(".weight") for name in tensors if name.endswith("gate.weight")]
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "data_type": "int", "sym": True}
+    settings |= {"bits": 4, "group_size": configs[0]["group_size"], "block_name_to_quantize": "model.layers"}
+    settings["extra_config"] = {name: {"bits": 8} for name in eight} | {name: {"bits": 16} for name in plain}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".g_idx")}
+    _save(root, "auto-round-mixed", tensors, settings)
+
+
+def _write_two_groups(root: Path) -> None:
+    """As llm-compressor mixes formats: FP4 experts, FP8 attention and a bfloat16 shared expert, stored fused."""
+    tensors, configs = _in_two_formats(root, "nvfp4-llm-compressor", "fp8-channel", rf"{IGNORE}|.*\.shared_expert\..*")
+    experts, others = ({**c["config_groups"]["group_0"], "format": c["format"]} for c in configs)
+    experts["targets"], others["targets"] = [r"re:.*\.experts\..*"], ["re:.*self_attn.*", "re:.*linear_attn.*"]
+    for name in [name for name in tensors if name.endswith("shared_expert.gate_proj.weight")]:
+        parts = tensors.pop(name), tensors.pop(name.replace("gate_proj", "up_proj"))
+        tensors[name.replace("gate_proj", "gate_up_proj")] = torch.cat(parts)
+    groups = {"format": "mixed-precision", "config_groups": {"group_0": experts, "group_1": others}}
+    _save(root, "two-groups", tensors, configs[0] | groups)
+
+
+def _in_two_formats(root: Path, experts: str, others: str, ignore: str) -> tuple[dict[str, Tensor], list[dict]]:
+    """The tensors of a checkpoint with its experts in another format than the rest, and both configurations."""
+    expert, tensors, configs = r".*\.experts\.\d+\.\w+", {}, []
+    for form, ignored in ((experts, rf"(?!{expert}$).*"), (others, rf"{ignore}|{expert}")):
+        directory = root / "parts" / f"{experts}-{others}-{form}"
+        quantize_checkpoint(root / "source", directory, format=form, ignore=ignored)
+        configs.append(json.loads((directory / "config.json").read_text())["quantization_config"])
+        stored = load_file(directory / "model.safetensors")
+        tensors |= {name: tensor for name, tensor in stored.items() if (".experts." in name) == (form == experts)}
+    return tensors, configs
+
+
+def _save(root: Path, name: str, tensors: dict[str, Tensor], quantization: dict) -> None:
+    shutil.copytree(root / "source", root / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((root / name / "config.json").read_text())
+    (root / name / "config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
 
 
 def dequantized(root: Path, form: str) -> Path:
