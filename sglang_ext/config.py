@@ -7,6 +7,7 @@ from sglang.srt.configs.qwen3_next import HybridLayerType
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as EngineConfig
 from transformers import PretrainedConfig
 
+from qnext_plugin.checkpoint.kinds import check_kind
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext import compat
 from sglang_ext.compat import ON_CPU, unpadded
@@ -27,6 +28,7 @@ class Qwen3NextConfig(EngineConfig):
         super().__init__(**{name: value for name, value in values.items() if name not in ROPE})
         if not values:
             return
+        check_kind("config.json", values)  # SGLang's own words for some of these come before the model's
         if "quantization_config" in values:
             compat.apply(compat.Uses(quantization=True))
         config = QNextConfig.from_dict(values)

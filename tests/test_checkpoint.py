@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
+from qnext_plugin.checkpoint.headers import INDEX_FILE, TensorInfo, read_headers
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.schema import RefusedUpdate, UpdateCheck, check_coverage, expected_tensors
+from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
 
 RAW = {
@@ -182,28 +183,30 @@ def write_shards(directory: Path, shards: dict[str, list[str]], weight_map: dict
         save_file({name: torch.zeros(2, 3) for name in names}, directory / file)
     listed = {name: file for file, names in shards.items() for name in names}
     index = {"weight_map": listed if weight_map is None else weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / INDEX_FILE).write_text(json.dumps(index))
+
+
+ONE, TWO = "one.safetensors", "two.safetensors"
 
 
 def test_headers_of_shards_and_of_one_file(tmp_path: Path) -> None:
-    write_shards(tmp_path, {"one": ["a.3"], "two": ["b"]})
+    write_shards(tmp_path, {ONE: ["a.3"], TWO: ["b"]})
     headers = read_headers(tmp_path)
     assert {n: (i.shape, i.dtype, i.file.name) for n, i in headers.items()} == {
-        "a.3": ((2, 3), "F32", "one"),
-        "b": ((2, 3), "F32", "two"),
+        "a.3": ((2, 3), "F32", ONE),
+        "b": ((2, 3), "F32", TWO),
     }
 
 
 @pytest.mark.parametrize(
     ("shards", "weight_map", "message"),
     [
-        ({"one": ["a"]}, {"a": "one", "b": "two"}, "missing shards: 1: two; download"),
-        ({"one": ["a", "b"], "two": ["b"]}, None, "two repeats tensors of one: 1: b"),
-        ({"one": ["a"]}, {"a": "one", "b": "one"}, "disagrees with the shards on 1: b;"),
-        ({"one": ["a", "b"]}, {"a": "one"}, "disagrees with the shards on 1: b;"),
-        ({"one": ["a"], "two": ["b"]}, {"a": "two", "b": "one"}, "disagrees with the shards on 2: a; b"),
-        ({"one": ["a"]}, {"a": 1}, "not a safetensors index"),
-        ({"model.safetensors": ["a"]}, None, "holds both"),
+        ({ONE: ["a"]}, {"a": ONE, "b": TWO}, f"names files that are not there: 1: {TWO}; download .* index /"),
+        ({ONE: ["a"]}, {"a": ONE, "b": f"../{ONE}"}, "names files that are not there: 1: "),
+        ({ONE: ["a", "b"], TWO: ["b"]}, None, f"{TWO} and {ONE} hold 1 of the same tensors, such as b; delete"),
+        ({ONE: ["a"], TWO: ["a"]}, {"a": TWO}, f"{ONE} and {TWO} hold 1 of the same tensors"),
+        ({ONE: ["a"]}, {"a": 1}, "not a safetensors index"),
+        ({ONE: ["a"]}, {}, r"no \*\.safetensors files found"),
     ],
 )
 def test_bad_index_is_refused(
@@ -212,6 +215,17 @@ def test_bad_index_is_refused(
     write_shards(tmp_path, shards, weight_map)
     with pytest.raises(ValueError, match=message):
         read_headers(tmp_path)
+
+
+def test_a_new_index_names_all_tensors(tmp_path: Path) -> None:
+    """Also where the old one is a link, as in the hub's cache, whose target stays as it is."""
+    write_shards(tmp_path, {ONE: ["a"], TWO: ["b"]}, {"c": "three"})
+    old = (tmp_path / INDEX_FILE).rename(tmp_path / "old")
+    (tmp_path / INDEX_FILE).symlink_to(old)
+    assert main(["checkpoint", "index", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"] == {"a": ONE, "b": TWO}
+    assert read_headers(tmp_path).keys() == {"a", "b"}
+    assert json.loads(old.read_text())["weight_map"] == {"c": "three"}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +247,7 @@ def test_bad_file_is_refused(content: bytes | None, message: str, tmp_path: Path
 
 
 def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="found neither"):
+    with pytest.raises(ValueError, match=r"no \*\.safetensors files found"):
         read_headers(tmp_path)
 
 

@@ -1,8 +1,13 @@
 """What `qnext doctor` makes of a report; tests/engines/test_doctor.py has real ones."""
 
+import json
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 
 from qnext_plugin.cli import doctor, main
+from qnext_plugin.engines import probe
 
 GOOD = {
     "engine": "vllm",
@@ -61,3 +66,19 @@ def test_no_engine_here(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "find_spec", lambda engine: None)
     assert main(["doctor"]) == 2
     assert "vllm or sglang is not installed in this environment" in capsys.readouterr().err
+
+
+def test_our_reason_comes_before_that_of_the_engine(monkeypatch, tmp_path):
+    """Where the engine refuses a checkpoint before the model's own check is reached."""
+    config = {"model_type": "qwen3_next", "quantization_config": {"quant_method": "bitsandbytes"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    module = SimpleNamespace(__version__="1", TESTED=">=1", verdict=lambda: SimpleNamespace(message="", serves=True))
+    monkeypatch.setattr(probe, "import_module", lambda name: module)
+    classes, examine = {"target": "vllm_ext.M"}, Mock(side_effect=RuntimeError("Unknown quantization method"))
+
+    def errors(model):
+        return probe.make_report("vllm_ext", "vllm", (), (), lambda: classes, examine, model, [])["errors"]
+
+    assert [error.split(",")[0] for error in errors(str(tmp_path))] == [f"{tmp_path}: quantized with bitsandbytes"]
+    (tmp_path / "config.json").write_text("{}")
+    assert [error.split(" (")[0] for error in errors(str(tmp_path))] == ["RuntimeError: Unknown quantization method"]

@@ -86,9 +86,12 @@ def test_safetensors_header(header: bytes, data: int, length: int | None) -> Non
 @example({"a": "../outside"}, True)
 @example({"a": "."}, True)
 @example({"a": "nul\0"}, True)
+@example({"a": "one.safetensors"}, True)
 def test_safetensors_index(weight_map: Any, nested: bool) -> None:
     index = encoded({"weight_map": weight_map} if nested else weight_map)
-    reads_or_refuses(read_headers, {"model.safetensors.index.json": index, "one": b"\x02" + bytes(7) + b"{}"})
+    reads_or_refuses(
+        read_headers, {"model.safetensors.index.json": index, "one.safetensors": b"\x02" + bytes(7) + b"{}"}
+    )
 
 
 CONFIG = QNextConfig.from_dict(PUBLISHED | {"num_experts": 3})

@@ -1,12 +1,9 @@
 """`qnext plan`: known figures of the 80B model, the arithmetic on odd sizes, and where the metadata comes from."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache
 from qnext_plugin.plan.sizes import Serving
+from tests.support import fake_hub
 
 GIB = 2**30
 CONFIG_80B = QNextConfig.from_dict(PRESETS["80b"])
@@ -174,61 +172,20 @@ def test_neither_a_directory_nor_a_name(capsys):
 # The hub: a stand-in that answers as huggingface.co does, and counts
 
 
-class Hub(http.server.SimpleHTTPRequestHandler):
-    sent = 0
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        file = Path(self.directory, self.path.rpartition("/")[2])
-        if not file.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data, asked = file.read_bytes(), self.headers.get("Range")
-        if asked:
-            first, last = asked.removeprefix("bytes=").split("-")
-            data = data[int(first) : int(last) + 1]
-        self.send_response(206 if asked else 200)
-        self.send_header("ETag", f'"{file.name}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            Hub.sent += len(data)
-            self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def test_hub_name_fetches_metadata_only(tmp_path):
     model = tmp_path / "model"
     write_random_checkpoint(model, overrides={"num_experts": 16, "vocab_size": 4000})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Hub(*a, directory=str(model)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     command = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    env |= {"PYTHONPATH": os.pathsep.join(sys.path), "NO_PROXY": "127.0.0.1"}
-    env |= {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
-    try:
+    with fake_hub.started(model) as hub:
         done = subprocess.run(
-            [sys.executable, "-c", command, "plan", "someone/a-model", "--json"],
-            env={k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} | env,
+            [sys.executable, "-c", command, "plan", fake_hub.NAME, "--json"],
+            env=hub.environment(tmp_path / "home") | {"PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
         )
-    finally:
-        server.shutdown()
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["weights_from"] == "safetensors headers"
     local = Serving(QNextConfig.from_pretrained(model)).weights(read_headers(model))
     assert found["weights"] == local
-    assert 0 < Hub.sent < (model / "model.safetensors").stat().st_size / 2
+    assert 0 < hub.sent < (model / "model.safetensors").stat().st_size / 2

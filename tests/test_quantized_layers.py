@@ -1,5 +1,6 @@
 """Which layers can be served as stored, and the dequantized weights of the others."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,21 @@ def test_obstacles(checkpoint, prefix, tp_size, reason):
     config, stored = QNextConfig.from_pretrained(checkpoint), read_checkpoint(str(checkpoint))
     found = stored.obstacle(stored.parts(prefix, config.num_experts), config, tp_size)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("layer", "part", "bits"), [("model.layers.1.self_attn.qkv_proj", "k_proj", 8), (EXPERTS, "0.down_proj", 16)]
+)
+def test_parts_of_other_bits_are_no_layer_as_stored(checkpoint, tmp_path, layer, part, bits):
+    quantize_checkpoint(checkpoint.parent / "source", tmp_path / "gptq", format="gptq")
+    config, stored = QNextConfig.from_pretrained(tmp_path / "gptq"), read_checkpoint(str(tmp_path / "gptq"))
+    parts = stored.parts(layer, config.num_experts)
+    assert stored.obstacle(parts, config, 1) is None
+    name = next(name for name in parts if name.endswith(part))
+    words = parts[name]["qweight"]
+    other = replace(words, shape=(2 * words.shape[0], words.shape[1])) if bits == 8 else replace(words, dtype="F16")
+    parts[name] = {**parts[name], "qweight": other}
+    assert stored.obstacle(parts, config, 1) == "its parts are stored in different ways"
 
 
 def test_layers_hold_modules():

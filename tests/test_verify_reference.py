@@ -12,6 +12,7 @@ from qnext_plugin.verify import reference as module
 from qnext_plugin.verify.reference import Recorded, Streamed, Whole
 from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
+from tests.support import directories
 from tests.support.checkpoints import CHECKPOINTS, write_checkpoint
 from tests.support.tolerances import STREAMED_LOGPROB
 
@@ -42,6 +43,13 @@ def test_streamed_reads_fused_experts(tmp_path):
         tensors[prefix + "down_proj"] = torch.stack([part["down"] for part in parts])
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for a, b in zip(Streamed(checkpoint)(QUERIES), expected, strict=True):
+        assert torch.equal(a.logprobs, b.logprobs)
+
+
+def test_files_that_transformers_does_not_find_are_streamed(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, "odd-d")
+    shards = directories.write(checkpoint, tmp_path / "shards", directories.WITH_DRAFT["shards without an index"])
+    for a, b in zip(module.reference(shards)(QUERIES), Streamed(checkpoint)(QUERIES), strict=True):
         assert torch.equal(a.logprobs, b.logprobs)
 
 

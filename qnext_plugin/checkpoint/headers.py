@@ -1,6 +1,9 @@
 """Read the safetensors headers of a checkpoint, which describe its tensors, without reading weights."""
 
+import glob
 import json
+import shlex
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,62 +37,92 @@ class TensorInfo:
     file: Path
 
 
+Both = tuple[dict[str, TensorInfo], dict[str, TensorInfo]]
+"""The headers of the files that the engines load, and of those that they leave unread."""
+
+
 def describe(tensor: torch.Tensor) -> TensorInfo:
     """Describe a tensor that comes from no file as a header would."""
     return TensorInfo(tuple(tensor.shape), _STORED_NAMES.get(tensor.dtype, str(tensor.dtype)), Path())
 
 
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:
-    """Read the safetensors headers of a local checkpoint directory; no weight is read.
+    """Read the safetensors headers of the files that the engines load from a local directory; no weight is read.
 
-    Raises ``ValueError`` if there are no safetensors files, if one is missing, truncated or unreadable, if a tensor is
-    in two shards, or if the index and the shards disagree.
+    Raises ``ValueError`` if there are none, if one is missing, truncated or unreadable, or if a tensor is in two files.
     """
-    directory = Path(path)
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.exists() and index.exists():
-        raise ValueError(f"{directory}: holds both {SINGLE_FILE} and {INDEX_FILE}; delete the one that is stale")
-    if single.exists():
-        return _read_header(single)
-    if not index.exists():
-        raise ValueError(f"{directory}: expected a local directory with {SINGLE_FILE} or {INDEX_FILE}, found neither")
-    weight_map = _read_weight_map(index)
-    files = sorted(set(weight_map.values()))
-    absent = [f for f in files if not (directory / f).is_file()]
-    if absent:
-        raise ValueError(f"{listing(f'{index}: missing shards:', absent)}; download them again")
-    headers: dict[str, TensorInfo] = {}
-    for file in files:
-        shard = _read_header(directory / file)
-        duplicates = sorted(headers.keys() & shard.keys())
-        if duplicates:
-            found = f"{file} repeats tensors of {headers[duplicates[0]].file.name}"
-            raise ValueError(listing(f"{directory}: {found}:", duplicates) + "; write the checkpoint again")
-        headers |= shard
-    disagree = sorted(
-        n for n in weight_map.keys() | headers.keys() if n not in headers or weight_map.get(n) != headers[n].file.name
-    )
-    if disagree:
-        raise ValueError(listing(f"{index}: disagrees with the shards on", disagree) + "; download both again")
-    return headers
+    return read_directory(Path(path))[0]
 
 
-def is_complete(directory: Path) -> bool:
-    """Return whether a directory has the file of a single-file checkpoint, or all files that its index names."""
-    if (directory / SINGLE_FILE).exists():
-        return True
+def read_directory(directory: Path) -> Both:
+    """Return the headers of the files that the engines load, and of those that they leave unread."""
     index = directory / INDEX_FILE
-    return index.exists() and all((directory / file).exists() for file in _read_weight_map(index).values())
+    return _read_files(directory, indexed_files(index) if index.exists() else None)
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def headers_of(
+    where: str,
+    present: Collection[str],
+    indexed: Collection[str] | None,
+    read: Callable[[str], Mapping[str, TensorInfo]],
+) -> Both:
+    """Return the headers of the files that the engines load, and of those that they leave unread.
+
+    Both engines load the files that the index names, or all of them without one. They load every tensor of a file,
+    whether the index has it or not.
+    """
+    loaded = sorted(present if indexed is None else indexed)
+    if absent := sorted({*loaded} - {*present}):
+        names = listing(f"{where}: {INDEX_FILE} names files that are not there:", absent)
+        raise ValueError(f"{names}; download them, or, if all weights are in other files here, {index_advice(where)}")
+    if not loaded:
+        raise ValueError(f"{where}: no *.safetensors files found, expected a checkpoint; download it again")
+    headers: dict[str, TensorInfo] = {}
+    unread: dict[str, TensorInfo] = {}
+    for file in [*loaded, *sorted({*present} - {*loaded})]:
+        found = read(file)
+        if duplicates := sorted(headers.keys() & found.keys()):
+            other = headers[duplicates[0]].file.name
+            raise ValueError(
+                f"{where}: {file} and {other} hold {len(duplicates)} of the same tensors, such as {duplicates[0]}; "
+                "delete the files that are stale"
+            )
+        (headers if file in loaded else unread).update(found)
+    return headers, unread
+
+
+def index_advice(where: str | Path) -> str:
+    """Return what to do about an index that does not fit the files of a directory."""
+    return f"write a new index: qnext checkpoint index {shlex.quote(str(where))}"
+
+
+def indexed_files(index: Path) -> set[str]:
+    """Return the names of the files that an index names."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        if not all(isinstance(file, str) for file in weight_map.values()):
+        files = json.loads(index.read_bytes())["weight_map"].values()
+        if not all(isinstance(file, str) for file in files):
             raise TypeError("weight_map holds something other than file names")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index}: not a safetensors index ({type(e).__name__}: {e}); download it again") from e
-    return dict(weight_map)
+    return set(files)
+
+
+def write_index(directory: Path) -> None:
+    """Write the index of all safetensors files in a directory, over one that is there.
+
+    Raises ``ValueError`` as ``read_headers`` does.
+    """
+    headers, _ = _read_files(directory, None)
+    index = {"metadata": {}, "weight_map": {name: info.file.name for name, info in sorted(headers.items())}}
+    part = directory / f"{INDEX_FILE}.part"
+    part.write_text(json.dumps(index, indent=2) + "\n")
+    part.replace(directory / INDEX_FILE)  # which may be a link into a cache
+
+
+def _read_files(directory: Path, indexed: Collection[str] | None) -> Both:
+    names = glob.glob("*.safetensors", root_dir=directory)  # not Path.glob, which finds hidden files too
+    present = [name for name in names if (directory / name).is_file()]
+    return headers_of(str(directory), present, indexed, lambda name: _read_header(directory / name))
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:

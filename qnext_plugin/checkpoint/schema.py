@@ -81,6 +81,9 @@ def check_coverage(
     unexpected = [n for n in sorted(names - expected.keys()) if not _is_quantized(n, linear, attention)]
     if problems := _problems(missing, unexpected, _misshapen(expected, headers)):
         advice = "compare config.json with the checkpoint, then download or convert the weights again"
+        if files := sorted({headers[name].file.name for name in unexpected} - {""}):
+            problems += "\n" + listing("files with unexpected tensors:", files)
+            advice += ", or move a file away that is no part of it"
         raise ValueError(f"checkpoint does not match config.json:\n{problems}\n{advice}")
 
 

@@ -1,16 +1,19 @@
 """Read the metadata of a checkpoint in a local directory or on the Hugging Face hub."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from qnext_plugin.checkpoint import hub
 from qnext_plugin.checkpoint.formats import Leaves, dequantize
-from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, TensorInfo, is_complete, read_headers
+from qnext_plugin.checkpoint.headers import INDEX_FILE, Both, TensorInfo, index_advice, read_directory
+from qnext_plugin.checkpoint.kinds import check_kind
 from qnext_plugin.checkpoint.layouts import FP8_BLOCK, KINDS, can_ungroup
 from qnext_plugin.checkpoint.merged import MERGED, modules_of
 from qnext_plugin.checkpoint.quantization import (
@@ -26,7 +29,7 @@ from qnext_plugin.config import QNextConfig, read_config
 MODELOPT_FILE = "hf_quant_config.json"  # ModelOpt's file for the settings that others write to config.json
 OTHER_FILES = frozenset(
     (
-        *("pt", "npcache", "tensorizer", "sharded_state", "runai_streamer_sharded", "presharded", "mistral"),
+        *("pt", "npcache", "tensorizer", "sharded_state", "runai_streamer_sharded", "mistral"),
         *("gguf", "bitsandbytes", "expert_pack", "jax", "remote"),
     )
 )
@@ -40,12 +43,14 @@ class Checkpoint:
     """The metadata of a checkpoint, known before a weight is read.
 
     ``config`` is the content of ``config.json``. ``headers`` are None if there are no safetensors files or their
-    headers cannot be read. ``quantization`` is the checkpoint's description of its quantization.
+    headers cannot be read. ``quantization`` is the checkpoint's description of its quantization. ``unread`` are the
+    headers of safetensors files that the engines leave unread, because an index does not name them.
     """
 
     config: Mapping[str, Any]
     headers: Mapping[str, TensorInfo] | None
     quantization: Mapping[str, Any] | None
+    unread: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @cached_property
     def quantized(self) -> Mapping[str, Leaves] | None:
@@ -55,8 +60,26 @@ class Checkpoint:
     def check(self, config: QNextConfig, mtp: Literal["required", "optional"] = "optional") -> None:
         """Raise ``ValueError`` if the headers do not fit the configuration or each other."""
         assert self.headers is not None
-        check_coverage(config, self.headers, mtp=mtp)
+        try:
+            check_coverage(config, self.headers, mtp=mtp)
+        except ValueError as e:
+            raise (self._incomplete_index(config, mtp) or e) from None
         check_quantization(self.headers, self.quantization, weight_shapes(config))
+
+    def _incomplete_index(self, config: QNextConfig, mtp: Literal["required", "optional"]) -> ValueError | None:
+        """Return an error if the checkpoint is complete with the files that the index does not name."""
+        if not self.unread:
+            return None
+        try:
+            check_coverage(config, {**(self.headers or {}), **self.unread}, mtp=mtp)
+        except ValueError:
+            return None
+        files = sorted({info.file for info in self.unread.values()})
+        names = ", ".join(file.name for file in files)
+        return ValueError(
+            f"the rest of this checkpoint is in {names}, which {INDEX_FILE} does not name, and the engines load only "
+            f"what it names; {index_advice(files[0].parent)}"
+        )
 
     def parts(self, layer: str, num_experts: int) -> dict[str, Leaves]:
         """Return the stored modules of a layer; the result is empty if none of them is quantized.
@@ -69,8 +92,9 @@ class Checkpoint:
 
     def obstacle(self, parts: Mapping[str, Leaves], config: QNextConfig, tp_size: int) -> str | None:
         """Return why a layer's ``parts`` cannot be served as stored, as far as this is known without the engine."""
-        merged = {name: leaves for name, leaves in parts.items() if ".experts." not in name}
-        if len({of_one_row(leaves) for leaves in merged.values()}) > 1:
+        dtypes = {tuple((leaf, info.dtype) for leaf, info in sorted(leaves.items())) for leaves in parts.values()}
+        rows = {of_one_row(leaves) for name, leaves in parts.items() if ".experts." not in name}
+        if len(dtypes) > 1 or len(rows) > 1:
             return "its parts are stored in different ways"
         for name, leaves in parts.items():
             last = name.rpartition(".")[2]
@@ -118,6 +142,12 @@ def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     directory = Path(model)
     if directory.is_dir():
         return _read_directory(directory, read_config(directory / "config.json"))
+    check_kind(model, {})
+    if hub.uses_modelscope():
+        directory = hub.modelscope_directory(model, revision)
+        if directory is None:
+            raise ValueError(f"{model}: not in ModelScope's cache; download it from there, and give its directory")
+        return _read_directory(directory, read_config(directory / "config.json"))
     if not _is_hub_name(model):
         example = "Qwen/Qwen3-Next-80B-A3B-Instruct"
         raise ValueError(f"{model!r} is neither a local directory nor a name on the hub, such as {example}")
@@ -130,11 +160,15 @@ def read_served(model: str, revision: str | None, load_format: str, download_dir
     There are no headers if the engine loads no safetensors files. Raises ``ValueError`` for a local checkpoint that
     cannot be read.
     """
-    directory, file = Path(model), Path(model) / "config.json"
-    if directory.is_dir():  # new weights for a serving model may come without a config.json
+    directory = Path(model)
+    if hub.uses_modelscope() and not directory.is_dir():
+        directory = hub.modelscope_directory(model, revision) or directory
+    if directory.is_dir():
+        file = directory / "config.json"  # new weights for a serving model may come without one
         config = read_config(file) if file.exists() else {}
         return _read_directory(directory, config, headers=load_format not in OTHER_FILES)
-    if not _is_hub_name(model) or load_format in OTHER_FILES:
+    check_kind(model, {})
+    if not _is_hub_name(model) or load_format in OTHER_FILES or hub.uses_modelscope():
         return Checkpoint({}, None, None)
     try:
         return _read_hub(model, revision, download_dir)
@@ -147,8 +181,17 @@ def _is_hub_name(model: str) -> bool:
 
 
 def _read_directory(directory: Path, config: Mapping[str, Any], headers: bool = True) -> Checkpoint:
-    found = read_headers(directory) if headers and any(directory.glob("*.safetensors")) else None
-    return Checkpoint(config, found, _quantization(config, directory / MODELOPT_FILE))
+    files = os.listdir(directory)
+    found = read_directory(directory) if headers and any(name.endswith(".safetensors") for name in files) else None
+    return _checkpoint(str(directory), config, files, found, _quantization(config, directory / MODELOPT_FILE))
+
+
+def _checkpoint(
+    where: str, config: Mapping[str, Any], files: Collection[str], found: Both | None, quantization: Any
+) -> Checkpoint:
+    headers, unread = (None, {}) if found is None else found
+    check_kind(where, config, files, headers or ())
+    return Checkpoint(config, headers, quantization, unread)
 
 
 def _quantization(config: Mapping[str, Any], modelopt: Path) -> Mapping[str, Any] | None:
@@ -159,7 +202,7 @@ def _quantization(config: Mapping[str, Any], modelopt: Path) -> Mapping[str, Any
 
 
 def _read_hub(model: str, revision: str | None, download_dir: str | None) -> Checkpoint:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -169,32 +212,13 @@ def _read_hub(model: str, revision: str | None, download_dir: str | None) -> Che
             f"{model}: config.json cannot be fetched, and is not in the hub's cache; is there a network?"
         ) from e
     except HfHubHTTPError as e:
+        if isinstance(e, EntryNotFoundError):
+            check_kind(model, {}, HfApi().list_repo_files(model, revision=revision))
         raise ValueError(f"{model}: {e}") from e
-    config, commit = read_config(file), file.parent.name
-    headers = _hub_headers(model, commit, download_dir)
-    quantization = config.get("quantization_config")
-    if quantization is None and any(is_quantized(leaves) for leaves in stored_modules(headers or {}).values()):
+    config, snapshot = read_config(file), file.parent
+    files, found = hub.headers_of_commit(model, snapshot, download_dir)
+    quantization, modules = config.get("quantization_config"), stored_modules(found[0] if found else {})
+    if quantization is None and any(is_quantized(leaves) for leaves in modules.values()):
         with suppress(EntryNotFoundError, OSError):  # `check` reports what is missing
-            quantization = _quantization({}, Path(hf_hub_download(model, MODELOPT_FILE, revision=commit)))
-    return Checkpoint(config, headers, quantization)
-
-
-def _hub_headers(model: str, commit: str, download_dir: str | None) -> Mapping[str, TensorInfo] | None:
-    """Read the headers from the downloaded files of that commit, if there are any, otherwise from the hub."""
-    from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
-    from huggingface_hub.errors import NotASafetensorsRepoError, OfflineModeIsEnabled
-
-    for name in (INDEX_FILE, SINGLE_FILE):
-        for cache in {download_dir, None}:
-            found = try_to_load_from_cache(model, name, cache_dir=cache, revision=commit)
-            if isinstance(found, str) and is_complete(Path(found).parent):
-                return read_headers(Path(found).parent)
-    try:
-        files = get_safetensors_metadata(model, revision=commit).files_metadata
-    except (NotASafetensorsRepoError, OfflineModeIsEnabled, OSError):
-        return None
-    return {
-        name: TensorInfo(tuple(tensor.shape), tensor.dtype, Path(file))
-        for file, metadata in files.items()
-        for name, tensor in metadata.tensors.items()
-    }
+            quantization = _quantization({}, Path(hf_hub_download(model, MODELOPT_FILE, revision=snapshot.name)))
+    return _checkpoint(model, config, files, found, quantization)

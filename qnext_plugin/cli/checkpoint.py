@@ -1,15 +1,17 @@
-"""``qnext checkpoint`` makes checkpoints."""
+"""``qnext checkpoint`` makes checkpoints, and the index of one."""
 
 import argparse
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
-    group = commands.add_parser("checkpoint", help="make checkpoints").add_subparsers(required=True, metavar="ACTION")
+    parser = commands.add_parser("checkpoint", help="make checkpoints, or the index of one")
+    group = parser.add_subparsers(required=True, metavar="ACTION")
     demo = group.add_parser("demo", help="write the small trained checkpoint that comes with the package")
     demo.set_defaults(run=_demo)
     demo.add_argument("directory", metavar="DIR", help="an empty or new directory")
@@ -38,6 +40,16 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     quantize.add_argument("target", metavar="DST", help="an empty or new directory")
     quantize.add_argument("--format", required=True, choices=_FORMATS)
     quantize.add_argument("--group-size", type=int, default=32, metavar="N", help="inputs with one scale (4 bits)")
+
+    index = group.add_parser("index", help="write the index of all safetensors files in a directory, over an old one")
+    index.set_defaults(run=_index)
+    index.add_argument("directory", metavar="DIR")
+
+
+def _index(args: argparse.Namespace) -> None:
+    from qnext_plugin.checkpoint.headers import write_index  # imports torch
+
+    write_index(Path(args.directory))
 
 
 # The keys of ``make_quantized.FORMATS``, which imports torch.

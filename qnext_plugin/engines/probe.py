@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from qnext_plugin.checkpoint.stored import read_served
 from qnext_plugin.engines.versions import is_tested
 from qnext_plugin.replacements import IN_FORCE
 
@@ -56,12 +57,22 @@ def make_report(
         asked = examine(model, flags) if report["classes"]["target"].startswith(f"{adapter}.") else report
     except (Exception, SystemExit) as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
-        report["errors"].append(f"{type(e).__name__}: {e} ({where.filename}:{where.lineno})")
+        error = f"{type(e).__name__}: {e} ({where.filename}:{where.lineno})"
+        report["errors"].append(_why_not_ours(model) or error)
     else:
         report["kernels"] = asked["kernels"]
         report["replacements"] = [(replacement.target, replacement.why) for replacement in IN_FORCE.values()]
         report |= {name: report[name] + asked[name] for name in ("errors", "risks") if asked is not report}
     return report
+
+
+def _why_not_ours(model: str) -> str | None:
+    """Return why we would refuse a model that the engine has refused before us, in words that lead nowhere."""
+    try:
+        read_served(model, None, "auto", None)
+    except ValueError as e:
+        return str(e)
+    return None
 
 
 def _switched_off_by(switches: Sequence[str]) -> list[str]:

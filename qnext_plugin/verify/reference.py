@@ -21,17 +21,18 @@ from tqdm import tqdm
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
-from qnext_plugin.checkpoint.headers import read_headers
+from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
 from qnext_plugin.verify.rows import Query, Reference, Rows
 
 _VOCAB_CHUNK = 8192
 
 
 def reference(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Reference:
-    """Return ``Whole`` if the machine has enough memory for it, otherwise ``Streamed``."""
+    """Return ``Whole`` if there is enough memory and ``transformers`` finds the files, otherwise ``Streamed``."""
     parameters = sum(torch.Size(info.shape).numel() for info in read_headers(checkpoint).values())
     fits = 1.25 * parameters * dtype.itemsize < _available_bytes()
-    return Whole(checkpoint, dtype) if fits else Streamed(checkpoint, dtype)
+    found = any((checkpoint / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    return Whole(checkpoint, dtype) if fits and found else Streamed(checkpoint, dtype)
 
 
 def _available_bytes() -> int:

@@ -1,5 +1,7 @@
 """SGLang's configuration of a checkpoint, with the overrides of the command line."""
 
+import json
+
 import pytest
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
@@ -19,3 +21,17 @@ def test_yarn_override_in_either_spelling(tmp_path, key, kind):
     config = get_config(str(tmp_path / "model"), trust_remote_code=False, model_override_args={key: yarn})
     rope = qnext_config(config).rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 1024)
+
+
+def test_a_checkpoint_for_another_program_is_refused_before_sglang_asks_for_its_method(tmp_path):
+    from sglang.srt.utils.hf_transformers.config import get_config
+
+    from sglang_ext.register import register_config
+
+    mlx = {"group_size": 64, "bits": 4, "mode": "affine"}
+    write_random_checkpoint(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization": mlx, "quantization_config": mlx}))
+    register_config()
+    with pytest.raises(ValueError, match=r"config\.json: an MLX checkpoint"):
+        get_config(str(tmp_path / "model"), trust_remote_code=False)
