@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,6 +65,9 @@ class QNextConfig:
     ``full_attention_interval``) and the one that ``transformers`` 5 writes (``rope_parameters``, ``layer_types``).
     ``rope_parameters`` is always complete here: it has ``rope_type``, ``rope_theta``, ``partial_rotary_factor`` and,
     for YaRN, the keys of YaRN, ``original_max_position_embeddings`` included.
+
+    ``mtp_num_experts`` is no key of ``config.json``: it is the draft's own number of experts as its router has it, or
+    None as long as that is not known. A checkpoint whose experts are pruned may have a draft of full width.
     """
 
     vocab_size: int
@@ -94,6 +97,7 @@ class QNextConfig:
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
     num_nextn_predict_layers: int = 1
+    mtp_num_experts: int | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -101,7 +105,11 @@ class QNextConfig:
         model_type = raw.get("model_type", "qwen3_next")
         if model_type not in ("qwen3_next", "qwen3_next_mtp"):
             raise ValueError(f"config.json: model_type is {model_type!r}, expected 'qwen3_next'")
-        values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        values = {name: raw[name] for name in KEYS if raw.get(name) is not None}
+        if values.get("num_nextn_predict_layers") == 0:
+            # It denies a draft, but only the tensors tell: some checkpoints have one all the same.
+            del values["num_nextn_predict_layers"]
+        _check_experts_per_layer(raw, values.get("num_experts", cls.num_experts))
         for name in ("layer_types", "mlp_only_layers"):
             if not isinstance(values.get(name, ()), list | tuple):
                 raise ValueError(f"config.json: {name} is {values[name]!r}, expected a list")
@@ -133,6 +141,11 @@ class QNextConfig:
         problems = list(self._problems())
         if problems:
             raise ValueError("config.json: " + "; ".join(problems))
+
+    @property
+    def draft(self) -> Self:
+        """The configuration of the draft's layers: the same one with the draft's own number of experts."""
+        return self if self.mtp_num_experts is None else replace(self, num_experts=self.mtp_num_experts)
 
     @property
     def gdn(self) -> GatedDeltaNetDims:
@@ -199,6 +212,11 @@ class QNextConfig:
             yield f"num_experts is {self.num_experts!r}, expected an integer from 0 to {LARGEST}"
         elif self.num_experts and self.num_experts_per_tok > self.num_experts:
             yield f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
+        if self.mtp_num_experts is not None and not self.num_experts_per_tok <= self.mtp_num_experts <= LARGEST:
+            yield (
+                f"num_experts_per_tok {self.num_experts_per_tok} does not fit the {self.mtp_num_experts} experts of "
+                "mtp.layers.0.mlp.gate.weight"
+            )
         if self.hidden_act != "silu":
             yield f"hidden_act is {self.hidden_act!r}, expected 'silu'"
         if not 2 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
@@ -206,6 +224,10 @@ class QNextConfig:
                 f"partial_rotary_factor {self.rope_parameters['partial_rotary_factor']} rotates {self.rotary_dim} "
                 f"of head_dim {self.head_dim}, expected an even number up to head_dim"
             )
+
+
+KEYS = tuple(f.name for f in fields(QNextConfig) if f.name != "mtp_num_experts")
+"""The keys of ``config.json`` that a configuration is read from, as far as both dialects share them."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -242,6 +264,18 @@ _POSITIVE = (
     "decoder_sparse_step",
     "num_nextn_predict_layers",
 )
+
+
+def _check_experts_per_layer(raw: Mapping[str, Any], num_experts: Any) -> None:
+    """Raise ``ValueError`` for a checkpoint that is pruned to another number of experts in some layers."""
+    found = raw.get("per_layer_num_experts")
+    counts = list(found.values()) if isinstance(found, Mapping) else found if isinstance(found, list) else [found]
+    other = sorted({str(count) for count in counts if count not in (None, num_experts)})
+    if other:
+        raise ValueError(
+            f"config.json: per_layer_num_experts holds {', '.join(other[:8])}, expected num_experts {num_experts} in "
+            "every layer; take a checkpoint whose layers are all pruned to the same number"
+        )
 
 
 def _is_size(value: Any) -> bool:

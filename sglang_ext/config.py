@@ -34,6 +34,8 @@ class Qwen3NextConfig(EngineConfig):
         config = QNextConfig.from_dict(values)
         self.layer_types = list(config.layer_types)
         self.mlp_only_layers = list(config.mlp_only_layers)
+        if values.get("num_nextn_predict_layers") is not None:  # SGLang sizes the draft's cache by it
+            self.num_nextn_predict_layers = config.num_nextn_predict_layers
         self.rope_parameters = dict(config.rope_parameters)
         self.rope_theta = config.rope_parameters["rope_theta"]
         self.partial_rotary_factor = config.rope_parameters["partial_rotary_factor"]
@@ -89,4 +91,4 @@ def draft_config(config: QNextConfig) -> QNextConfig:
 
     It does not depend on the types of the trunk's layers.
     """
-    return replace(config, num_hidden_layers=1, layer_types=(FULL,), mlp_only_layers=(), decoder_sparse_step=1)
+    return replace(config.draft, num_hidden_layers=1, layer_types=(FULL,), mlp_only_layers=(), decoder_sparse_step=1)

@@ -159,9 +159,9 @@ class Qwen3NextForCausalLM(nn.Module):
         compat.apply(compat.Uses(model=True, drafts=drafts, adapters=get_lora().enable_lora))
         register_cpu_kernels()
         self.config = config
-        self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
-        guards.vocab_size = self.qnext_config.vocab_size
         self.checkpoint = read_checkpoint()
+        self.qnext_config = self.checkpoint.complete(qnext_config(config, get_parallel().attn_tp_size))
+        guards.vocab_size = self.qnext_config.vocab_size
         self.loading = Loading(self, self.qnext_config, self.checkpoint, role="trunk", drafts_required=drafts)
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping

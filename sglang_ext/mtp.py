@@ -79,13 +79,13 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         super().__init__()
         compat.apply(compat.Uses(model=True, drafts=True, adapters=get_lora().enable_lora))
         self.config = config
-        self.qnext_config = qnext_config(config, get_parallel().attn_tp_size)
+        self.checkpoint = read_checkpoint()
+        self.qnext_config = self.checkpoint.complete(qnext_config(config, get_parallel().attn_tp_size))
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config  # SGLang reads the type of the key-value cache from it
-        self.checkpoint = read_checkpoint()
         self.loading = Loading(self, self.qnext_config, self.checkpoint, role="draft", drafts_required=True)
-        quant_config = layer_quantization(self.checkpoint, self.qnext_config, quant_config)
+        quant_config = layer_quantization(self.checkpoint, self.qnext_config.draft, quant_config)
         self.model = MultiTokenPredictor(self.qnext_config, quant_config, add_prefix("mtp", prefix))
         self.lm_head = ParallelLMHead(
             self.qnext_config.vocab_size,

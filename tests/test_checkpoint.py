@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from qnext_plugin.checkpoint.headers import INDEX_FILE, TensorInfo, read_headers
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.schema import RefusedUpdate, UpdateCheck, check_coverage, expected_tensors
+from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.cli import main
-from qnext_plugin.config import QNextConfig
+from qnext_plugin.config import KEYS, QNextConfig
 
 RAW = {
     "vocab_size": 37,
@@ -49,7 +50,7 @@ def headers_of(tensors: dict[str, tuple[int, ...]], dtype: str = "BF16") -> dict
 def hugging_face_model(config: QNextConfig) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
-    raw = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    raw = {name: getattr(config, name) for name in KEYS}
     raw |= {"layer_types": list(config.layer_types), "mlp_only_layers": list(config.mlp_only_layers)}
     return AutoModelForCausalLM.from_config(Qwen3NextConfig(**raw))
 
@@ -142,8 +143,63 @@ def test_one_error_lists_every_kind_and_stays_short() -> None:
 def test_mtp_is_optional_as_a_whole_unless_required() -> None:
     headers = headers_of(expected_tensors(CONFIG, mtp=False))
     check_coverage(CONFIG, headers)
-    with pytest.raises(ValueError, match=r"missing 50: mtp\.fc\.weight"):
+    with pytest.raises(ValueError, match=r"drafts are requested, and the checkpoint has no mtp\.\* tensors"):
         check_coverage(CONFIG, headers, mtp="required")
+
+
+def test_a_draft_may_have_its_own_number_of_experts() -> None:
+    wide, narrow = (expected_tensors(replace(CONFIG, mtp_num_experts=count)) for count in (17, 5))
+    trunk = expected_tensors(CONFIG, mtp=False)
+    for found in (wide, narrow):
+        headers = headers_of(found)
+        assert {name for name in found if not name.startswith("mtp.")} == trunk.keys()
+        config = Checkpoint(RAW, headers, None).complete(CONFIG)
+        check_coverage(config, headers, mtp="required")
+        assert replace(config, mtp_num_experts=None) == CONFIG
+        with pytest.raises(ValueError, match=r"mtp\.layers\.0\.mlp\.experts"):
+            check_coverage(CONFIG, headers)
+    with pytest.raises(ValueError, match=r"missing 51: mtp\.layers\.0\.mlp\.experts\.\{0\.\.16\}"):
+        pruned = {name: shape for name, shape in wide.items() if ".experts." not in name or "mtp" not in name}
+        check_coverage(Checkpoint(RAW, headers_of(pruned), None).complete(CONFIG), headers_of(pruned))
+    with pytest.raises(ValueError, match="num_experts_per_tok 3 does not fit the 2 experts of mtp"):
+        Checkpoint(RAW, headers_of({"mtp.layers.0.mlp.gate.weight": (2, 24)}), None).complete(CONFIG)
+
+
+@pytest.mark.parametrize(("announced", "present"), [(2, 1), (1, 2), (3, 2)])
+def test_draft_layers_that_are_not_as_announced_matter_only_to_drafts(announced: int, present: int) -> None:
+    headers = headers_of(expected_tensors(replace(CONFIG, num_nextn_predict_layers=present)))
+    config = replace(CONFIG, num_nextn_predict_layers=announced)
+    check_coverage(config, headers)
+    with pytest.raises(
+        ValueError, match=rf"the draft has {present} layers in mtp\.\*, and config.json says \w+ {announced};"
+    ):
+        check_coverage(config, headers, mtp="required")
+    del headers[f"mtp.layers.{present - 1}.input_layernorm.weight"]
+    with pytest.raises(ValueError, match=r"missing 1: mtp\.layers\.\d\.input_layernorm"):
+        check_coverage(config, headers)
+
+
+def pruned_to(counts: list[int]) -> dict[str, TensorInfo]:
+    """A trunk whose layers have these numbers of experts."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for layer, count in enumerate(counts):
+        of_all = expected_tensors(replace(CONFIG, num_experts=count), mtp=False)
+        mine = {n: s for n, s in of_all.items() if n.startswith(f"model.layers.{layer}.") or ".layers." not in n}
+        tensors |= mine
+    return headers_of(tensors)
+
+
+def test_pruned_experts_are_accepted_in_all_layers_alike_only() -> None:
+    check_coverage(replace(CONFIG, num_experts=6), pruned_to([6] * 4))
+    with pytest.raises(ValueError, match=r"the routers have 6 experts, and config\.json says num_experts 11") as error:
+        check_coverage(CONFIG, pruned_to([6] * 4))
+    assert "\n" not in str(error.value)
+    with pytest.raises(
+        ValueError,
+        match=r"differs between layers \(5 in model\.layers\.3, 6 in model\.layers\.1, 11 in model\.layers\.0\)",
+    ) as error:
+        check_coverage(CONFIG, pruned_to([11, 6, 11, 5]))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

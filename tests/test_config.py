@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3NextConfig
 
-from qnext_plugin.config import FULL, LARGEST, LINEAR, GatedDeltaNetDims, QNextConfig
+from qnext_plugin.config import FULL, KEYS, LARGEST, LINEAR, GatedDeltaNetDims, QNextConfig
 from tests.support.configs import PUBLISHED
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 65536}
@@ -46,7 +46,7 @@ def test_both_dialects_give_the_same_config(changes):
 
 def test_fields_agree_with_transformers():
     ours, theirs = QNextConfig.from_dict(PUBLISHED), Qwen3NextConfig.from_dict(dict(PUBLISHED))
-    for name in QNextConfig.__dataclass_fields__.keys() - {
+    for name in set(KEYS) - {
         "layer_types",
         "mlp_only_layers",
         "num_nextn_predict_layers",
@@ -59,11 +59,25 @@ def test_defaults_agree_with_transformers():
     defaults = Qwen3NextConfig()
     required = {name: PUBLISHED[name] for name in PUBLISHED if name.startswith(("vocab", "hidden", "num_", "linear_"))}
     ours = QNextConfig.from_dict({"rope_theta": 1e4, **required, "num_experts": None, "num_experts_per_tok": None})
-    for name in QNextConfig.__dataclass_fields__.keys() - required.keys() | {"num_experts", "num_experts_per_tok"}:
+    for name in set(KEYS) - required.keys() | {"num_experts", "num_experts_per_tok"}:
         if name not in ("layer_types", "mlp_only_layers", "rope_parameters", "num_nextn_predict_layers"):
             assert getattr(ours, name) == getattr(defaults, name), name
     assert ours.rope_parameters == {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
     assert ours.layer_types == (LINEAR, LINEAR, LINEAR, FULL, LINEAR, LINEAR)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_nextn_predict_layers": 0},  # whether there is a draft, its tensors tell
+        {"mlp_only_layers": None, "decoder_sparse_step": None, "rope_parameters": None},
+        {"per_layer_num_experts": [9] * 6},
+        {"per_layer_num_experts": {"0": 9}},
+        {"mtp_num_experts": 3},  # not a key of config.json
+    ],
+)
+def test_keys_that_change_nothing(changes):
+    assert QNextConfig.from_dict(published(**changes)) == QNextConfig.from_dict(PUBLISHED)
 
 
 def test_yarn_keys_are_complete_and_rope_scaling_overrides_rope_parameters():
@@ -144,6 +158,11 @@ SIZE = rf"expected an integer from 1 to {LARGEST}"
         (published(num_experts=-1), f"num_experts is -1, expected an integer from 0 to {LARGEST}"),
         (published(num_experts=False), "num_experts is False, expected an integer"),
         (published(num_experts_per_tok=10), "num_experts_per_tok 10 exceeds num_experts 9"),
+        (
+            published(per_layer_num_experts=[9, 9, 7, 9, 5, 9]),
+            "per_layer_num_experts holds 5, 7, expected num_experts 9",
+        ),
+        (published(per_layer_num_experts={"0": 8}), "per_layer_num_experts holds 8, expected num_experts 9"),
         (published(hidden_act="gelu"), "hidden_act is 'gelu', expected 'silu'"),
         (published(norm_topk_prob="false"), "norm_topk_prob is 'false', expected true or false"),
         (published(tie_word_embeddings=0), "tie_word_embeddings is 0, expected true or false"),
@@ -210,14 +229,14 @@ json_values = st.recursive(
 rope_values = st.dictionaries(
     st.sampled_from(("type", "rope_type", "rope_theta", "partial_rotary_factor", "factor", *list(YARN))), json_values
 )
-KEYS = sorted({*PUBLISHED, *QNextConfig.__dataclass_fields__})
+MUTATED = sorted({*PUBLISHED, *KEYS, "per_layer_num_experts"})
 
 
 @settings(deadline=None, max_examples=200)
 @given(
-    st.dictionaries(st.sampled_from(KEYS), json_values, min_size=1, max_size=4),
+    st.dictionaries(st.sampled_from(MUTATED), json_values, min_size=1, max_size=4),
     st.fixed_dictionaries({}, optional={"rope_scaling": rope_values, "rope_parameters": rope_values}),
-    st.sets(st.sampled_from(KEYS), max_size=2),
+    st.sets(st.sampled_from(MUTATED), max_size=2),
 )
 def test_junk_is_read_or_refused_with_value_error(junk, rope, dropped):
     raw = {name: value for name, value in published(**junk).items() if name not in dropped} | rope

@@ -22,7 +22,6 @@ ONLY = {
     "vllm_ext/mtp.py: Qwen3NextMTP": "each engine derives another architecture's name for the draft",
     "sglang_ext/mtp.py: Qwen3NextForCausalLMMTP": "the same",
     "vllm_ext/model.py: ExpertBookkeeping": "SGLang's load balancer asks for one property of the model",
-    "sglang_ext/config.py: Qwen3NextConfig": "vLLM takes the configuration class of transformers",
 }
 
 

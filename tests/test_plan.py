@@ -4,17 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.checkpoint.make_random import PRESETS, write_random_checkpoint
+from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache
 from qnext_plugin.plan.sizes import Serving
 from tests.support import fake_hub
+from tests.support.checkpoints import WIDE, write_checkpoint
 
 GIB = 2**30
 CONFIG_80B = QNextConfig.from_dict(PRESETS["80b"])
@@ -162,6 +167,33 @@ def test_weights_that_do_not_fit(capsys, published):
 def test_mistakes_are_one_line(capsys, published, arguments, words):
     assert main(["plan", published, *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_a_start_refuses_does_not_fit(capsys, tmp_path):
+    write_random_checkpoint(tmp_path / "model", overrides={"num_hidden_layers": 4})
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    trunk = {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
+    save_file(trunk, file)
+    fits = [str(tmp_path / "model"), "--device", "cpu", "--cache-memory", "1"]
+    assert main(["plan", *fits]) == 0
+    assert main(["plan", *fits, "--mtp", "2"]) == 2
+    assert "the checkpoint has no mtp.* tensors" in capsys.readouterr().err
+    router = "model.layers.2.mlp.gate.weight"
+    save_file(trunk | {router: trunk[router][:5].clone()}, file)
+    assert main(["plan", *fits]) == 2
+    assert "the number of experts differs between layers" in capsys.readouterr().err
+
+
+def test_a_draft_of_another_width_is_counted(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, "wide-draft")
+    found = read_checkpoint(str(checkpoint))
+    config = found.complete(QNextConfig.from_dict(found.config))
+    wide = Serving(config, num_draft_tokens=2)
+    assert config.draft.num_experts == WIDE > config.num_experts
+    assert wide.weights(found.headers) == wide.weights()
+    narrow = Serving(replace(config, mtp_num_experts=None), num_draft_tokens=2).weights()
+    assert narrow["MTP draft"] < wide.weights()["MTP draft"]
 
 
 def test_neither_a_directory_nor_a_name(capsys):

@@ -1,20 +1,53 @@
 """Our validated view of vLLM's configuration. Only ``KeepsBlockSize`` changes vLLM's own objects."""
 
-from vllm.config import VllmConfig
+from typing import Any
+
+from transformers import Qwen3NextConfig as TransformersConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from qnext_plugin.config import QNextConfig
+from qnext_plugin.checkpoint.stored import refuse_quantizing
+from qnext_plugin.config import KEYS, QNextConfig
 from vllm_ext.compat import KeepsBlockSize
 
 PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
 
 
+class Qwen3NextConfig(TransformersConfig):
+    """The model's configuration for vLLM, which sets the values of ``config.json``, then those of ``--hf-overrides``.
+
+    A dictionary about RoPE changes only what it names, and may use the older name ``type``; vLLM itself would replace
+    all of it, and look for ``rope_type``. A ``num_nextn_predict_layers`` of 0 is dropped, because vLLM divides by it,
+    and only the tensors tell whether there is a draft. Where ``config.json`` has null, the default holds.
+    """
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "num_nextn_predict_layers" and value == 0:
+            return
+        if key in KEYS and value is None:
+            value = getattr(type(self), key, None)
+        if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            before = getattr(self, "rope_parameters", None) or {}
+            kind = {"rope_type": value["type"]} if "type" in value else {}
+            value = before | kind | {name: item for name, item in value.items() if name != "type"}
+        super().__setattr__(key, value)
+
+
 def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
     """Return the model's dimensions.
 
-    Raise ``ValueError`` for an inconsistent config or a tensor-parallel size that it cannot take.
+    Raise ``ValueError`` for an inconsistent config, a tensor-parallel size that it cannot take, or heads of a size for
+    which vLLM has no attention on a CPU; vLLM itself fails at the first request.
     """
     config = QNextConfig.from_dict(vllm_config.model_config.hf_text_config.to_dict())
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        if not CPUAttentionBackend.supports_head_size(config.head_dim):
+            raise ValueError(
+                f"head_dim is {config.head_dim}, expected one of {CPUAttentionBackend.get_supported_head_sizes()}: "
+                "vLLM has no attention kernel for others on CPUs; serve this checkpoint with SGLang, or on a GPU"
+            )
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     config.check_tensor_parallel(tp_size)
     return config
@@ -22,6 +55,12 @@ def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
 
 class CheckedConfig(KeepsBlockSize):
     """The check that vLLM calls once it has a configuration for this architecture, before it starts any process."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        method, stored = model_config.quantization, model_config.model_arch_config.quantization_config
+        if current_platform.is_cpu() and method is not None and stored is None:
+            refuse_quantizing(method)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

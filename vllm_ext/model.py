@@ -176,8 +176,8 @@ class Qwen3NextForCausalLM(
         compat.apply(vllm_config)
         register_cpu_kernels(vllm_config)
         self.config = vllm_config.model_config.hf_text_config  # vLLM's pooling and LoRA classes read it
-        self.qnext_config = config = qnext_config(vllm_config)
         checkpoint = read_checkpoint(vllm_config)
+        self.qnext_config = config = checkpoint.complete(qnext_config(vllm_config))
         self._loading = Loading(self, config, vllm_config, checkpoint, role="trunk")
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
         quant_config = layer_quantization(checkpoint, config, vllm_config)

@@ -15,6 +15,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from qnext_plugin import __version__
 from qnext_plugin.checkpoint.merged import packed_modules
+from qnext_plugin.config import QNextConfig
 from vllm_ext import compat
 from vllm_ext.config import qnext_config
 from vllm_ext.kernels import choose_draft_head, choose_gemms
@@ -35,9 +36,15 @@ class MultiTokenPredictor(nn.Module):
     module. It runs only on the last pipeline stage, so it always starts from embeddings.
     """
 
-    def __init__(self, *, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        config: QNextConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
-        config = qnext_config(vllm_config)
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, hidden_size)
         self.pre_fc_norm_embedding = ZeroCenteredRMSNorm(hidden_size, eps=eps)
@@ -84,13 +91,16 @@ class Qwen3NextMTP(nn.Module, ExpertBookkeeping):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         compat.apply(vllm_config)
-        self.config = qnext_config(vllm_config)
         checkpoint = read_checkpoint(vllm_config)
+        self.config = checkpoint.complete(qnext_config(vllm_config))
         self._loading = Loading(self, self.config, vllm_config, checkpoint, role="draft")
         self.vllm_config, self.quant_config = vllm_config, vllm_config.quant_config
-        quant_config = layer_quantization(checkpoint, self.config, vllm_config)
+        quant_config = layer_quantization(checkpoint, self.config.draft, vllm_config)
         self.model = MultiTokenPredictor(
-            vllm_config=vllm_config, quant_config=quant_config, prefix=maybe_prefix(prefix, "mtp")
+            vllm_config=vllm_config,
+            config=self.config.draft,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "mtp"),
         )
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,

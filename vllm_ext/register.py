@@ -44,9 +44,11 @@ def register() -> None:
 
     for architecture, target in ARCHITECTURES.items():
         vllm.ModelRegistry.register_model(architecture, target)
+    from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_ext.config import CheckedConfig
+    from vllm_ext.config import CheckedConfig, Qwen3NextConfig
 
+    AutoConfig.register(Qwen3NextConfig.model_type, Qwen3NextConfig, exist_ok=True)
     MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", CheckedConfig)  # vLLM has no entry for it
     logger.info("qnext-plugin %s: %s registered from vllm_ext", __version__, ", ".join(ARCHITECTURES))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, Shape
 from qnext_plugin.checkpoint.schema import expected_tensors
-from qnext_plugin.config import QNextConfig
+from qnext_plugin.config import KEYS, QNextConfig
 
 DIALECTS = ("published", "transformers5")
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16")}
@@ -161,7 +161,7 @@ def random_tensor(name: str, shape: Shape, seed: int, tied: bool = False) -> tor
 
 def _raw_config(preset: str, dtype: str, dialect: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     base = PRESETS[preset] | {"bos_token_id": _ENDOFTEXT, "eos_token_id": _IM_END}
-    known = {*base, *QNextConfig.__dataclass_fields__}
+    known = {*base, *KEYS}
     unknown = sorted(overrides.keys() - known)
     if unknown:
         raise ValueError(f"config.json has no key {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")

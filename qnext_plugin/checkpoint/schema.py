@@ -1,7 +1,7 @@
 """The names and shapes of a Qwen3-Next checkpoint's weights, and checks of safetensors headers and new weights."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,7 +26,7 @@ BYTE_DTYPES = ("F8_E4M3", "I8")  # quantized, with one number in each element
 class _Layer:
     prefix: str
     full_attention: bool
-    sparse: bool
+    num_experts: int  # 0 for a dense MLP
 
 
 def expected_tensors(
@@ -74,7 +74,22 @@ def check_coverage(
     and scales are accepted, and the shapes of packed weights are not checked.
     """
     names = {name for name in headers if not _is_ignored(name)}
-    expected = _expected_for(config, names, mtp == "required" or any(n.split(".")[0] == "mtp" for n in names))
+    has_draft = any(n.split(".")[0] == "mtp" for n in names)
+    if mtp == "required" and not has_draft:
+        raise ValueError(
+            "drafts are requested, and the checkpoint has no mtp.* tensors to draft with; take a checkpoint that has "
+            "them, or drop the flags that turn on speculation"
+        )
+    _check_routers(config, headers)
+    layers = len({n.split(".")[2] for n in names if n.startswith("mtp.layers.")})
+    if layers not in (0, config.num_nextn_predict_layers):
+        if mtp == "required":
+            raise ValueError(
+                f"the draft has {layers} layers in mtp.*, and config.json says num_nextn_predict_layers "
+                f"{config.num_nextn_predict_layers}; correct config.json, or drop the flags that turn on speculation"
+            )
+        config = replace(config, num_nextn_predict_layers=layers)
+    expected = _expected_for(config, names, has_draft)
     linear, attention = _quantizable(expected)
 
     missing = [f"{n} {list(shape)}" for n, shape in expected.items() if not _is_present(n, shape, names)]
@@ -85,6 +100,25 @@ def check_coverage(
             problems += "\n" + listing("files with unexpected tensors:", files)
             advice += ", or move a file away that is no part of it"
         raise ValueError(f"checkpoint does not match config.json:\n{problems}\n{advice}")
+
+
+def _check_routers(config: QNextConfig, headers: Mapping[str, TensorInfo]) -> None:
+    """Raise ``ValueError`` if the routers of the trunk have another number of experts than config.json, or several."""
+    routers = {layer.prefix: f"{layer.prefix}mlp.gate.weight" for layer in _layers(config, mtp=False)}
+    shapes = {prefix: headers[name].shape for prefix, name in routers.items() if name in headers}
+    found = {prefix: shape[0] for prefix, shape in shapes.items() if len(shape) == 2}
+    counts = sorted(set(found.values()))
+    if len(counts) > 1:
+        examples = ", ".join(f"{count} in {next(p for p in found if found[p] == count)[:-1]}" for count in counts[:3])
+        raise ValueError(
+            f"the number of experts differs between layers ({examples}), expected num_experts {config.num_experts} in "
+            "every one; take a checkpoint whose layers are all pruned to the same number"
+        )
+    if counts and counts != [config.num_experts]:
+        raise ValueError(
+            f"the routers have {counts[0]} experts, and config.json says num_experts {config.num_experts}; correct "
+            "config.json, or download it with the weights again"
+        )
 
 
 class RefusedUpdate(ValueError):
@@ -142,9 +176,9 @@ def _outer_tensors(config: QNextConfig, mtp: bool, lm_head: bool) -> dict[str, S
 
 def _layers(config: QNextConfig, mtp: bool) -> Iterator[_Layer]:
     for i, kind in enumerate(config.layer_types):
-        yield _Layer(f"model.layers.{i}.", kind == FULL, config.is_sparse(i))
+        yield _Layer(f"model.layers.{i}.", kind == FULL, config.num_experts if config.is_sparse(i) else 0)
     for i in range(config.num_nextn_predict_layers if mtp else 0):
-        yield _Layer(f"mtp.layers.{i}.", True, config.num_experts > 0)
+        yield _Layer(f"mtp.layers.{i}.", True, config.draft.num_experts)
 
 
 def _layer_tensors(
@@ -152,11 +186,10 @@ def _layer_tensors(
 ) -> dict[str, Shape]:
     hidden = config.hidden_size
     mixer = _self_attn(config) if layer.full_attention else _linear_attn(config, split_in_proj)
-    mlp = (
-        _sparse_moe(config, fused_experts, fused_mlp)
-        if layer.sparse
-        else _mlp("mlp.", hidden, config.intermediate_size, fused_mlp)
-    )
+    if layer.num_experts:
+        mlp = _sparse_moe(config, layer.num_experts, fused_experts, fused_mlp)
+    else:
+        mlp = _mlp("mlp.", hidden, config.intermediate_size, fused_mlp)
     norms: dict[str, Shape] = {f"{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
     return {layer.prefix + name: shape for name, shape in (norms | mixer | mlp).items()}
 
@@ -201,8 +234,8 @@ def _mlp(prefix: str, hidden: int, intermediate: int, fused: bool = False) -> di
     return tensors | {f"{prefix}down_proj.weight": (hidden, intermediate)}
 
 
-def _sparse_moe(config: QNextConfig, fused_experts: bool, fused_mlp: bool) -> dict[str, Shape]:
-    hidden, experts, intermediate = config.hidden_size, config.num_experts, config.moe_intermediate_size
+def _sparse_moe(config: QNextConfig, experts: int, fused_experts: bool, fused_mlp: bool) -> dict[str, Shape]:
+    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
     tensors: dict[str, Shape] = {"mlp.gate.weight": (experts, hidden), "mlp.shared_expert_gate.weight": (1, hidden)}
     tensors |= _mlp("mlp.shared_expert.", hidden, config.shared_expert_intermediate_size, fused_mlp)
     if fused_experts:

@@ -3,10 +3,10 @@
 import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
@@ -80,6 +80,11 @@ class Checkpoint:
             f"the rest of this checkpoint is in {names}, which {INDEX_FILE} does not name, and the engines load only "
             f"what it names; {index_advice(files[0].parent)}"
         )
+
+    def complete(self, config: QNextConfig) -> QNextConfig:
+        """Return ``config`` with the draft's own number of experts, which only the headers tell."""
+        router = (self.headers or {}).get("mtp.layers.0.mlp.gate.weight")
+        return replace(config, mtp_num_experts=router.shape[0]) if router is not None and router.shape else config
 
     def parts(self, layer: str, num_experts: int) -> dict[str, Leaves]:
         """Return the stored modules of a layer; the result is empty if none of them is quantized.
@@ -174,6 +179,14 @@ def read_served(model: str, revision: str | None, load_format: str, download_dir
         return _read_hub(model, revision, download_dir)
     except OSError:  # the engine has its own ways to fetch a model
         return Checkpoint({}, None, None)
+
+
+def refuse_quantizing(method: str) -> NoReturn:
+    """Raise ``ValueError``: a plain checkpoint is to be quantized while it is loaded, on a CPU."""
+    raise ValueError(
+        f"--quantization {method} found, and the checkpoint is not quantized: on a CPU the engines cannot quantize "
+        "weights while loading them; drop the flag, or serve a checkpoint that is stored quantized"
+    )
 
 
 def _is_hub_name(model: str) -> bool:

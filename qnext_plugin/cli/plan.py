@@ -62,9 +62,11 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected more than 0")
-    config = QNextConfig.from_dict(metadata.config)
     if args.mtp < 0 or args.mtp >= 8:
         raise ValueError(f"--mtp is {args.mtp}, expected 0 to 7")
+    config = metadata.complete(QNextConfig.from_dict(metadata.config))
+    if metadata.headers is not None:
+        metadata.check(config, "required" if args.mtp else "optional")
     named = args.dtype or metadata.config.get("dtype") or metadata.config.get("torch_dtype") or "bfloat16"
     serving = Serving(
         config,

@@ -10,6 +10,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from qnext_plugin.checkpoint.stored import read_served, refuse_quantizing
+
 ATTENTION_BACKEND = "qnext_cpu"
 
 # By default SGLang fills most of the memory with caches, and takes minutes at start to write zeros there.
@@ -36,8 +38,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Set caches for a few users, unless the command line sets the memory to use, and cores for every rank.
 
         Also set LoRA without Triton, and our attention: for a CPU SGLang has already chosen one, without calling
-        ``get_default_attention_backend``.
+        ``get_default_attention_backend``. Raise ``ValueError`` for a request to quantize weights while loading.
         """
+        check_quantization(server_args)
         # The first is not on PyPI, and the second cannot verify drafts.
         if server_args.attention_backend in ("intel_amx", "torch_native"):
             server_args.attention_backend = ATTENTION_BACKEND
@@ -100,6 +103,18 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
             keep_freed_memory()
             return CpuAttentionBackend(runner)
+
+
+def check_quantization(server_args: Any) -> None:
+    """Raise ``ValueError`` for ``--quantization`` with a checkpoint that is not quantized; nothing here could do it."""
+    asked = server_args.quantization or server_args.speculative_draft_model_quantization
+    if asked in (None, "unquant"):
+        return
+    checkpoint = read_served(
+        server_args.model_path, server_args.revision, server_args.load_format, server_args.download_dir
+    )
+    if checkpoint.quantization is None:
+        refuse_quantizing(asked)
 
 
 def keep_freed_memory() -> None:

@@ -57,7 +57,7 @@ def check(hf_config: Any, args: Any) -> None:
     config = qnext_config(hf_config, args.tp_size)
     checkpoint = read_served(args.model_path, args.revision, args.load_format, args.download_dir)
     if checkpoint.headers is not None:
-        checkpoint.check(config, mtp="required" if drafts else "optional")
+        checkpoint.check(checkpoint.complete(config), mtp="required" if drafts else "optional")
 
 
 def kernels(args: Any, dtype: Any) -> dict[str, tuple[str, str]]:

@@ -12,7 +12,7 @@ from tests.support.starts import runs
 
 ALL = [(config, run.key) for config in configs(ENGINE) for run in runs(config) if not run.mutant]
 FLOAT32 = [pair for pair in ALL if CONFIGS[pair[0]].dtype == "float32"]
-BFLOAT16 = [pair for pair in ALL if CONFIGS[pair[0]].dtype == "bfloat16"]
+HALF = [pair for pair in ALL if pair not in FLOAT32]  # bfloat16 and float16
 
 
 def check_happened(config, key, result):
@@ -35,15 +35,13 @@ def test_float32(serve, checkpoint, config, scenario):
     assert difference.ties <= difference.positions / 10
 
 
-@pytest.mark.parametrize(("config", "scenario"), BFLOAT16)
-def test_bfloat16_is_as_close_as_transformers(serve, checkpoint, config, scenario):
+@pytest.mark.parametrize(("config", "scenario"), HALF)
+def test_half_precision_is_as_close_as_transformers(serve, checkpoint, config, scenario):
     result = serve(config)[scenario]
     check_happened(config, scenario, result)
     directory = checkpoint(MATRIX[config].checkpoint)
-    ours, theirs = (
-        compare(result, whole(directory)),
-        rounding(result, whole(directory), whole(directory, torch.bfloat16)),
-    )
+    rounded = whole(directory, getattr(torch, CONFIGS[config].dtype))
+    ours, theirs = compare(result, whole(directory)), rounding(result, whole(directory), rounded)
     print(f"{config} {scenario}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g} at {theirs.worst}")
     assert ours.max <= LOGPROB_BFLOAT16_RATIO * theirs.max, f"{ours.max:.3g} at {ours.worst}"
 

@@ -36,6 +36,8 @@ def draft_missing(directory):
     file = directory / "model.safetensors"
     trunk = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("mtp.")}
     save_file(trunk, file, metadata={"format": "pt"})
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_nextn_predict_layers": 0}))
 
 
 def nothing(directory):
@@ -57,7 +59,16 @@ CASES = [
         id="tensor-parallel",
     ),
     pytest.param(
-        draft_missing, mtp_flags("sglang", 1), ["missing 29: mtp.fc.weight", "download or convert"], id="draft-missing"
+        draft_missing,
+        mtp_flags("sglang", 1),
+        ["drafts are requested, and the checkpoint has no mtp.* tensors", "drop the flags"],
+        id="draft-missing",
+    ),
+    pytest.param(
+        nothing,
+        ["--quantization", "fp8"],
+        ["--quantization fp8 found, and the checkpoint is not quantized", "drop the flag"],
+        id="online-quantization",
     ),
     pytest.param(
         nothing,

@@ -65,6 +65,12 @@ def _remove_expert(tensors):
         del tensors[name]
 
 
+def _prune_a_layer(tensors):
+    _remove_expert(tensors)
+    router = "model.layers.2.mlp.gate.weight"
+    tensors[router] = tensors[router][:3].clone()
+
+
 def _remove_draft(tensors):
     for name in [n for n in tensors if n.startswith("mtp.")]:
         del tensors[name]
@@ -108,7 +114,21 @@ CASES = {
     ),
     "truncated file": (_truncate, {}, ["model.safetensors: truncated", "download it again"]),
     "missing expert": (_tensors(_remove_expert), {}, ["missing", "layers.2.mlp.experts.3."]),
-    "too many experts promised": (_config(num_experts=5), {}, ["missing", "mlp.experts.4."]),
+    "too many experts promised": (
+        _config(num_experts=5),
+        {},
+        ["the routers have 4 experts, and config.json says num_experts 5"],
+    ),
+    "experts pruned unevenly": (
+        _tensors(_prune_a_layer),
+        {},
+        ["the number of experts differs between layers (3 in model.layers.2, 4 in model.layers.0)"],
+    ),
+    "experts pruned unevenly, as config.json says": (
+        _config(per_layer_num_experts=[4, 4, 3, 4]),
+        {},
+        ["per_layer_num_experts holds 3, expected num_experts 4 in every layer"],
+    ),
     "inconsistent heads": (
         _config(linear_num_value_heads=3),
         {},
@@ -122,7 +142,12 @@ CASES = {
     "draft missing": (
         _tensors(_remove_draft),
         MTP,
-        ["missing", "mtp.fc.weight", "mtp.layers.0."],
+        ["drafts are requested, and the checkpoint has no mtp.* tensors"],
+    ),
+    "draft missing, and denied": (
+        lambda directory: (_tensors(_remove_draft)(directory), _config(num_nextn_predict_layers=0)(directory)),
+        MTP,
+        ["drafts are requested, and the checkpoint has no mtp.* tensors"],
     ),
     "half a draft": (
         _tensors(lambda t: t.pop("mtp.fc.weight")),
@@ -147,7 +172,20 @@ CASES = {
     "quantized, draft missing": (
         _quantized(_tensors(_remove_draft)),
         {"dtype": "bfloat16"} | MTP,
-        ["missing", "mtp.fc.weight", "mtp.layers.0."],
+        ["drafts are requested, and the checkpoint has no mtp.* tensors"],
+    ),
+    **{
+        f"plain, to be quantized as {method}": (
+            lambda directory: None,
+            {"quantization": method, "dtype": "bfloat16"},
+            [f"--quantization {method} found, and the checkpoint is not quantized", "drop the flag"],
+        )
+        for method in ("fp8", "fp8_per_block", "experts_int8", "gptq", "torchao")
+    },
+    "heads that attention has no kernel for": (
+        _config(head_dim=8),
+        {},
+        ["head_dim is 8, expected one of [32, 64", "serve this checkpoint with SGLang, or on a GPU"],
     ),
     "another kind of speculation": (
         lambda directory: None,

@@ -3,11 +3,16 @@
 Keys are ``config.json`` keys that differ from the tiny preset.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from qnext_plugin.checkpoint.make_demo import write_demo_checkpoint
-from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.make_random import random_tensor, write_random_checkpoint
+from qnext_plugin.checkpoint.schema import expected_tensors
+from qnext_plugin.config import QNextConfig
 
 L, F = "linear_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -38,7 +43,10 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 64,
     },
+    # As if the trunk's experts were pruned and the draft's not; no rank holds as many ids as another.
+    "wide-draft": _SMALL | {"vocab_size": 331, "num_nextn_predict_layers": 0},
 }
+WIDE = 13  # experts of that draft; the trunk's layers have eight
 DIALECTS = {"odd-d": "transformers5", "odd-c": "transformers5"}
 
 
@@ -55,4 +63,17 @@ def write_checkpoint(directory: Path, name: str) -> Path:
         dialect=DIALECTS.get(name, "published"),
         overrides=CHECKPOINTS[name],
     )
+    if name == "wide-draft":
+        widen_draft(target)
     return target
+
+
+def widen_draft(directory: Path) -> None:
+    """Give the draft of a checkpoint more experts than config.json says; its other tensors stay."""
+    file = directory / "model.safetensors"
+    wide = expected_tensors(replace(QNextConfig.from_pretrained(directory), mtp_num_experts=WIDE))
+    tensors = load_file(file)
+    for name, shape in wide.items():
+        if name not in tensors or tensors[name].shape != shape:
+            tensors[name] = random_tensor(name, shape, seed=0)
+    save_file(tensors, file, metadata={"format": "pt"})

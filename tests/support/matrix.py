@@ -75,17 +75,19 @@ MATRIX = {
     "mtp3": Case(
         EngineConfig(draft_tokens=3, num_blocks=64),
         (*_DRAFTS, "drafts_of_the_model", "drafts_to_the_last_position", "draft_logits"),
-        engines=ENGINES,
+        "wide-draft",
+        ENGINES,
     ),
     "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
     "mtp3-compiled": _shared("mtp3-compiled", ("vllm",), num_blocks=64),
-    "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, engines=ENGINES),
+    "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, "wide-draft", ENGINES),
     "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),
     "pp2-mtp2": Case(
         EngineConfig(draft_tokens=2, pipeline_parallel=2, stages=(5, 3), num_blocks=64), _DRAFTS, engines=ENGINES
     ),
     "ep2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, expert_parallel=True, num_blocks=64), _DRAFTS),
-    **{name: Case(EngineConfig(), _PLAIN, name, ENGINES) for name in ("odd-a", "odd-b", "odd-c", "odd-d")},
+    **{name: Case(EngineConfig(), _PLAIN, name, ENGINES) for name in ("odd-a", "odd-b", "odd-c")},
+    "odd-d": Case(EngineConfig(dtype="float16"), _PLAIN, "odd-d", ENGINES),
     "bfloat16": Case(_BFLOAT16, (*_PLAIN, "short"), "bfloat16", ENGINES),
     "bfloat16-mtp2": Case(replace(_BFLOAT16, draft_tokens=2), (*_DRAFTS, "short"), "bfloat16"),
     "bfloat16-ep2-mtp2": Case(

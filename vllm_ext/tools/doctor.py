@@ -47,7 +47,8 @@ def check(vllm_config: Any) -> None:
     check_speculation(vllm_config)
     compat.apply(vllm_config)
     mtp = "required" if vllm_config.speculative_config is not None else "optional"
-    check_checkpoint(read_checkpoint(vllm_config), qnext_config(vllm_config), vllm_config, mtp=mtp)
+    checkpoint = read_checkpoint(vllm_config)
+    check_checkpoint(checkpoint, checkpoint.complete(qnext_config(vllm_config)), vllm_config, mtp=mtp)
 
 
 def kernels(vllm_config: Any) -> dict[str, tuple[str, str]]:

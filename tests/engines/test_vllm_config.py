@@ -1,0 +1,52 @@
+"""vLLM's configuration of a checkpoint, with the overrides of the command line."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.stored import Checkpoint
+from qnext_plugin.config import QNextConfig
+
+
+def read(directory, overrides, **changes):
+    """The configuration as vLLM reads it: from config.json with ``changes``, then ``overrides``."""
+    from transformers import AutoConfig
+    from vllm.config import ModelConfig
+
+    from vllm_ext.register import register
+
+    write_random_checkpoint(directory)
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    register()
+    config = AutoConfig.from_pretrained(directory)
+    ModelConfig._apply_dict_overrides(None, config, overrides)
+    return config
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_yarn_override_in_either_spelling(tmp_path, key, kind):
+    yarn = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    config = read(tmp_path / "model", {key: yarn}, rope_theta=5_000_000)
+    rope = QNextConfig.from_dict(config.to_dict()).rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 1024)
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (5_000_000, 0.25)
+    assert config.rope_parameters["rope_type"] == "yarn"  # vLLM reads it
+
+
+def test_null_is_the_default_and_no_draft_layers_are_none_named(tmp_path):
+    config = read(tmp_path / "model", {}, decoder_sparse_step=None, mlp_only_layers=None, num_nextn_predict_layers=0)
+    assert (config.decoder_sparse_step, getattr(config, "num_nextn_predict_layers", None)) == (1, None)
+    assert QNextConfig.from_dict(config.to_dict()) == QNextConfig.from_pretrained(tmp_path / "model")
+
+
+def test_a_plain_checkpoint_is_quantized_by_vllms_own_configuration(tmp_path):
+    from vllm_ext.quantization import layer_quantization
+
+    write_random_checkpoint(tmp_path / "model")
+    config, online = QNextConfig.from_pretrained(tmp_path / "model"), SimpleNamespace()
+    found = layer_quantization(Checkpoint({}, {}, None), config.draft, SimpleNamespace(quant_config=online))
+    assert found is online
