@@ -15,12 +15,14 @@ from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from sglang.srt.runtime_context import get_model, get_parallel
 from torch import nn
 
 from qnext_plugin.checkpoint import quantized_layers
+from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache
 from qnext_plugin.checkpoint.formats import Leaves
 from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
 from qnext_plugin.checkpoint.stored import MODELOPT_FILE, Checkpoint, read_served
@@ -118,7 +120,10 @@ class ByCheckpoint:
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase | VocabParallelEmbedding | FusedMoE):
-            return self.engine_config.get_quant_method(layer, prefix)
+            method = self.engine_config.get_quant_method(layer, prefix)
+            if method is None and prefix in self.checkpoint.cache_scales:
+                return BaseKVCacheMethod(self.engine_config)
+            return method
         parts = self.checkpoint.parts(prefix, self.config_of_model.num_experts)
         if not parts:
             return plain_method(layer)
@@ -161,8 +166,18 @@ def experts_quantization(quant_config: QuantizationConfig | None, prefix: str) -
     return quant_config
 
 
+def cache_note(checkpoint: Checkpoint, cache_dtype: str) -> tuple[str, str] | None:
+    """Return what to know of a CPU if keys and values are not in FP8 though the checkpoint asks for it, and a flag."""
+    if ON_CPU and cache_dtype == "auto" and asks_for_fp8_cache(checkpoint.quantization):
+        return "keys and values are not kept in FP8 on a CPU by default", "--kv-cache-dtype fp8_e4m3"
+    return None
+
+
 def report(model: nn.Module, checkpoint: Checkpoint, *, draft: bool) -> None:
-    """Log which modules are dequantized while loading, by reason."""
+    """Log which modules are dequantized while loading, by reason, and what differs from what the checkpoint asks."""
+    note = cache_note(checkpoint, get_model().kv_cache_dtype)
+    if note and not draft:
+        logger.info("%s; for that: %s", *note)
     for line in quantized_layers.reports(checkpoint, dict(model.named_modules()), is_plain, draft=draft):
         logger.info(line)
 

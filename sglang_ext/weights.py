@@ -6,9 +6,11 @@ import torch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
+from qnext_plugin.checkpoint.cache_scales import for_attention
 from qnext_plugin.checkpoint.layouts import KINDS, section_sizes, ungroup
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.merged import EXPERTS, PARTS, layer_name
+from qnext_plugin.checkpoint.schema import RefusedUpdate
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
 from sglang_ext.quantization import dequantized, is_plain
@@ -29,7 +31,8 @@ def load_weights(
     ``complete`` means that the stream holds all tensors: a parameter without a value then raises ``ValueError``.
     """
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name, config))
-    return _load(model, config, checkpoint, dequantized(trunk, model, checkpoint), complete, set())
+    plain = dequantized(for_attention(trunk), model, checkpoint)
+    return _load(model, config, checkpoint, plain, complete, set())
 
 
 def load_draft_weights(
@@ -42,7 +45,7 @@ def load_draft_weights(
 ) -> set[str]:
     """Load ``mtp.*`` in the same way; SGLang gives the draft the trunk's embedding and head."""
     draft = ((name, tensor) for name, tensor in weights if name.split(".")[0] == "mtp")
-    plain = dequantized(draft, model, checkpoint)
+    plain = dequantized(for_attention(draft), model, checkpoint)
     renamed = ((f"model.{name.removeprefix('mtp.')}", tensor) for name, tensor in plain)
     return _load(model, config, checkpoint, renamed, complete, SHARED_WITH_TRUNK)
 
@@ -65,6 +68,13 @@ def _load(
                 param = params[param_name]
                 getattr(param, "weight_loader", default_weight_loader)(param, rows, *args)
                 loaded.add(param_name)
+            elif param_name.endswith((".attn.k_scale", ".attn.v_scale")):
+                raise RefusedUpdate(
+                    f"{name} found, but the served checkpoint has no such scale; start with the new one"
+                )
+    for layer in {name.rpartition(".")[0] for name in loaded if name.endswith((".attn.k_scale", ".attn.v_scale"))}:
+        # It copies scales to where the kernels read them; SGLang does not call it for updates from tensors.
+        layers[layer].quant_method.process_weights_after_loading(layers[layer])
     # A quantized layer has parameters that only some checkpoints store.
     missing = {name for name in params.keys() - loaded - optional if is_plain(layers[name.rpartition(".")[0]])}
     if complete and missing:

@@ -138,6 +138,26 @@ def test_command_lines_and_numbers(capsys, published):
         assert falling == sorted(falling, reverse=True) and falling[-1] >= 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "vllm", "sglang"),
+    [
+        ([], 12_288, 12_288),
+        (["--kv-cache-dtype", "bfloat16"], 24_576, 24_576),
+        (["--kv-cache-dtype", "fp8"], 12_288, 12_288),
+        (["--device", "cpu"], 12_288 if torch.cpu._is_avx512_supported() else 24_576, 24_576),
+    ],
+)
+def test_keys_and_values_are_as_the_checkpoint_asks_unless_a_flag_says_otherwise(
+    capsys, published, arguments, vllm, sglang
+):
+    asking = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
+    Path(published, "hf_quant_config.json").write_text(json.dumps(asking))
+    _, found = plan(capsys, published, "--cache-memory", "30", *arguments)
+    for engine, expected in (("vllm", vllm), ("sglang", sglang)):
+        assert found["engines"][engine]["kv_bytes_per_token"] == expected
+        assert ("--kv-cache-dtype" in found["engines"][engine]["command"]) == ("--kv-cache-dtype" in arguments)
+
+
 def test_refused_sequences_and_lengths_are_named(capsys, published):
     _, found = plan(capsys, published, "--tensor-parallel-size", "4", "--cache-memory", "2")
     vllm = found["engines"]["vllm"]

@@ -1,14 +1,20 @@
-"""Our validated view of vLLM's configuration. Only ``KeepsBlockSize`` changes vLLM's own objects."""
+"""Our validated view of vLLM's configuration. Only ``CheckedConfig`` changes vLLM's own objects."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import Qwen3NextConfig as TransformersConfig
 from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache
 from qnext_plugin.checkpoint.stored import refuse_quantizing
 from qnext_plugin.config import KEYS, QNextConfig
 from vllm_ext.compat import KeepsBlockSize
+
+logger = init_logger("vllm.qnext_plugin")
 
 PIPELINE_DRAFT_SCHEDULER = "vllm_ext.scheduler.PipelineDraftScheduler"
 
@@ -65,7 +71,47 @@ class CheckedConfig(KeepsBlockSize):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         check_draft(vllm_config)
+        choose_cache_dtype(vllm_config)
         KeepsBlockSize.verify_and_update_config(vllm_config)
+
+
+def quantization_of(vllm_config: VllmConfig) -> Mapping[str, Any] | None:
+    """Return the checkpoint's description of its quantization, overrides of the command line included."""
+    found = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
+    return found if found is None or isinstance(found, Mapping) else found.to_dict()
+
+
+def choose_cache_dtype(vllm_config: VllmConfig) -> None:
+    """Keep keys and values in FP8 if the checkpoint asks for it, no flag for another type, and this device can.
+
+    vLLM knows some descriptions of a quantization only when it constructs the layers, too late for other parts of the
+    configuration. Raise ``ValueError`` for a flag for FP8 on a CPU that lacks it.
+    """
+    cache_config, asked = vllm_config.cache_config, asks_for_fp8_cache(quantization_of(vllm_config))
+    reason = missing_fp8_cache(vllm_config)
+    if reason is None:
+        if asked and cache_config.cache_dtype == "auto":
+            cache_config.cache_dtype = "fp8"
+    elif asked and cache_config.cache_dtype in ("auto", "fp8_e4m3"):  # vLLM has put the second for the first
+        cache_config.cache_dtype = "auto"
+        logger.info("keys and values are kept in %s, not in FP8: %s", vllm_config.model_config.dtype, reason)
+    elif cache_config.cache_dtype.startswith("fp8"):
+        raise ValueError(
+            f"--kv-cache-dtype {cache_config.cache_dtype} found, expected auto or bfloat16 on this CPU: {reason}"
+        )
+
+
+def missing_fp8_cache(vllm_config: VllmConfig) -> str | None:
+    """Return why this CPU cannot keep keys and values in FP8, in vLLM's words."""
+    if not current_platform.is_cpu():
+        return None
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    try:
+        _get_attn_isa(torch.bfloat16, 32, vllm_config.model_config.get_head_size(), "fp8")
+    except NotImplementedError as e:
+        return str(e)
+    return None
 
 
 def check_draft(vllm_config: VllmConfig) -> None:

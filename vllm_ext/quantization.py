@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
     resolve_quant_method,
 )
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
@@ -29,6 +30,7 @@ from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view
 from qnext_plugin.checkpoint.stored import Checkpoint, read_served
 from qnext_plugin.config import QNextConfig
 from vllm_ext.compat import has_cpu_wna16
+from vllm_ext.config import quantization_of
 
 logger = init_logger("vllm.qnext_plugin")
 
@@ -36,11 +38,8 @@ logger = init_logger("vllm.qnext_plugin")
 def read_checkpoint(vllm_config: VllmConfig) -> Checkpoint:
     """Return the checkpoint to load, with its quantization settings as vLLM reads them, overrides included."""
     model, loading = vllm_config.model_config, vllm_config.load_config
-    quantization = getattr(model.hf_config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, Mapping):
-        quantization = quantization.to_dict()
     found = read_served(model.model, model.revision, loading.load_format, loading.download_dir)
-    return replace(found, quantization=quantization)
+    return replace(found, quantization=quantization_of(vllm_config))
 
 
 def layer_quantization(
@@ -60,6 +59,8 @@ def layer_quantization(
         # vLLM would apply this (quantization by flags) to every answer of ours. ``engine_config`` keeps it, so that it
         # applies only to layers that are served as stored.
         online_quantization_config=None,
+        # ``Attention`` would let this choose the cache's type; ``config.choose_cache_dtype`` has already done so.
+        kv_cache_scheme=None,
     )
 
 
@@ -73,7 +74,10 @@ class ByCheckpoint:
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase | VocabParallelEmbedding | RoutedExperts):
-            return self.engine_config.get_quant_method(layer, prefix)
+            method = self.engine_config.get_quant_method(layer, prefix)
+            if method is None and prefix in self.checkpoint.cache_scales:
+                return BaseKVCacheMethod(self.engine_config)
+            return method
         parts = self.checkpoint.parts(prefix, self.config_of_model.num_experts)
         if not parts:
             return plain_method(layer)

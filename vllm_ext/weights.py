@@ -10,6 +10,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+from qnext_plugin.checkpoint.cache_scales import for_attention
 from qnext_plugin.checkpoint.layouts import KINDS, ungroup
 from qnext_plugin.checkpoint.merged import MERGED, layer_name, layer_of
 from qnext_plugin.checkpoint.stored import Checkpoint
@@ -57,7 +58,7 @@ def load_weights(
     """Load the trunk's tensors from a stream with checkpoint names; return the names of the loaded parameters."""
     layers = {name for name, _ in model.named_modules()}
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name) and is_here(name, layers))
-    plain = dequantized(trunk, model, checkpoint, vllm_config)
+    plain = dequantized(for_attention(trunk), model, checkpoint, vllm_config)
     return _load(model, config, flatten(plain, config))
 
 
@@ -70,7 +71,7 @@ def load_draft_weights(
 ) -> set[str]:
     """Load ``mtp.*``, and the embedding and head, which the draft shares with the trunk or holds a copy of."""
     draft = ((name, tensor) for name, tensor in weights if is_draft(name))
-    plain = dequantized(draft, model, checkpoint, vllm_config)
+    plain = dequantized(for_attention(draft), model, checkpoint, vllm_config)
     return _load(model, config, ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in plain))
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from qnext_plugin.checkpoint.cache_scales import cache_scale
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.schema import PACKED_WEIGHTS, QUANT_COMPANIONS, UpdateCheck, both_forms, check_stream
 from qnext_plugin.config import QNextConfig
@@ -104,7 +105,7 @@ class LoadGuard(ABC):
         Scales are not awaited, because the checkpoint's format decides which scales a module has.
         """
         owner, _, leaf = name.rpartition(".")
-        if leaf in QUANT_COMPANIONS:
+        if leaf in QUANT_COMPANIONS or cache_scale(name):
             return
         module = self.module(name)
         arrived = incomplete.setdefault(module, set())

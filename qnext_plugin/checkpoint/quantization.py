@@ -8,7 +8,7 @@ from qnext_plugin.checkpoint.headers import TensorInfo
 from qnext_plugin.checkpoint.layouts import LAYOUTS
 from qnext_plugin.checkpoint.listing import listing
 from qnext_plugin.checkpoint.merged import PARTS
-from qnext_plugin.checkpoint.schema import CACHE_SCALES, FLOAT_DTYPES, PACKED_WEIGHTS, QUANT_COMPANIONS
+from qnext_plugin.checkpoint.schema import FLOAT_DTYPES, PACKED_WEIGHTS, QUANT_COMPANIONS
 
 _WEIGHTS = frozenset(("weight", *PACKED_WEIGHTS))
 SCALES = ("weight_scale_inv", "weight_scale", "scales")
@@ -19,7 +19,7 @@ def stored_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, Ten
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in headers.items():
         module, _, leaf = name.rpartition(".")
-        if leaf in _WEIGHTS or (leaf in QUANT_COMPANIONS and leaf not in CACHE_SCALES):
+        if leaf in _WEIGHTS or leaf in QUANT_COMPANIONS:
             modules.setdefault(module, {})[leaf] = info
     return modules
 

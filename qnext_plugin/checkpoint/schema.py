@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from qnext_plugin.checkpoint.cache_scales import cache_scale, misshapen_scales
 from qnext_plugin.checkpoint.headers import DTYPE_NAMES, Shape, TensorInfo, describe
 from qnext_plugin.checkpoint.listing import listing
 from qnext_plugin.config import FULL, QNextConfig
@@ -15,9 +16,8 @@ PACKED_WEIGHTS = ("qweight", "weight_packed")
 QUANT_COMPANIONS = (
     *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
     *("weight_shape", "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point"),
-    *("scales", "qzeros", "g_idx", "q_scale", "k_scale", "v_scale"),
+    *("scales", "qzeros", "g_idx"),
 )
-CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
 FLOAT_DTYPES = tuple(DTYPE_NAMES.values())
 BYTE_DTYPES = ("F8_E4M3", "I8")  # quantized, with one number in each element
 
@@ -272,12 +272,13 @@ def _quantizable(expected: Mapping[str, Shape]) -> tuple[set[str], set[str]]:
 
 def _is_quantized(name: str, linear: Container[str], attention: Container[str]) -> bool:
     module, _, leaf = name.rpartition(".")
-    in_linear = module in linear and leaf in (*PACKED_WEIGHTS, *QUANT_COMPANIONS)
-    return in_linear or (module in attention and leaf in CACHE_SCALES)
+    scale = cache_scale(name)
+    in_attention = scale is not None and scale[0].removesuffix(".attn") in attention
+    return in_attention or (module in linear and leaf in (*PACKED_WEIGHTS, *QUANT_COMPANIONS))
 
 
 def _misshapen(expected: Mapping[str, Shape], headers: Mapping[str, TensorInfo]) -> list[str]:
-    return [
+    return misshapen_scales(headers) + [
         f"{n} {list(found.shape)}, expected {list(expected[n])}"
         for n, found in headers.items()
         if n in expected and found.dtype in (*FLOAT_DTYPES, *BYTE_DTYPES) and found.shape != expected[n]

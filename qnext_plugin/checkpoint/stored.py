@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 from torch import Tensor
 
 from qnext_plugin.checkpoint import hub
+from qnext_plugin.checkpoint.cache_scales import cache_scales, check_cache_scales
 from qnext_plugin.checkpoint.formats import Leaves, dequantize
 from qnext_plugin.checkpoint.headers import INDEX_FILE, Both, TensorInfo, index_advice, read_directory
 from qnext_plugin.checkpoint.kinds import check_kind
@@ -57,6 +58,11 @@ class Checkpoint:
         """The stored tensors of all modules; None if the checkpoint is not quantized or has no headers."""
         return None if self.quantization is None or self.headers is None else stored_modules(self.headers)
 
+    @cached_property
+    def cache_scales(self) -> Mapping[str, Mapping[str, str]]:
+        """The stored scales for an FP8 cache, by the attention layer's name in both engines."""
+        return cache_scales(self.headers or {})
+
     def check(self, config: QNextConfig, mtp: Literal["required", "optional"] = "optional") -> None:
         """Raise ``ValueError`` if the headers do not fit the configuration or each other."""
         assert self.headers is not None
@@ -65,6 +71,7 @@ class Checkpoint:
         except ValueError as e:
             raise (self._incomplete_index(config, mtp) or e) from None
         check_quantization(self.headers, self.quantization, weight_shapes(config))
+        check_cache_scales(self.headers, self.quantization)
 
     def _incomplete_index(self, config: QNextConfig, mtp: Literal["required", "optional"]) -> ValueError | None:
         """Return an error if the checkpoint is complete with the files that the index does not name."""

@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from qnext_plugin.engines.config import mtp_flags
@@ -11,6 +12,7 @@ from qnext_plugin.engines.config import mtp_flags
 GIB = 2**30
 BAR = 24
 DTYPES = ("float32", "bfloat16", "float16")
+_CACHE_DTYPES = {"fp8": "float8_e4m3fn", "bfloat16": "bfloat16"}
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -28,7 +30,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     plan.add_argument("--context-length", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
     plan.add_argument("--mtp", type=int, default=0, metavar="N", help="draft N tokens each step")
     plan.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the checkpoint's)")
-    plan.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
+    plan.add_argument("--kv-cache-dtype", default="auto", choices=("auto", *_CACHE_DTYPES))
     plan.add_argument("--state-dtype", choices=DTYPES, help="of recurrent states (default: the engine's)")
     plan.add_argument("--no-prefix-caching", action="store_true")
     plan.add_argument("--block-size", type=int, metavar="N", help="vLLM's flag; Blackwell's attention wants 128")
@@ -56,6 +58,7 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
     import torch
 
     from qnext_plugin.config import QNextConfig
+    from qnext_plugin.plan.caches import default_cache_dtype
     from qnext_plugin.plan.sizes import Serving
 
     for name in ("gpu_memory", "cache_memory", "context_length", "block_size", "max_num_seqs"):
@@ -73,7 +76,6 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
         args.tensor_parallel_size,
         args.mtp,
         getattr(torch, named),
-        torch.float8_e4m3fn if args.kv_cache_dtype == "fp8" else None,
     )
     weights = serving.weights(metadata.headers)
     context = args.context_length or config.max_position_embeddings
@@ -85,13 +87,17 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
         "weights_from": "safetensors headers" if metadata.headers else "config.json",
         "quantized": "quantization_config" in metadata.config,
         "weights": weights,
-        "kv_bytes_per_token": serving.kv_bytes_per_token,
         "context_length": context,
         "trained_length": config.max_position_embeddings,
         "engines": {},
     }
     for engine, divide in (("vllm", _vllm), ("sglang", _sglang)):
+        kept = _CACHE_DTYPES.get(args.kv_cache_dtype) or _name(
+            default_cache_dtype(engine, args.device, metadata.quantization) or serving.dtype
+        )
+        serving = replace(serving, kv_cache_dtype=getattr(torch, kept))
         numbers, cache, memory = divide(args, serving, metadata.config, sum(weights.values()))
+        numbers |= {"kv_cache_dtype": kept, "kv_bytes_per_token": serving.kv_bytes_per_token}
         found = {str(n): min(cache.concurrency(memory, n), numbers["max_num_seqs"]) for n in lengths}
         plan["engines"][engine] = numbers | {"cache_memory": memory, "concurrency": found}
         plan["engines"][engine]["fits"] = found[str(context)] >= 1
@@ -162,7 +168,7 @@ def _vllm_command(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
     if args.max_num_seqs or numbers["max_num_seqs_refused"]:
         words += ["--max-num-seqs", str(min(numbers["max_num_seqs"], numbers["num_blocks"]))]
     words += _given(args, {"dtype": "--dtype", "state_dtype": "--mamba-ssm-cache-dtype", "block_size": "--block-size"})
-    words += ["--kv-cache-dtype", "fp8"] if args.kv_cache_dtype == "fp8" else []
+    words += ["--kv-cache-dtype", args.kv_cache_dtype] if args.kv_cache_dtype != "auto" else []
     words += ["--no-enable-prefix-caching"] if args.no_prefix_caching else []
     words += mtp_flags("vllm", args.mtp)
     longer = plan["context_length"] > plan["trained_length"]
@@ -175,7 +181,8 @@ def _sglang_command(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
     words += ["--mem-fraction-static", f"{args.mem_fraction_static:g}"] if args.device == "cuda" else []
     names = {"max_num_seqs": "--max-running-requests", "dtype": "--dtype", "state_dtype": "--mamba-ssm-dtype"}
     words += _given(args, names)
-    words += ["--kv-cache-dtype", "fp8_e4m3"] if args.kv_cache_dtype == "fp8" else []
+    cache_dtype = "fp8_e4m3" if args.kv_cache_dtype == "fp8" else args.kv_cache_dtype
+    words += ["--kv-cache-dtype", cache_dtype] if cache_dtype != "auto" else []
     words += ["--disable-radix-cache"] if args.no_prefix_caching else []
     words += mtp_flags("sglang", args.mtp)
     longer = plan["context_length"] > plan["trained_length"]
@@ -202,7 +209,6 @@ def _text(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
         f"Each of {args.tensor_parallel_size} GPUs" if args.device == "cuda" else "Each rank",
         f"  weights              {total / GIB:9.2f} GiB   (from {plan['weights_from']})",
         *(f"    {kind:<18} {size / GIB:9.2f} GiB" for kind, size in plan["weights"].items()),
-        f"  keys and values      {plan['kv_bytes_per_token']:9,} bytes per token",
     ]
     if plan["quantized"] and plan["weights_from"] == "config.json":
         lines.append("  this checkpoint is quantized: without its headers the weights above are too large")
@@ -219,9 +225,14 @@ def _text(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _keys_and_values(engine: Mapping[str, Any]) -> str:
+    return f"  keys and values      {engine['kv_bytes_per_token']:9,} bytes per token, {engine['kv_cache_dtype']}"
+
+
 def _vllm_text(args: argparse.Namespace, plan: Mapping[str, Any], vllm: Mapping[str, Any]) -> list[str]:
     block = f"{vllm['block_size']:,} tokens"
     lines = [
+        _keys_and_values(vllm),
         f"  states               {vllm['state_bytes_per_sequence'] / 2**20:9.1f} MiB per sequence, "
         f"{vllm['state_dtype']}",
         f"  attention block      {block:>9}: prefixes are found again in whole blocks, so shorter prompts never hit",
@@ -238,6 +249,7 @@ def _vllm_text(args: argparse.Namespace, plan: Mapping[str, Any], vllm: Mapping[
 
 def _sglang_text(args: argparse.Namespace, plan: Mapping[str, Any], sglang: Mapping[str, Any]) -> list[str]:
     lines = [
+        _keys_and_values(sglang),
         f"  states               {sglang['state_bytes_per_sequence'] / 2**20:9.1f} MiB per sequence, "
         f"{sglang['state_dtype']}",
         f"  state slots          {sglang['num_slots']:9,}: a sequence takes {sglang['slots_per_sequence']}, "

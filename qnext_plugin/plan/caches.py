@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache
 from qnext_plugin.plan.sizes import Serving
 
 
@@ -36,6 +37,19 @@ def default_state_dtype(engine: str, device: str, config: Mapping[str, Any], dty
     if engine == "vllm":
         return torch.float32 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else dtype
     return torch.float32 if (named := config.get("mamba_ssm_dtype")) is None else getattr(torch, named)
+
+
+def default_cache_dtype(engine: str, device: str, quantization: Mapping[str, Any] | None) -> torch.dtype | None:
+    """Return the dtype of keys and values that an engine chooses if no flag sets it; None for that of the model.
+
+    ``quantization`` is the checkpoint's description of its quantization. For the device ``cpu`` the answer is for this
+    machine's CPU: vLLM needs instructions for FP8 there, and our adapter for SGLang chooses it only by a flag.
+    """
+    if not asks_for_fp8_cache(quantization):
+        return None
+    if device == "cpu" and (engine == "sglang" or not torch.cpu._is_avx512_supported()):
+        return None
+    return torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ class CpuAttentionBackend(AttentionBackend):
         """Write this step's keys and values, and return the layer's entire caches [tokens, kv_heads, head_dim]."""
         pool = self.token_to_kv_pool
         if save and k is not None:
+            if pool.dtype == torch.float8_e4m3fn:
+                k, v = (quantized(x, scale) for x, scale in zip((k, v), cache_scales(layer), strict=True))
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
 
@@ -173,11 +175,24 @@ def tokens_of(sequences: Tensor, size: int) -> Tensor:
     return (sequences[:, None] * size + torch.arange(size)).flatten()
 
 
+def cache_scales(layer: RadixAttention) -> tuple[float, float]:
+    """Return what keys and values in an FP8 cache are multiplied with; 1 where the checkpoint has no scales."""
+    return layer.k_scale_float or 1.0, layer.v_scale_float or 1.0
+
+
+def quantized(x: Tensor, scale: float) -> Tensor:
+    """Round keys or values to FP8; torch would make NaN of those beyond its range."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return (x / scale).clamp(-largest, largest).to(torch.float8_e4m3fn)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, mask: Tensor | None) -> Tensor:
     """Return the attention of ``q`` to ``k``, ``v`` [N, L, kv_heads, D]; ``q`` and result are [N, heads, Q, D].
 
     It is causal without a ``mask``.
     """
+    if k.dtype == torch.float8_e4m3fn:
+        k, v = (x.to(q.dtype) * scale for x, scale in zip((k, v), cache_scales(layer), strict=True))
     k, v = (x.transpose(1, 2).to(q.dtype) for x in (k, v))
     grouped = layer.tp_q_head_num != layer.tp_k_head_num
     return F.scaled_dot_product_attention(

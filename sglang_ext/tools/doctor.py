@@ -102,7 +102,11 @@ def risks(hf_config: Any, args: Any) -> list[tuple[str, str]]:
     """Return pairs of what may surprise in this configuration and which flag avoids it."""
     import torch
 
-    found = []
+    from qnext_plugin.checkpoint.stored import read_served
+    from sglang_ext.quantization import cache_note
+
+    checkpoint = read_served(args.model_path, args.revision, args.load_format, args.download_dir)
+    found = [note] if (note := cache_note(checkpoint, args.kv_cache_dtype)) else []
     if getattr(hf_config, "dtype", None) == torch.float32 and args.dtype == "auto":
         found.append(("SGLang serves a float32 checkpoint in float16", "--dtype float32"))
     if args.mamba_ssm_dtype in ("bfloat16", "float16"):

@@ -18,12 +18,15 @@ from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qnext_plugin.checkpoint.cache_scales import cache_scale
+
 EVERY = ["re:.*"]
 
 
 def dequantized(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a one-file checkpoint, the quantized ones as float32 weights."""
-    tensors = load_file(directory / "model.safetensors")
+    """All weights of a one-file checkpoint, the quantized ones in float32."""
+    stored = load_file(directory / "model.safetensors")
+    tensors = {name: tensor for name, tensor in stored.items() if not cache_scale(name)}
     for name in [name for name in tensors if name.endswith("shared_expert.gate_up_proj.weight")]:
         gate, up = tensors.pop(name).chunk(2)
         tensors |= {name.replace("gate_up", part): rows for part, rows in (("gate", gate), ("up", up))}

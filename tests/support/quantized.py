@@ -11,6 +11,7 @@ from torch import Tensor
 from qnext_plugin.checkpoint.make_quantized import FORMATS, IGNORE, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.verify.scenarios import Scenario, tokens
+from tests.support.cache_scales import FORM_OF_SCALES, add_cache_scales
 from tests.support.dequantized import write_dequantized
 
 # Every expert is used: between two that tie, rounding decides in any implementation.
@@ -35,10 +36,11 @@ FORMS = (*FORMATS, "auto-round-mixed", "two-groups")
 
 
 def write(root: Path) -> None:
-    """A checkpoint in each of ``FORMS``, by its name below ``root``."""
+    """A checkpoint in each of ``FORMS``, by its name below ``root``, with scales for an FP8 cache that is not used."""
     write_random_checkpoint(root / "source", overrides=SIZES)
     for name in FORMATS:
         quantize_checkpoint(root / "source", root / name, format=name)
+        add_cache_scales(root / name, FORM_OF_SCALES[name], asks=False)
     _write_auto_round_mixed(root)
     _write_two_groups(root)
 

@@ -15,6 +15,7 @@ from qnext_plugin.checkpoint.layouts import ungroup
 from qnext_plugin.checkpoint.make_quantized import IGNORE, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
+from tests.support.cache_scales import FORM_OF_SCALES, add_cache_scales
 from tests.support.dequantized import dequantized
 
 # Each FP8 block, packed word and group fits a rank of 8, but the shared expert's blocks, as in the 80B.
@@ -175,6 +176,8 @@ def make(root: Path, names: Iterable[str]) -> None:
                 raw["quantization_config"][key] = ["model.layers.0.self_attn", "re:nothing.like.this"]
         raw["quantization_config"].pop("dynamic", None)
         file.write_text(json.dumps(raw))
+        for directory in (root / name, root / f"{name}-mixed"):
+            add_cache_scales(directory, FORM_OF_SCALES[name])
 
 
 def make_auto_round(root: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qnext_plugin.config import QNextConfig
+from tests.support.cache_scales import FORM_OF_SCALES, SETTINGS, scale
 from tests.support.dequantized import dequantized
 from tests.support.reads import Reads
 from tests.support.shards import OUTER_RANKS, RANKS, attention_and_experts, checkpoints, expected, weights_of
@@ -67,6 +68,8 @@ def load(
             with rank_of(directory, tp, rank, moe_runner_backend=moe_runner):
                 model = make_model(directory, draft)
                 model.load_weights(iter(stored))
+                if quantization:
+                    check_cache_scales(model, directory)
             if draft:
                 parts = attention_and_experts(tensors, config, rank, tp, "mtp.layers.0.self_attn.", "mtp.layers.0.mlp.")
                 parts |= {"mtp.fc.weight": tensors["mtp.fc.weight"]}
@@ -85,6 +88,37 @@ def load(
                     torch.testing.assert_close(actual, shard.to(actual.dtype), rtol=rtol, atol=0, msg=where)
         as_stored[f"{rank} of {tp}"] = list(names)
     return as_stored
+
+
+def check_cache_scales(model: nn.Module, directory: Path) -> None:
+    """Each attention layer uses the checkpoint's scales; without a flag the cache is what it asks for, on a GPU."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.mem_cache.kv_cache_dtype import configure_kv_cache_dtype
+
+    from sglang_ext import quantization
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, RadixAttention)}
+    assert layers
+    for name, layer in layers.items():
+        layer.quant_method.process_weights_after_loading(layer)
+        outer = name.removesuffix(".attn").replace("model.", "mtp." if "MTP" in type(model).__name__ else "model.", 1)
+        for x in "kv":
+            used = (getattr(layer, f"{x}_scale").item(), getattr(layer, f"{x}_scale_float"))
+            assert used == (scale(outer, x),) * 2, f"{directory.name}: {outer}, {x}: {used}"
+        model.load_weights([(f"{outer}.k_proj.k_scale", torch.tensor(3.0))])
+        assert layer.k_scale_float == 3, "an update from tensors does not reach the kernels"
+    _, cache = configure_kv_cache_dtype(
+        server_args_kv_cache_dtype="auto",
+        model=model,
+        model_dtype=torch.get_default_dtype(),
+        is_draft_worker=False,
+        is_dflash=False,
+        speculative_draft_attention_backend="",
+    )
+    asks, on_cpu = FORM_OF_SCALES[directory.name.removesuffix("-mixed")] in SETTINGS, quantization.ON_CPU
+    assert (cache == torch.float8_e4m3fn) == (asks and not on_cpu), f"{directory.name}: {cache}"
+    assert (quantization.cache_note(model.checkpoint, "auto") is not None) == (asks and on_cpu)
+    assert quantization.cache_note(model.checkpoint, "fp8_e4m3") is None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.engines.config import mtp_arguments
 from tests.support.adapters import added
+from tests.support.cache_scales import FORM_OF_SCALES, NAMES, SETTINGS, scale
 from tests.support.dequantized import dequantized
 from tests.support.reads import Reads
 from tests.support.shards import OUTER_RANKS, RANKS, attention_and_experts, checkpoints, expected, weights_of
@@ -85,6 +86,8 @@ def load(
                     tensors, config, rank, tp, "mtp.layers.0.self_attn.", "mtp.layers.0.mlp."
                 ) | {"mtp.fc.weight": tensors["mtp.fc.weight"].chunk(tp)[rank]}
                 shards = {name.replace("mtp.", "model."): shard for name, shard in mtp_shards.items()}
+            if quantization:
+                check_cache_scales(model, directory)
             for name, shard in shards.items():
                 where = f"{directory.name}, {model_class.__name__}: {name}, rank {rank} of {tp}"
                 actual, is_quantized = weights_of(model, name, quantization)
@@ -103,11 +106,64 @@ def load(
     return as_stored
 
 
-def configuration(directory: Path) -> Any:
+def form_of_scales(directory: Path) -> str:
+    return FORM_OF_SCALES["gptq" if directory.name == "auto-round" else directory.name.removesuffix("-mixed")]
+
+
+def check_cache_scales(model: nn.Module, directory: Path) -> None:
+    """Each attention layer uses the checkpoint's scales, in a cache of FP8."""
+    from vllm.model_executor.layers.attention import Attention
+
+    form = form_of_scales(directory)
+    layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
+    assert layers
+    for layer in layers:
+        assert layer.kv_cache_dtype.startswith("fp8"), layer.kv_cache_dtype
+        layer.quant_method.process_weights_after_loading(layer)
+        outer = layer.layer_name.removesuffix(".attn")
+        for x in NAMES[form]:
+            used = (getattr(layer, f"_{x}_scale").item(), getattr(layer, f"_{x}_scale_float"))
+            assert used == (scale(outer, x),) * 2, f"{directory.name}: {layer.layer_name}, {x}: {used}"
+
+
+def without_fp8_cache(directory: Path) -> dict[str, Any]:
+    """What becomes of a checkpoint that asks for an FP8 cache on a CPU with AVX2 only, and of a flag for one."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    from vllm_ext.model import Qwen3NextForCausalLM
+    from vllm_ext.tools.doctor import risks
+
+    with (
+        patch.object(torch.cpu, "_is_avx512_supported", return_value=False),
+        patch.object(torch.cpu, "_is_amx_tile_supported", return_value=False),
+    ):
+        vllm_config = configuration(directory)
+        with set_current_vllm_config(vllm_config):
+            model = initialize_model(vllm_config, model_class=Qwen3NextForCausalLM)
+        try:
+            configuration(directory, kv_cache_dtype="fp8_e5m2")
+            refused = ""
+        except ValueError as e:
+            refused = str(e)
+        return {
+            "layers": sorted({m.kv_cache_dtype for m in model.modules() if hasattr(m, "kv_cache_dtype")}),
+            "refused": refused,
+            "risks": risks(vllm_config),
+        }
+
+
+def configuration(directory: Path, **options: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-    args = EngineArgs(model=str(directory), dtype=dtype, skip_tokenizer_init=True, **mtp_arguments("vllm", 1))
+    asks = directory.name == "plain" or form_of_scales(directory) in SETTINGS
+    args = EngineArgs(
+        model=str(directory),
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        **{"kv_cache_dtype": "auto" if asks else "fp8"} | mtp_arguments("vllm", 1) | options,
+    )
     return args.create_engine_config()
 
 
@@ -205,6 +261,8 @@ def check(root: str) -> dict[str, Any]:
             torch.set_default_dtype(half if quantization else torch.float32)
             ranks = OUTER_RANKS if directory.name == "auto-round" else RANKS
             found[directory.name] = load(directory, tensors, quantization, ranks)
+            if directory.name in ("fp8-channel", "nvfp4"):
+                found[f"{directory.name}, no FP8 cache"] = without_fp8_cache(directory)
             if directory.name in WORDS:
                 with patch.object(vllm_ext.quantization, "has_cpu_wna16", lambda: False):
                     found[f"{directory.name}, AVX2"] = load(directory, tensors, quantization, ranks=[(2, 1)])

@@ -127,9 +127,10 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
     from vllm.platforms import current_platform
     from vllm.v1.attention.selector import get_attn_backend
 
+    from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache
     from qnext_plugin.plan.caches import DEVICES, VllmCache
     from qnext_plugin.plan.sizes import Serving
-    from vllm_ext.config import qnext_config
+    from vllm_ext.config import missing_fp8_cache, qnext_config, quantization_of
     from vllm_ext.state import state_dtypes
 
     cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
@@ -164,6 +165,13 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
     if state_dtype != torch.float32:
         found.append(
             (f"recurrent states are rounded to {state_dtype} after each step", "--mamba-ssm-cache-dtype float32")
+        )
+    if cache_config.cache_dtype == "auto" and asks_for_fp8_cache(quantization_of(vllm_config)):
+        found.append(
+            (
+                f"keys and values are kept in {model_config.dtype}, not in FP8 as the checkpoint asks",
+                f"{missing_fp8_cache(vllm_config)}",
+            )
         )
     if vllm_config.speculative_config is not None and caching and not current_platform.is_cpu():
         found.append(

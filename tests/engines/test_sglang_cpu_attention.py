@@ -1,0 +1,62 @@
+"""Keys and values in FP8 on a CPU: rounded with the layer's scales, and read with the same ones."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+KV_HEADS, HEAD_DIM, TOKENS = 2, 32, 40
+SCALES = (0.5, 2.0)
+
+
+def attended(scales: tuple[float, float] | None, dtype: torch.dtype, largest: float = 1.0) -> torch.Tensor:
+    """What one prompt's tokens attend to, through a pool of ``dtype``; ``largest`` is the size of the values."""
+    from sglang_ext.cpu.attention import CpuAttentionBackend, CpuKVPool
+
+    pool = CpuKVPool(
+        size=64,
+        page_size=1,
+        dtype=dtype,
+        head_num=KV_HEADS,
+        head_dim=HEAD_DIM,
+        layer_num=1,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+    backend = CpuAttentionBackend.__new__(CpuAttentionBackend)
+    locations = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:TOKENS] + 1
+    backend.token_to_kv_pool = pool
+    backend.groups = [(slice(0, TOKENS), locations[None], None)]
+    k_scale, v_scale = scales or (None, None)
+    layer = SimpleNamespace(
+        layer_id=0,
+        tp_q_head_num=4,
+        tp_k_head_num=KV_HEADS,
+        qk_head_dim=HEAD_DIM,
+        v_head_dim=HEAD_DIM,
+        scaling=HEAD_DIM**-0.5,
+        k_scale_float=k_scale,
+        v_scale_float=v_scale,
+    )
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(TOKENS, 4 * HEAD_DIM, generator=generator)
+    k, v = torch.randn(2, TOKENS, KV_HEADS, HEAD_DIM, generator=generator)
+    return backend.forward_extend(q, k, v * largest, layer, SimpleNamespace(out_cache_loc=locations))
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("scales", [None, (1.0, 1.0), SCALES])
+def test_an_fp8_cache_loses_what_fp8_rounds(scales):
+    exact = attended(scales, torch.float32)
+    assert error(exact, attended(None, torch.float32)) == 0, "scales are for FP8 only"
+    assert 0.001 < error(attended(scales, torch.float8_e4m3fn), exact) < 0.04
+
+
+def test_scales_keep_what_fp8_alone_cannot_hold():
+    """Values of a few thousand; FP8 ends at 448, and torch makes NaN of what is beyond."""
+    exact = attended(None, torch.float32, 1000.0)
+    assert error(attended((1.0, 16.0), torch.float8_e4m3fn, 1000.0), exact) < 0.04
+    assert 0.1 < error(attended(None, torch.float8_e4m3fn, 1000.0), exact) < 1
