@@ -1,7 +1,8 @@
 """Let a served model call a function: two turns through the OpenAI client, with either engine's server.
 
 vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes
-python -m sglang.launch_server --model-path MODEL --port 8000 --tool-call-parser qwen25
+python -m sglang.launch_server --model-path MODEL --port 8000 --tool-call-parser qwen
+For Qwen3-Coder-Next the parser is qwen3_coder on both engines.
 
 pip install openai
 python examples/tools.py http://127.0.0.1:8000/v1

@@ -27,7 +27,7 @@ from tests.support.tolerances import LOGPROB_FLOAT32
 
 TRAINED_LENGTH, SERVED_LENGTH = 256, 1000
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED_LENGTH}
-CONFIG = {"max_position_embeddings": TRAINED_LENGTH}
+CONFIG = {"max_position_embeddings": TRAINED_LENGTH, "rope_theta": 5_000_000}  # as Qwen3-Coder-Next has it
 LONG = [*EXACT, "--enforce-eager", "--max-model-len", str(SERVED_LENGTH)]
 TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 RECOMMENDED = {"temperature": 0.7, "top_p": 0.8, "presence_penalty": 1.5, "extra_body": {"top_k": 20, "min_p": 0}}
@@ -100,8 +100,7 @@ def test_mtp_past_the_trained_length(written, serve):
 
 @pytest.mark.parametrize("where", ["override", pytest.param("config", marks=pytest.mark.exhaustive)])
 def test_yarn(written, serve, where):
-    rope = YARN | {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}
-    flags = ["--hf-overrides", json.dumps({"rope_parameters": rope})] if where == "override" else []
+    flags = ["--hf-overrides", json.dumps({"rope_scaling": YARN})] if where == "override" else []
     with serve(written / ("plain" if where == "override" else "yarn"), *flags, *LONG, **LONGER) as server:
         assert ("Worker", "Qwen3NextForCausalLM", "vllm_ext.model") in who_serves(server)
         assert_rope(server, written, "yarn", wrong="plain")

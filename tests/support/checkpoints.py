@@ -1,4 +1,4 @@
-"""The checkpoints that engine tests serve: ``demo`` is the trained one, the others are random.
+"""The checkpoints that engine tests serve: ``demo`` and ``coder`` are the trained one, the others are random.
 
 Keys are ``config.json`` keys that differ from the tiny preset.
 """
@@ -13,6 +13,7 @@ from qnext_plugin.checkpoint.make_demo import write_demo_checkpoint
 from qnext_plugin.checkpoint.make_random import random_tensor, write_random_checkpoint
 from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import QNextConfig
+from tests.support.coder import write_coder_checkpoint
 
 L, F = "linear_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -55,6 +56,9 @@ def write_checkpoint(directory: Path, name: str) -> Path:
     target = directory / name
     if name == "demo":
         write_demo_checkpoint(target)
+        return target
+    if name == "coder":
+        write_coder_checkpoint(target)
         return target
     write_random_checkpoint(
         target,

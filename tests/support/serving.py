@@ -68,7 +68,17 @@ SERVERS = {
             ),
         },
     ),
-    "defaults": Settings("bfloat16", {"vllm": (), "sglang": ()}),
+    # The commands of Qwen3-Coder-Next, with drafts; on SGLang all else is as by default.
+    "coder": Settings(
+        "coder",
+        {
+            "vllm": (
+                *("--enforce-eager", "--max-num-seqs", "8", "--enable-auto-tool-choice"),
+                *("--tool-call-parser", "qwen3_coder", *MTP["vllm"]),
+            ),
+            "sglang": ("--tool-call-parser", "qwen3_coder", "--sleep-on-idle", *MTP["sglang"]),
+        },
+    ),
 }
 METRICS = {
     "vllm": {
