@@ -97,7 +97,7 @@ def test_a_hub_that_cannot_be_asked_leaves_the_configuration(local, hub, monkeyp
     for error in HfHubHTTPError.__bases__:
         monkeypatch.setattr("qnext_plugin.checkpoint.hub._ask", Mock(side_effect=error("no network")))
         assert read_served(NAME, None, "auto", None).headers is None
-        assert read_checkpoint(NAME).quant_method == "fp8"
+        assert read_checkpoint(NAME).quantized is not None
 
 
 def test_what_is_no_checkpoint_is_left_to_the_engine(hub):
@@ -224,7 +224,7 @@ import json
 from qnext_plugin.checkpoint.stored import read_served
 for _ in range(2):
     found = read_served({NAME!r}, None, "auto", None)
-    print(json.dumps([found.quant_method, {{n: [i.shape, i.dtype, i.file.name] for n, i in found.headers.items()}}]))
+    print(json.dumps([found.quantization["quant_method"], {{n: [i.shape, i.dtype, i.file.name] for n, i in found.headers.items()}}]))
 """
 
 
