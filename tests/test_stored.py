@@ -97,7 +97,7 @@ def test_a_hub_that_cannot_be_asked_leaves_the_configuration(local, hub, monkeyp
     for error in HfHubHTTPError.__bases__:
         monkeypatch.setattr("qnext_plugin.checkpoint.hub._ask", Mock(side_effect=error("no network")))
         assert read_served(NAME, None, "auto", None).headers is None
-        assert read_checkpoint(NAME).quantized is not None
+        assert read_checkpoint(NAME).quantization["quant_method"] == "fp8"
 
 
 def test_what_is_no_checkpoint_is_left_to_the_engine(hub):
