@@ -224,7 +224,8 @@ import json
 from qnext_plugin.checkpoint.stored import read_served
 for _ in range(2):
     found = read_served({NAME!r}, None, "auto", None)
-    print(json.dumps([found.quantization["quant_method"], {{n: [i.shape, i.dtype, i.file.name] for n, i in found.headers.items()}}]))
+    headers = {{name: [info.shape, info.dtype, info.file.name] for name, info in found.headers.items()}}
+    print(json.dumps([found.quantization["quant_method"], headers]))
 """
 
 

@@ -17,8 +17,14 @@ CHANGED = "model.layers.1.linear_attn.in_proj_qkvz.weight"
 MISSHAPEN = ["wrongly shaped", "layers.3.self_attn.k_proj.weight [3, 5]"]
 # Which checkpoint serves after each step, and what is said of weights that do not fit.
 STEPS = {
-    "vllm": {"fresh": "old", "disk": "new", "direct": "old", "transfer": "new", "recovered": "old"},
-    "sglang": {"fresh": "old", "disk": "new", "tensors": "old", "recovered": "new"},
+    "vllm": {
+        **{"fresh": "old", "disk": "new", "megabytes": "old", "kilobytes": "new"},
+        **{"direct": "old", "transfer": "new", "recovered": "old"},
+    },
+    "sglang": {
+        **{"fresh": "old", "megabytes": "new", "kilobytes": "old", "disk": "new", "tensors": "old"},
+        "recovered": "new",
+    },
 }[ENGINE]
 REFUSED = {
     "vllm": {
@@ -138,7 +144,7 @@ def test_a_mix_of_old_and_new_weights_ends_the_server(outcome):
 
 
 @pytest.mark.only("vllm")
-@pytest.mark.parametrize("step", ["fresh", "direct", "transfer"])
+@pytest.mark.parametrize("step", ["fresh", "megabytes", "kilobytes", "direct", "transfer"])
 def test_draft_is_the_one_loaded_last(outcome, directories, step):
     difference = compare_draft(outcome["answers"][f"{step}.draft_logits"], directories[STEPS[step]])
     assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
 from sglang_ext.tools.engine import Engine
+from tests.support.buckets import buckets, transformers5
 from tests.support.matrix import SCENARIOS
 
 
@@ -46,10 +47,14 @@ def reload(served: Engine, checkpoints: dict[str, str], directory: str) -> dict[
             engine.end_weight_update()
         return ""
 
+    old, new = weights(checkpoints["old"]), weights(checkpoints["new"])
     note("fresh")
+    for step, source, size in (("megabytes", new, 2**20), ("kilobytes", old, 2**16)):
+        sent = buckets(transformers5(source), size)
+        assert len(sent) > 2 and not tensors(*sent)
+        note(step)
     assert not disk(checkpoints["new"])
     note("disk")
-    old = weights(checkpoints["old"])
     assert not tensors(old[: len(old) // 2], old[len(old) // 2 :])
     note("tensors")
     k_proj, misshapen = "model.layers.3.self_attn.k_proj.weight", torch.zeros(3, 5)
@@ -67,7 +72,6 @@ def reload(served: Engine, checkpoints: dict[str, str], directory: str) -> dict[
         errors[name] = call()
         note(name)
     # A later part that does not fit comes too late: some of the tensors are new already.
-    new = weights(checkpoints["new"])
     errors["late"] = tensors(new[: len(new) // 2], [(k_proj, misshapen)])
     assert not disk(checkpoints["new"])
     note("recovered")

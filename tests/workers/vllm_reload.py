@@ -16,10 +16,10 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from qnext_plugin.engines.config import EngineConfig
+from tests.support.buckets import Weights, buckets, transformers5
 from tests.support.matrix import SCENARIOS
 from vllm_ext.tools.engine import Engine
 
-Weights = list[tuple[str, torch.Tensor]]
 CONFIG = EngineConfig(draft_tokens=3, num_blocks=64)
 
 
@@ -144,6 +144,12 @@ def reload(checkpoints: dict[str, str], directory: str) -> dict[str, str]:
     note("fresh", "short", "draft_logits")
     model.disk(checkpoints["new"])
     note("disk")
+    for step, source, size in (("megabytes", old, 2**20), ("kilobytes", new, 2**16)):
+        sent = buckets(transformers5(source), size)
+        assert len(sent) > 2
+        model.transfer(sent)
+        model.transfer(sent, draft=True)
+        note(step, "short", "draft_logits")
     model.direct(old)
     model.direct(old, draft=True)
     note("direct", "short", "draft_logits")
