@@ -122,20 +122,22 @@ def weights_of(model: nn.Module, name: str, quantization: dict[str, Any]) -> tup
     sections = [rows, rows] if kind == "w13_" else [layer.hidden_size]
     return torch.stack(
         [
-            dequantize(_by_row(_expert(leaves, i), sections), quantization)
+            dequantize(_by_row(_expert(leaves, i, quantization), sections), quantization)
             for i in range(len(next(iter(leaves.values()))))
         ]
     ), True
 
 
-def _expert(leaves: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+def _expert(leaves: dict[str, Tensor], i: int, quantization: dict[str, Any]) -> dict[str, Tensor]:
     mine = {name: tensor[i] for name, tensor in leaves.items() if tensor.ndim and tensor.shape[0] > i}
     if "weight_packed" in mine and mine["weight_packed"].dtype == torch.int32:  # experts are held transposed
         mine = {name: tensor.T if tensor.ndim == 2 else tensor for name, tensor in mine.items()}
         words = mine["weight_packed"]
         mine["weight_shape"] = torch.tensor([words.shape[0], 8 * words.shape[1]])
     if "qzeros" in mine and mine["qzeros"].dtype != torch.int32:  # SGLang knows those of symmetric weights
-        mine["qzeros"] = torch.full(mine["qzeros"].shape, 0x77777777, dtype=torch.int32)
+        (groups, rows), bits = mine["scales"].shape, quantization["bits"]
+        middle = {4: 0x77777777, 8: 0x7F7F7F7F}[bits]
+        mine["qzeros"] = torch.full((groups, rows * bits // 32), middle, dtype=torch.int32)
     return {name: tensor for name, tensor in mine.items() if tensor.numel()}
 
 
