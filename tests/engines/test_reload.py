@@ -32,7 +32,7 @@ REFUSED = {
         "disk misshapen": ["wrongly shaped", CHANGED],
         "transfer misshapen": MISSHAPEN,
         "draft misshapen": ["wrongly shaped", "mtp.fc.weight [3, 5]"],
-        "draft without mtp": ["missing", "mtp.fc.weight"],
+        "draft without mtp": ["the checkpoint has no mtp.* tensors"],
         "broken": ["the stream broke"],
         "direct misshapen": MISSHAPEN,
         "direct unknown": ["unexpected", "model.layers.3.self_attn.surprise"],
@@ -41,7 +41,7 @@ REFUSED = {
     "sglang": {
         "disk missing": ["missing", CHANGED],
         "disk misshapen": ["wrongly shaped", CHANGED],
-        "disk without mtp": ["missing", "mtp.fc.weight"],
+        "disk without mtp": ["the checkpoint has no mtp.* tensors"],
         "draft misshapen": ["wrongly shaped", "mtp.fc.weight [3, 5]"],
         "tensors misshapen": MISSHAPEN,
         "tensors unknown": ["unexpected", "model.layers.3.self_attn.surprise"],

@@ -30,7 +30,7 @@ def yarn(factor, original=TRAINED):
 
 
 def complete(parameters):
-    """As ``--hf-overrides`` has to give it: it replaces the whole dictionary."""
+    """Every key of ``rope_parameters``, as an override may give them."""
     return {"rope_parameters": parameters | {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}}
 
 
