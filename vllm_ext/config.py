@@ -59,14 +59,21 @@ def qnext_config(vllm_config: VllmConfig) -> QNextConfig:
     return config
 
 
+_QUANTIZES = "int8_per_channel_weight_only"  # the experts
+
+
 class CheckedConfig(KeepsBlockSize):
     """The check that vLLM calls once it has a configuration for this architecture, before it starts any process."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         method, stored = model_config.quantization, model_config.model_arch_config.quantization_config
-        if current_platform.is_cpu() and method is not None and stored is None:
+        if not current_platform.is_cpu() or method is None or stored is not None:
+            return
+        if not torch.cpu._is_amx_tile_supported():
             refuse_quantizing(method)
+        if method != _QUANTIZES:
+            refuse_quantizing(method, f"vLLM has a kernel for {_QUANTIZES} alone")
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

@@ -188,11 +188,11 @@ def read_served(model: str, revision: str | None, load_format: str, download_dir
         return Checkpoint({}, None, None)
 
 
-def refuse_quantizing(method: str) -> NoReturn:
-    """Raise ``ValueError``: a plain checkpoint is to be quantized while it is loaded, on a CPU."""
+def refuse_quantizing(method: str, possible: str = "none is possible") -> NoReturn:
+    """Raise ``ValueError``: this CPU cannot quantize a plain checkpoint by ``method`` while loading it."""
     raise ValueError(
-        f"--quantization {method} found, and the checkpoint is not quantized: on a CPU the engines cannot quantize "
-        "weights while loading them; drop the flag, or serve a checkpoint that is stored quantized"
+        f"--quantization {method} found, and the checkpoint is not quantized; of the methods that quantize weights "
+        f"while loading, {possible} on this CPU: drop the flag, or serve a checkpoint that is stored quantized"
     )
 
 

@@ -1,9 +1,11 @@
 """vLLM's configuration of a checkpoint, with the overrides of the command line."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.checkpoint.stored import Checkpoint
@@ -50,3 +52,20 @@ def test_a_plain_checkpoint_is_quantized_by_vllms_own_configuration(tmp_path):
     config, online = QNextConfig.from_pretrained(tmp_path / "model"), SimpleNamespace()
     found = layer_quantization(Checkpoint({}, {}, None), config.draft, SimpleNamespace(quant_config=online))
     assert found is online
+
+
+@pytest.mark.parametrize(
+    ("method", "amx", "words"),
+    [
+        ("int8_per_channel_weight_only", True, None),
+        ("int8_per_channel_weight_only", False, "none is possible on this CPU"),
+        ("fp8", True, "vLLM has a kernel for int8_per_channel_weight_only alone on this CPU"),
+    ],
+)
+def test_weights_are_quantized_while_loading_where_vllm_can(monkeypatch, method, amx, words):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    from vllm_ext.config import CheckedConfig
+
+    plain = SimpleNamespace(quantization=method, model_arch_config=SimpleNamespace(quantization_config=None))
+    with nullcontext() if words is None else pytest.raises(ValueError, match=words):
+        CheckedConfig.verify_and_update_model_config(plain)
