@@ -23,7 +23,8 @@ from torch import nn
 
 from qnext_plugin.checkpoint import quantized_layers
 from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache
-from qnext_plugin.checkpoint.formats import Leaves
+from qnext_plugin.checkpoint.formats import Leaves, stored_format
+from qnext_plugin.checkpoint.quantization import is_quantized
 from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
 from qnext_plugin.checkpoint.stored import MODELOPT_FILE, Checkpoint, read_served
 from qnext_plugin.config import QNextConfig
@@ -133,14 +134,22 @@ class ByCheckpoint:
             self.obstacle(parts, prefix),
             partial(self.engine_config.get_quant_method, layer, prefix),
             quantization=self.engine_config.get_name(),
-            must_be_stored=isinstance(layer, FusedMoE),
+            must_be_stored=isinstance(layer, FusedMoE) and not ON_CPU,
         )
 
     def obstacle(self, parts: Mapping[str, Leaves], prefix: str) -> str | None:
         if ON_CPU:
             return "SGLang has no kernel for it on this CPU"
         tp_size = get_parallel().tp_size if ".mlp." in prefix else get_parallel().attn_tp_size
-        return self.checkpoint.obstacle(parts, self.config_of_model, tp_size)
+        return missing_method(parts) or self.checkpoint.obstacle(parts, self.config_of_model, tp_size)
+
+
+def missing_method(parts: Mapping[str, Leaves]) -> str | None:
+    """Return why SGLang cannot serve modules as stored on a GPU, where it would fail or leave them without a weight."""
+    found = {(stored_format(leaves), "weight_packed" in leaves) for leaves in parts.values() if is_quantized(leaves)}
+    if found & {("mxfp8", False), ("mxfp4", True)}:  # Quark's MXFP4 has other names
+        return "SGLang has no method for the MX formats of compressed-tensors"
+    return None
 
 
 def plain_method(layer: nn.Module) -> QuantizeMethodBase | None:

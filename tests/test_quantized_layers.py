@@ -224,6 +224,11 @@ def test_what_is_no_refusal_or_may_not_be_refused_is_raised(at_once, error, must
         constructed(lambda: raising(error) if at_once else Method(refusal=error), must_be_stored=must_be_stored)
 
 
+def test_experts_with_a_reason_are_refused_where_they_must_be_stored():
+    with pytest.raises(ValueError, match=r"cannot serve these experts as stored \(rows\)"):
+        constructed(Method, reason="rows", must_be_stored=True)
+
+
 def test_a_view_has_the_type_and_the_name_of_the_engines_configuration():
     class Fp8Config:
         def __init__(self):

@@ -98,10 +98,15 @@ def choose_method(
     """Return the method for a layer that is stored quantized: the engine's choice, or a plain one.
 
     A plain method is returned if a ``reason`` is given or if the engine refuses the layer, at once or when the method
-    creates its weights. If the layer ``must_be_stored``, the engine's error is raised instead, because dequantized the
-    layer would not fit in the memory meant for it. ``quantization`` is the engine's name for the method. The layer
-    keeps the reason for reports.
+    creates its weights. If the layer ``must_be_stored``, an error is raised instead, because dequantized the layer
+    would not fit in the memory meant for it. ``quantization`` is the engine's name for the method. The layer keeps the
+    reason for reports.
     """
+    if reason is not None and must_be_stored:
+        raise ValueError(
+            f"{engine.name} cannot serve these experts as stored ({reason}), and dequantized they would not fit: take "
+            "another engine, or a checkpoint in another format, such as FP8"
+        )
 
     def refused(error: Exception) -> str:
         if must_be_stored or isinstance(error, torch.OutOfMemoryError):

@@ -208,7 +208,7 @@ def check(root: str) -> dict[str, Any]:
             with as_on_a_gpu():
                 try:
                     loaded = load(directory, tensors, quantization, "marlin" if method == "modelopt" else "auto")
-                except NotImplementedError as e:
+                except (NotImplementedError, ValueError) as e:
                     loaded = {"refused": str(e)}
             found[f"{directory.name}, as on a GPU"] = loaded
     return found
