@@ -118,6 +118,10 @@ def test_coverage_accepts_what_is_complete_and_names_what_is_not(
     try:
         check_coverage(CONFIG, headers)
     except ValueError as e:
+        routers = ("the number of experts differs between layers", "the routers have")
+        if str(e).startswith(routers):
+            assert any(name.endswith(".mlp.gate.weight") for name in added)
+            return
         assert str(e).startswith("checkpoint does not match config.json:\n")
         return
     wrong = {n for n, info in headers.items() if info.dtype in ("F32", "BF16") and n in EXPECTED} & added.keys()
