@@ -27,7 +27,7 @@ def cells(files: Iterable[str]) -> dict[tuple[str, str, str], str]:
         for case in ET.parse(file).getroot().iter("testcase"):
             if case.find("failure") is not None or case.find("error") is not None:
                 raise SystemExit(f"{file}: {case.get('name')} failed; expected results without failures")
-            for prop in case.iter("property"):
+            for prop in case.iter("property") if case.find("skipped") is None else ():
                 if prop.get("name") == "matrix":
                     form, engine, column, shown = (part.strip() for part in prop.get("value").split("|"))
                     assert form in FORMATS and engine in ENGINES and column in COLUMNS, prop.get("value")

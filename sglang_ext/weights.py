@@ -72,7 +72,8 @@ def _load(
                 raise RefusedUpdate(
                     f"{name} found, but the served checkpoint has no such scale; start with the new one"
                 )
-    for layer in {name.rpartition(".")[0] for name in loaded if name.endswith((".attn.k_scale", ".attn.v_scale"))}:
+    scaled = {name.rpartition(".")[0] for name in loaded if name.endswith((".attn.k_scale", ".attn.v_scale"))}
+    for layer in () if complete else scaled:
         # It copies scales to where the kernels read them; SGLang does not call it for updates from tensors.
         layers[layer].quant_method.process_weights_after_loading(layers[layer])
     # A quantized layer has parameters that only some checkpoints store.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qnext_plugin.checkpoint.headers import INDEX_FILE, TensorInfo, read_headers
+from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, TensorInfo, read_headers
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.schema import RefusedUpdate, UpdateCheck, check_coverage, expected_tensors
 from qnext_plugin.checkpoint.stored import Checkpoint
@@ -259,8 +259,8 @@ def test_headers_of_shards_and_of_one_file(tmp_path: Path) -> None:
     [
         ({ONE: ["a"]}, {"a": ONE, "b": TWO}, f"names files that are not there: 1: {TWO}; download .* index /"),
         ({ONE: ["a"]}, {"a": ONE, "b": f"../{ONE}"}, "names files that are not there: 1: "),
-        ({ONE: ["a", "b"], TWO: ["b"]}, None, f"{TWO} and {ONE} hold 1 of the same tensors, such as b; delete"),
-        ({ONE: ["a"], TWO: ["a"]}, {"a": TWO}, f"{ONE} and {TWO} hold 1 of the same tensors"),
+        ({ONE: ["a", "b"], TWO: ["b"]}, None, f"{ONE} and {TWO} hold 1 of the same tensors, such as b; delete"),
+        ({SINGLE_FILE: ["a"], TWO: ["a"]}, {"a": TWO}, f"{TWO} and {SINGLE_FILE} hold 1 of the same tensors"),
         ({ONE: ["a"]}, {"a": 1}, "not a safetensors index"),
         ({ONE: ["a"]}, {}, r"no \*\.safetensors files found"),
     ],

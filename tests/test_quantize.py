@@ -1,6 +1,8 @@
 """Quantized checkpoints: written in the published forms, read back, and refused when they are not whole."""
 
 import json
+import runpy
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,10 @@ from qnext_plugin.checkpoint.quantization import (
     stored_modules,
 )
 from qnext_plugin.checkpoint.schema import check_coverage, weight_shapes
+from qnext_plugin.cli.checkpoint import _FORMATS
 from qnext_plugin.config import QNextConfig
 from tests.support.dequantized import dequantized
+from tests.support.quantized import FORMS
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -231,15 +235,16 @@ def test_headers_of_a_known_format_are_accepted(name):
         ("fp8", {"weight": ("I32", 64, 12)}, "weight is I32, which no known format has"),
         ("fp8", {"weight_scale": ("I8", 64, 1)}, "weight_scale is I8, expected"),
         ("fp8", {"weight_scale": ("F32", 4, 1)}, r"weight_scale is \[4, 1\]"),
-        ("fp8", {"weight_scale_2": ("F32",)}, "weight_scale_2 is not known beside weight"),
+        ("fp8", {"weight_scale_2": ("F32",)}, "weight_scale_2 does not belong to (fp8|mxfp4)"),
         ("mxfp8", {"weight_scale": ("U8", 64, 6)}, r"weight_scale is \[64, 6\] .*expected \[64, 3\]"),
         ("mxfp4", {"weight_scale": ("BF16", 64, 3)}, "weight_scale is BF16, expected U8 or F8_E8M0"),
-        ("nvfp4", {"weight_scale": ("U8", 64, 6)}, "weight_scale_2 is not known beside weight"),
+        ("nvfp4", {"weight_scale": ("U8", 64, 6)}, "weight_scale_2 does not belong to (fp8|mxfp4)"),
         ("nvfp4", {"weight_scale": ("F8_E4M3", 64, 3)}, r"weight_scale is \[64, 3\] .*expected \[64, 6\]"),
         ("nvfp4", {"weight_scale_2": None}, "weight_global_scale is missing"),
-        ("gptq", {"scales": ("F16", 7, 64)}, r"scales is \[7, 64\] .*expected another number of groups"),
+        ("gptq", {"scales": ("F16", 7, 64)}, r"scales is \[7, 64\] .*expected whole groups and words"),
         ("gptq", {"qweight": ("I32", 9, 64)}, r"qweight is \[9, 64\]"),  # three bits
         ("gptq", {"qzeros": ("I32", 3, 16)}, r"qzeros is \[3, 16\] .*expected \[3, 8\]"),
+        ("awq", {"scales": ("F16",)}, "have too few dimensions"),
         ("awq", {"qweight": ("I32", 64, 12)}, r"qweight is \[64, 12\]"),  # as its GEMV kernel wants it
     ],
 )
@@ -259,6 +264,31 @@ def test_a_tensor_that_its_format_does_not_have_is_refused_by_name(name, change,
 def test_a_configuration_of_another_meaning_is_refused(name, config, words):
     with pytest.raises(ValueError, match=words):
         meaning({}, name, config)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from(["w4a16", "fp8", "mxfp8", "mxfp4", "nvfp4", "gptq", "awq"]),
+    st.dictionaries(
+        st.sampled_from(
+            ["weight", "weight_packed", "qweight", "weight_scale", "scales", "qzeros", "weight_zero_point"]
+        ),
+        st.tuples(
+            st.sampled_from(["I32", "U8", "F16", "F8_E4M3"]), st.lists(st.sampled_from([0, 1, 8, 64, 96]), max_size=3)
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+)
+def test_any_headers_are_accepted_or_refused_in_words(name, changes):
+    with suppress(ValueError):
+        meaning({leaf: (dtype, *shape) for leaf, (dtype, shape) in changes.items()}, name)
+
+
+def test_every_list_of_formats_has_them_all():
+    root = Path(__file__).parent.parent
+    table = runpy.run_path(str(root / "scripts" / "quantization_table.py"))["FORMATS"]
+    assert set(_FORMATS) == set(FORMATS) and set(table) == set(FORMS)
 
 
 sizes = st.tuples(st.integers(1, 6).map(lambda n: 8 * n), st.sampled_from((32, 64, 96, 160)))

@@ -64,7 +64,8 @@ def test_obstacles(checkpoint, prefix, tp_size, reason):
 
 
 @pytest.mark.parametrize(
-    ("layer", "part", "bits"), [("model.layers.1.self_attn.qkv_proj", "k_proj", 8), (EXPERTS, "0.down_proj", 16)]
+    ("layer", "part", "bits"),
+    [("model.layers.1.self_attn.qkv_proj", "k_proj", 8), (EXPERTS, "0.down_proj", 8), (EXPERTS, "0.down_proj", 16)],
 )
 def test_parts_of_other_bits_are_no_layer_as_stored(checkpoint, tmp_path, layer, part, bits):
     quantize_checkpoint(checkpoint.parent / "source", tmp_path / "gptq", format="gptq")
@@ -224,9 +225,13 @@ def test_what_is_no_refusal_or_may_not_be_refused_is_raised(at_once, error, must
         constructed(lambda: raising(error) if at_once else Method(refusal=error), must_be_stored=must_be_stored)
 
 
-def test_experts_with_a_reason_are_refused_where_they_must_be_stored():
-    with pytest.raises(ValueError, match=r"cannot serve these experts as stored \(rows\)"):
-        constructed(Method, reason="rows", must_be_stored=True)
+@pytest.mark.parametrize(
+    ("choose", "reason", "said"),
+    [(Method, "rows", "rows"), (Plain, None, "no fp8 method"), (lambda: None, None, "no fp8")],
+)
+def test_experts_are_never_plain_where_they_must_be_stored(choose, reason, said):
+    with pytest.raises(ValueError, match=rf"cannot serve these experts as stored \(.*{said}"):
+        constructed(choose, reason=reason, must_be_stored=True)
 
 
 def test_a_view_has_the_type_and_the_name_of_the_engines_configuration():
@@ -269,11 +274,10 @@ def test_exclusions_are_undone_on_a_copy():
 
 
 def test_exclusions_of_auto_round_and_quark_are_undone():
-    settings = {"model.layers.0.mlp.gate": {"bits": 16}, "model.layers.0.self_attn.q_proj": {"bits": 8}}
-    view = without_exclusions(SimpleNamespace(block_name_to_quantize=["model.layers"], extra_config=settings))
-    assert vars(view) == {
-        "block_name_to_quantize": None,
-        "extra_config": {"model.layers.0.self_attn.q_proj": {"bits": 8}},
-    }
+    settings = {"mlp.gate": {"bits": 16}, "q_proj": {"bits": 8}, "k_proj": {"group_size": 32}}
+    config = SimpleNamespace(block_name_to_quantize=["model.layers"], extra_config=settings, weight_bits=4)
+    view = without_exclusions(config)
+    assert view.block_name_to_quantize is None
+    assert view.extra_config == {"q_proj": {"bits": 8}, "k_proj": {"bits": 4, "group_size": 32}}
     view = without_exclusions(SimpleNamespace(quant_config={"exclude": ["lm_head"], "export": 1}))
     assert vars(view) == {"quant_config": {"exclude": [], "export": 1}}

@@ -1,4 +1,6 @@
-"""Our validated view of vLLM's configuration. Only ``CheckedConfig`` changes vLLM's own objects."""
+"""Our validated view of vLLM's configuration. ``CheckedConfig`` alone changes vLLM's own objects, and
+``Qwen3NextConfig`` takes the place of the class of ``transformers``.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -92,7 +94,8 @@ def choose_cache_dtype(vllm_config: VllmConfig) -> None:
     """Keep keys and values in FP8 if the checkpoint asks for it, no flag for another type, and this device can.
 
     vLLM knows some descriptions of a quantization only when it constructs the layers, too late for other parts of the
-    configuration. Raise ``ValueError`` for a flag for FP8 on a CPU that lacks it.
+    configuration. Raise ``ValueError`` for a flag for FP8 on a CPU that lacks it, unless the checkpoint asks for the
+    same: vLLM has then put the flag's value for ``auto`` in some cases, so that the two cannot be told apart.
     """
     cache_config, asked = vllm_config.cache_config, asks_for_fp8_cache(quantization_of(vllm_config))
     reason = missing_fp8_cache(vllm_config)

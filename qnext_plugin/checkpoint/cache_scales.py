@@ -10,7 +10,8 @@ A layer has at most one scale each for queries, keys and values. They are stored
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -55,9 +56,11 @@ def misshapen_scales(headers: Mapping[str, TensorInfo]) -> list[str]:
     ]
 
 
-def check_cache_scales(names: Iterable[str], quantization: Mapping[str, Any] | None) -> None:
+def check_cache_scales(names: Collection[str], quantization: Mapping[str, Any] | None) -> None:
     """Raise ``ValueError`` for scales that are incomplete, or of another format than the engines read."""
-    found = cache_scales(names)
+    found, kinds = cache_scales(names), Counter(scale for name in names if (scale := cache_scale(name)))
+    if twice := [".".join(scale) for scale, count in kinds.items() if count > 1]:
+        raise ValueError(f"{twice[0]} is stored under two names; remove one of them from the checkpoint")
     for layer, scales in found.items():
         if ("k_scale" in scales) != ("v_scale" in scales):
             raise ValueError(

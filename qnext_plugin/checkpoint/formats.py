@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_plugin.checkpoint.headers import TensorInfo, describe
+from qnext_plugin.checkpoint.headers import Shape, TensorInfo, describe
 from qnext_plugin.checkpoint.layouts import FP8_BLOCK
 from qnext_plugin.checkpoint.schema import FLOAT_DTYPES
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of the eight rows in an AWQ word
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _EXPONENTS = ("U8", "F8_E8M0")
+_SCALES = ("weight_scale_inv", "weight_scale")
 
-Shape = tuple[int, ...]
 Leaves = Mapping[str, TensorInfo]
 Stored = Mapping[str, Tensor]
 Decoder = Callable[[Stored, Mapping[str, Any]], Tensor]
@@ -64,7 +64,7 @@ def stored_format(leaves: Leaves) -> str:
         by_inputs = "scales" in leaves and leaves["qweight"].shape[-1:] == leaves["scales"].shape[-1:]
         return "gptq" if by_inputs else "awq"
     name = "weight" if "weight" in leaves else "weight_packed"
-    dtype, scale = leaves[name].dtype, leaves["weight_scale"].dtype if "weight_scale" in leaves else None
+    dtype, scale = leaves[name].dtype, next((leaves[s].dtype for s in _SCALES if s in leaves), None)
     formats = {"F8_E4M3": "mxfp8" if scale in _EXPONENTS else "fp8", "I8": "int8"}
     formats = (formats if name == "weight" else {"I32": "packed"}) | {"U8": "nvfp4" if scale == "F8_E4M3" else "mxfp4"}
     if dtype not in formats:
@@ -75,20 +75,23 @@ def stored_format(leaves: Leaves) -> str:
 def problem(leaves: Leaves, shape: Shape) -> str | None:
     """Return why a quantized module, whose weight has ``shape``, cannot be read from its stored tensors, or None."""
     try:
-        stored = FORMATS[stored_format(leaves)]
+        name = stored_format(leaves)
+        stored = FORMATS[name]
         for leaf, info in leaves.items():
             if leaf not in stored.dtypes:
-                return f"{leaf} is not known beside {next(iter(leaves))}"
+                return f"{leaf} does not belong to {name}"
             if info.dtype not in stored.dtypes[leaf]:
                 return f"{leaf} is {info.dtype}, expected {' or '.join(stored.dtypes[leaf])}"
         for leaf, expected in stored.shapes(leaves, *shape):
             if leaves[leaf].shape not in expected:
-                allowed = " or ".join(str(list(shape)) for shape in expected) or "another number of groups"
+                allowed = " or ".join(str(list(possible)) for possible in expected) or "whole groups and words"
                 return f"{leaf} is {list(leaves[leaf].shape)} for a weight of {list(shape)}, expected {allowed}"
     except ValueError as e:
         return str(e)
     except KeyError as e:
         return f"{e.args[0]} is missing"
+    except IndexError:
+        return f"{', '.join(leaves)} have too few dimensions"
     return None
 
 
@@ -113,7 +116,7 @@ def _byte_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str,
 
 def _mxfp8_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
     yield "weight", [(rows, columns)]
-    yield "weight_scale", _grouped(rows, columns, 32)
+    yield "weight_scale_inv" if "weight_scale_inv" in leaves else "weight_scale", _grouped(rows, columns, 32)
 
 
 def _mxfp4_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
@@ -134,9 +137,9 @@ def _packed_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[st
     scale = leaves["weight_scale"].shape
     yield "weight_scale", _scale_shapes(scale, rows, columns)
     if "weight_zero_point" in leaves:
-        is_packed = leaves["weight_zero_point"].dtype == "I32"
-        entries = -(-rows * words[leaves["weight_packed"].shape[1]] // 32) if is_packed else rows
-        yield "weight_zero_point", [(entries, *scale[1:])]
+        packed = leaves["weight_zero_point"].dtype == "I32"
+        entries = -(-rows * words[leaves["weight_packed"].shape[1]] // 32)
+        yield "weight_zero_point", [(entries, scale[1])] if packed else [scale]
     if "weight_g_idx" in leaves:
         yield "weight_g_idx", [(columns,)]
 
@@ -211,7 +214,7 @@ def _awq(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
 
 
 _INPUTS = {"input_scale": FLOAT_DTYPES, "input_global_scale": FLOAT_DTYPES, "input_zero_point": ("I8", "F8_E4M3")}
-_BYTES = _INPUTS | {"weight_scale": FLOAT_DTYPES, "weight_scale_inv": FLOAT_DTYPES}
+_BYTES = _INPUTS | dict.fromkeys(_SCALES, FLOAT_DTYPES)
 _FP4 = _INPUTS | {"weight": ("U8",), "weight_packed": ("U8",)}
 _WORDS = {"qweight": ("I32",), "qzeros": ("I32",), "scales": FLOAT_DTYPES, "g_idx": ("I32",)}
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -220,7 +223,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             _bytes, _byte_shapes, _BYTES | {"weight": ("F8_E4M3",), "weight_zero_point": ("F8_E4M3", *FLOAT_DTYPES)}
         ),
         "int8": Format(_bytes, _byte_shapes, _BYTES | {"weight": ("I8",), "weight_zero_point": ("I8",)}),
-        "mxfp8": Format(_bytes, _mxfp8_shapes, _INPUTS | {"weight": ("F8_E4M3",), "weight_scale": _EXPONENTS}),
+        "mxfp8": Format(_bytes, _mxfp8_shapes, _INPUTS | dict.fromkeys(_SCALES, _EXPONENTS) | {"weight": ("F8_E4M3",)}),
         "mxfp4": Format(_fp4, _mxfp4_shapes, _FP4 | {"weight_scale": _EXPONENTS}),
         "nvfp4": Format(
             _fp4,

@@ -4,6 +4,7 @@ import glob
 import json
 import shlex
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,25 @@ def headers_of(
         raise ValueError(f"{where}: no *.safetensors files found, expected a checkpoint; download it again")
     headers: dict[str, TensorInfo] = {}
     unread: dict[str, TensorInfo] = {}
-    for file in [*loaded, *sorted({*present} - {*loaded})]:
+    for file in loaded:
         found = read(file)
-        if duplicates := sorted(headers.keys() & found.keys()):
-            other = headers[duplicates[0]].file.name
-            raise ValueError(
-                f"{where}: {file} and {other} hold {len(duplicates)} of the same tensors, such as {duplicates[0]}; "
-                "delete the files that are stale"
-            )
-        (headers if file in loaded else unread).update(found)
+        check_distinct(where, headers, found)
+        headers |= found
+    for file in sorted({*present} - {*loaded}):
+        with suppress(ValueError):  # left over from a download, perhaps; no engine reads it
+            unread |= read(file)
+    if any(info.file.name == SINGLE_FILE for info in unread.values()):  # either may be the stale one
+        check_distinct(where, headers, unread)
     return headers, unread
+
+
+def check_distinct(where: str, headers: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo]) -> None:
+    """Raise ``ValueError`` if two files hold the same tensor."""
+    if both := sorted(headers.keys() & others.keys()):
+        files = f"{headers[both[0]].file.name} and {others[both[0]].file.name}"
+        raise ValueError(
+            f"{where}: {files} hold {len(both)} of the same tensors, such as {both[0]}; delete the files that are stale"
+        )
 
 
 def index_advice(where: str | Path) -> str:

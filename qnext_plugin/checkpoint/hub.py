@@ -52,7 +52,7 @@ def _is_downloaded(directory: Path) -> bool:
 
 
 def _asked_once(model: str, commit: str) -> Found:
-    """Ask the hub once for all processes on this machine, and never again: a commit does not change."""
+    """Ask the hub once for all processes on this machine, and keep the answer: a commit does not change."""
     from huggingface_hub import cached_assets_path, constants
     from huggingface_hub.utils import WeakFileLock
 

@@ -14,7 +14,7 @@ def check_kind(model: str, config: Mapping[str, Any], files: Collection[str] = (
     suffixes = {name.rpartition(".")[2] for name in files}
     described = [q for key in ("quantization", "quantization_config") if isinstance(q := config.get(key), Mapping)]
     # A file, or one of a repository by the name of its format: owner/name:Q4_K_M.
-    names_gguf = model.endswith(".gguf") or re.fullmatch(r"[^/:]+/[^/:]+:[\w.-]+", model)
+    names_gguf = not files and (model.endswith(".gguf") or re.fullmatch(r"[^/:]+/[^/:]+:[\w.-]+", model))
     if names_gguf or ("gguf" in suffixes and not suffixes & {"safetensors", "bin"}):
         found = "a GGUF checkpoint, which is for llama.cpp"
     elif any("bits" in q and "quant_method" not in q for q in described) or any(".switch_mlp." in n for n in tensors):

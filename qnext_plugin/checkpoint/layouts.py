@@ -14,7 +14,7 @@ projection must be dequantized first (``quantized_layers.py``).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from types import MappingProxyType
 from typing import Literal
 
@@ -53,7 +53,7 @@ LAYOUTS: Mapping[str, TensorLayout] = MappingProxyType(
         "weight_packed": _ROWS,  # [rows, in / pack]
         "weight_scale": _SCALE,  # [], [1], [rows], [rows, 1], [rows, groups] or of blocks, [rows / 128, ...]
         "weight_scale_inv": _SCALE,  # [rows / 128, in / 128]
-        "weight_zero_point": TensorLayout(0, rows_per_entry=(1, 4, 8)),  # int8 [rows, groups], packed or not
+        "weight_zero_point": TensorLayout(0, (1, 4, 8, FP8_BLOCK), per_tensor=True),  # as weight_scale, or packed
         "weight_shape": _UNCHANGED,  # [2]
         "weight_g_idx": _UNCHANGED,  # [in]
         "weight_global_scale": _UNCHANGED,  # per tensor, as all that follow
@@ -132,7 +132,7 @@ def _permute(
 def _granularity(shape: tuple[int, ...], dims: GatedDeltaNetDims, kind: Kind, suffix: str) -> int | None:
     """Return how many rows one entry along the layout's axis holds; None for a tensor without rows."""
     layout = _layout(suffix)
-    if layout.axis is None or (layout.per_tensor and shape in ((), (1,))):
+    if layout.axis is None or (layout.per_tensor and prod(shape) == 1):
         return None
     rows = sum(section_sizes(dims, kind))
     found = shape[layout.axis] if layout.axis < len(shape) else 0

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qnext_plugin.checkpoint.formats import Leaves, Shape, problem, stored_format, stored_minus
-from qnext_plugin.checkpoint.headers import TensorInfo
+from qnext_plugin.checkpoint.formats import Leaves, problem, stored_format, stored_minus
+from qnext_plugin.checkpoint.headers import Shape, TensorInfo
 from qnext_plugin.checkpoint.layouts import LAYOUTS
 from qnext_plugin.checkpoint.listing import listing
 from qnext_plugin.checkpoint.merged import PARTS
 from qnext_plugin.checkpoint.schema import FLOAT_DTYPES, PACKED_WEIGHTS, QUANT_COMPANIONS
 
-_WEIGHTS = frozenset(("weight", *PACKED_WEIGHTS))
+WEIGHTS = frozenset(("weight", *PACKED_WEIGHTS))
 SCALES = ("weight_scale_inv", "weight_scale", "scales")
 
 
@@ -19,7 +19,7 @@ def stored_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, Ten
     modules: dict[str, dict[str, TensorInfo]] = {}
     for name, info in headers.items():
         module, _, leaf = name.rpartition(".")
-        if leaf in _WEIGHTS or leaf in QUANT_COMPANIONS:
+        if leaf in WEIGHTS or leaf in QUANT_COMPANIONS:
             modules.setdefault(module, {})[leaf] = info
     return modules
 
@@ -65,8 +65,8 @@ def check_quantization(
         )
     odd = [
         listing("without a scale", [n for n, leaves in quantized.items() if not set(leaves) & set(SCALES)]),
-        listing("with two weights", [n for n, leaves in modules.items() if len(set(leaves) & _WEIGHTS) > 1]),
-        listing("without a weight", [n for n, leaves in modules.items() if not set(leaves) & _WEIGHTS]),
+        listing("with two weights", [n for n, leaves in modules.items() if len(set(leaves) & WEIGHTS) > 1]),
+        listing("without a weight", [n for n, leaves in modules.items() if not set(leaves) & WEIGHTS]),
         listing("experts of one layer stored in different ways:", _unlike_experts(modules)),
     ]
     if any(odd):

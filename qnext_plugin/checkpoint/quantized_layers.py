@@ -47,8 +47,8 @@ def without_exclusions(quant_config: Config) -> Config:
         view.lm_head_quantized = True
     if hasattr(view, "block_name_to_quantize"):  # AutoRound's; the modules with settings of their own may be excluded
         view.block_name_to_quantize = None
-        settings = view.extra_config or {}
-        view.extra_config = {name: value for name, value in settings.items() if value.get("bits", 4) < 16}
+        settings = {name: {"bits": view.weight_bits} | value for name, value in (view.extra_config or {}).items()}
+        view.extra_config = {name: value for name, value in settings.items() if value["bits"] < 16}
     if isinstance(getattr(view, "quant_config", None), dict):  # Quark's
         view.quant_config = view.quant_config | {"exclude": []}
     if hasattr(view, "full_config"):  # vLLM makes another configuration for experts from it
@@ -102,11 +102,6 @@ def choose_method(
     would not fit in the memory meant for it. ``quantization`` is the engine's name for the method. The layer keeps the
     reason for reports.
     """
-    if reason is not None and must_be_stored:
-        raise ValueError(
-            f"{engine.name} cannot serve these experts as stored ({reason}), and dequantized they would not fit: take "
-            "another engine, or a checkpoint in another format, such as FP8"
-        )
 
     def refused(error: Exception) -> str:
         if must_be_stored or isinstance(error, torch.OutOfMemoryError):
@@ -136,6 +131,11 @@ def choose_method(
                 method.create_weights = create_weights
                 return method
             reason = f"{engine.name} has no {quantization} method for it"
+    if must_be_stored:
+        raise ValueError(
+            f"{engine.name} cannot serve these experts as stored ({reason}), and dequantized they would not fit: take "
+            "another engine, or a checkpoint in another format, such as FP8"
+        )
     layer.dequantized = reason
     return engine.plain(layer)
 

@@ -1,7 +1,8 @@
 """Read the metadata of a checkpoint in a local directory or on the Hugging Face hub."""
 
+import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,12 +14,20 @@ from torch import Tensor
 from qnext_plugin.checkpoint import hub
 from qnext_plugin.checkpoint.cache_scales import cache_scales, check_cache_scales
 from qnext_plugin.checkpoint.formats import Leaves, dequantize
-from qnext_plugin.checkpoint.headers import INDEX_FILE, Both, TensorInfo, index_advice, read_directory
+from qnext_plugin.checkpoint.headers import (
+    INDEX_FILE,
+    Both,
+    TensorInfo,
+    check_distinct,
+    index_advice,
+    read_directory,
+)
 from qnext_plugin.checkpoint.kinds import check_kind
 from qnext_plugin.checkpoint.layouts import FP8_BLOCK, KINDS, can_ungroup
 from qnext_plugin.checkpoint.merged import MERGED, modules_of
 from qnext_plugin.checkpoint.quantization import (
     SCALES,
+    WEIGHTS,
     check_quantization,
     is_quantized,
     of_one_row,
@@ -78,7 +87,7 @@ class Checkpoint:
         if not self.unread:
             return None
         try:
-            check_coverage(config, {**(self.headers or {}), **self.unread}, mtp=mtp)
+            check_coverage(config, {**self.unread, **(self.headers or {})}, mtp=mtp)
         except ValueError:
             return None
         files = sorted({info.file for info in self.unread.values()})
@@ -106,7 +115,9 @@ class Checkpoint:
         """Return why a layer's ``parts`` cannot be served as stored, as far as this is known without the engine."""
         dtypes = {tuple((leaf, info.dtype) for leaf, info in sorted(leaves.items())) for leaves in parts.values()}
         rows = {of_one_row(leaves) for name, leaves in parts.items() if ".experts." not in name}
-        if len(dtypes) > 1 or len(rows) > 1:
+        # The weights of an expert's projections have as many elements, so packed words differ with their bits.
+        sizes = {math.prod(info.shape) for name, info in _weights(parts) if ".experts." in name}
+        if len(dtypes) > 1 or len(rows) > 1 or len(sizes) > 1:
             return "its parts are stored in different ways"
         for name, leaves in parts.items():
             last = name.rpartition(".")[2]
@@ -129,6 +140,11 @@ class Checkpoint:
         """Compute a quantized module's weight, float32 ``[rows, in]``, from its tensors by the names' last segment."""
         assert self.quantization is not None
         return dequantize(tensors, self.quantization)
+
+
+def _weights(parts: Mapping[str, Leaves]) -> Iterator[tuple[str, TensorInfo]]:
+    for name, leaves in parts.items():
+        yield from ((name, info) for leaf, info in leaves.items() if leaf in WEIGHTS)
 
 
 def _splits(leaves: Leaves, ranks: int, by_inputs: bool, merged: bool) -> bool:
@@ -178,7 +194,10 @@ def read_served(model: str, revision: str | None, load_format: str, download_dir
     if directory.is_dir():
         file = directory / "config.json"  # new weights for a serving model may come without one
         config = read_config(file) if file.exists() else {}
-        return _read_directory(directory, config, headers=load_format not in OTHER_FILES)
+        found = _read_directory(directory, config, headers=load_format not in OTHER_FILES)
+        if load_format == "runai_streamer":  # on vLLM it reads all files, whatever the index says
+            check_distinct(model, found.headers or {}, found.unread)
+        return found
     check_kind(model, {})
     if not _is_hub_name(model) or load_format in OTHER_FILES or hub.uses_modelscope():
         return Checkpoint({}, None, None)

@@ -110,7 +110,7 @@ CASES = {
     "duplicate tensor": (
         _duplicate,
         {},
-        ["model-00002-of-00002.safetensors and model-00001", "hold 1 of the same tensors", "delete the files"],
+        ["model-00001-of-00002.safetensors and model-00002", "hold 1 of the same tensors", "delete the files"],
     ),
     "truncated file": (_truncate, {}, ["model.safetensors: truncated", "download it again"]),
     "missing expert": (_tensors(_remove_expert), {}, ["missing", "layers.2.mlp.experts.3."]),

@@ -48,7 +48,7 @@ def _weight(method: str, module: str, leaves: dict[str, Tensor], config: dict) -
     if method == "fp8":
         return FP8BlockDequantizer(targets=EVERY, dtype=torch.float32).process(named)["m.weight"]
     if method in ("gptq", "auto-round"):
-        return _gptq(leaves, minus=0 if config.get("packing_format") == "auto_round:gptqmodel" else 1)
+        return _gptq(leaves)
     if method == "awq":
         scheme, form = preset_name_to_scheme("W4A16_ASYM", ["Linear"]), "pack-quantized"
         named = AutoAWQConverter(group_size=config["group_size"], targets=EVERY).process(named)
@@ -71,7 +71,7 @@ def _weight(method: str, module: str, leaves: dict[str, Tensor], config: dict) -
     return BaseCompressor.get_value_from_registry(form).decompress(state, scheme)["weight"]
 
 
-def _gptq(leaves: dict[str, Tensor], minus: int) -> Tensor:
+def _gptq(leaves: dict[str, Tensor]) -> Tensor:
     """compressed-tensors has no converter; this is AutoGPTQ's formula, ``scales * (weight - (zeros + 1))``."""
     groups, rows = leaves["scales"].shape
     bits = 32 * leaves["qzeros"].shape[1] // rows
@@ -79,7 +79,7 @@ def _gptq(leaves: dict[str, Tensor], minus: int) -> Tensor:
     # Their unpacking returns signed values.
     middle = 2 ** (bits - 1)
     weight = unpack_from_int32(leaves["qweight"], bits, (inputs, rows), packed_dim=0).float() + middle
-    zeros = unpack_from_int32(leaves["qzeros"], bits, (groups, rows)).float() + middle + minus
+    zeros = unpack_from_int32(leaves["qzeros"], bits, (groups, rows)).float() + middle + 1
     group = leaves["g_idx"].long() if "g_idx" in leaves else torch.arange(inputs) // (inputs // groups)
     return (leaves["scales"].float()[group] * (weight - zeros[group])).T.contiguous()
 

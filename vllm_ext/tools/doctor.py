@@ -169,8 +169,9 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
     if cache_config.cache_dtype == "auto" and asks_for_fp8_cache(quantization_of(vllm_config)):
         found.append(
             (
-                f"keys and values are kept in {model_config.dtype}, not in FP8 as the checkpoint asks",
+                f"keys and values are kept in {model_config.dtype}, not in FP8 as the checkpoint asks: "
                 f"{missing_fp8_cache(vllm_config)}",
+                "another CPU; --kv-cache-dtype bfloat16 says so",
             )
         )
     if vllm_config.speculative_config is not None and caching and not current_platform.is_cpu():
