@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qnext_plugin.checkpoint.headers import read_headers
+from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.engines.config import MAX_MODEL_LEN
 from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache, default_state_dtype
@@ -23,9 +23,10 @@ def within(found: float, foretold: float) -> bool:
 def case(request, serve, checkpoint):
     config, directory = CONFIGS[request.param], checkpoint(MATRIX[request.param].checkpoint)
     dtype = getattr(torch, config.dtype)
-    model = QNextConfig.from_pretrained(directory)
+    stored = read_checkpoint(str(directory))
+    model = stored.complete(QNextConfig.from_dict(stored.config))
     serving = Serving(model, config.tensor_parallel, config.draft_tokens, dtype)
-    weights = sum(serving.weights(read_headers(directory)).values())
+    weights = sum(serving.weights(stored.headers).values())
     assert weights == sum(serving.weights().values()), "the headers say something else than config.json"
     return config, serving, weights, serve(request.param).serving["memory"]
 
