@@ -273,10 +273,17 @@ def test_exclusions_are_undone_on_a_copy():
     assert config.ignore == ["lm_head"] and not config.lm_head_quantized
 
 
+class Parser:
+    def __init__(self, config):
+        self.config = config
+
+
 def test_exclusions_of_auto_round_and_quark_are_undone():
     settings = {"mlp.gate": {"bits": 16}, "q_proj": {"bits": 8}, "k_proj": {"group_size": 32}}
     config = SimpleNamespace(block_name_to_quantize=["model.layers"], extra_config=settings, weight_bits=4)
+    config.config_parser = Parser(config)
     view = without_exclusions(config)
+    assert view.config_parser.config is view and config.config_parser.config is config
     assert view.block_name_to_quantize is None
     assert view.extra_config == {"q_proj": {"bits": 8}, "k_proj": {"bits": 4, "group_size": 32}}
     view = without_exclusions(SimpleNamespace(quant_config={"exclude": ["lm_head"], "export": 1}))

@@ -49,6 +49,8 @@ def without_exclusions(quant_config: Config) -> Config:
         view.block_name_to_quantize = None
         settings = {name: {"bits": view.weight_bits} | value for name, value in (view.extra_config or {}).items()}
         view.extra_config = {name: value for name, value in settings.items() if value["bits"] < 16}
+        if hasattr(view, "config_parser"):  # vLLM's, which refers to the configuration
+            view.config_parser = type(view.config_parser)(view)
     if isinstance(getattr(view, "quant_config", None), dict):  # Quark's
         view.quant_config = view.quant_config | {"exclude": []}
     if hasattr(view, "full_config"):  # vLLM makes another configuration for experts from it
