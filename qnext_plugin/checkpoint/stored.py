@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -79,7 +79,7 @@ class Checkpoint:
             check_coverage(config, self.headers, mtp=mtp)
         except ValueError as e:
             raise (self._incomplete_index(config, mtp) or e) from None
-        check_quantization(self.headers, self.quantization, weight_shapes(config))
+        check_quantization(self.headers, self.quantization, weight_shapes(config) if self.quantization else {})
         check_cache_scales(self.headers, self.quantization)
 
     def _incomplete_index(self, config: QNextConfig, mtp: Literal["required", "optional"]) -> ValueError | None:
@@ -116,7 +116,8 @@ class Checkpoint:
         dtypes = {tuple((leaf, info.dtype) for leaf, info in sorted(leaves.items())) for leaves in parts.values()}
         rows = {of_one_row(leaves) for name, leaves in parts.items() if ".experts." not in name}
         # The weights of an expert's projections have as many elements, so packed words differ with their bits.
-        sizes = {math.prod(info.shape) for name, info in _weights(parts) if ".experts." in name}
+        experts = [leaves for name, leaves in parts.items() if ".experts." in name]
+        sizes = {math.prod(info.shape) for leaves in experts for leaf, info in leaves.items() if leaf in WEIGHTS}
         if len(dtypes) > 1 or len(rows) > 1 or len(sizes) > 1:
             return "its parts are stored in different ways"
         for name, leaves in parts.items():
@@ -140,11 +141,6 @@ class Checkpoint:
         """Compute a quantized module's weight, float32 ``[rows, in]``, from its tensors by the names' last segment."""
         assert self.quantization is not None
         return dequantize(tensors, self.quantization)
-
-
-def _weights(parts: Mapping[str, Leaves]) -> Iterator[tuple[str, TensorInfo]]:
-    for name, leaves in parts.items():
-        yield from ((name, info) for leaf, info in leaves.items() if leaf in WEIGHTS)
 
 
 def _splits(leaves: Leaves, ranks: int, by_inputs: bool, merged: bool) -> bool:
@@ -194,17 +190,24 @@ def read_served(model: str, revision: str | None, load_format: str, download_dir
     if directory.is_dir():
         file = directory / "config.json"  # new weights for a serving model may come without one
         config = read_config(file) if file.exists() else {}
-        found = _read_directory(directory, config, headers=load_format not in OTHER_FILES)
-        if load_format == "runai_streamer":  # on vLLM it reads all files, whatever the index says
-            check_distinct(model, found.headers or {}, found.unread)
-        return found
+        return _all_read(load_format, _read_directory(directory, config, headers=load_format not in OTHER_FILES))
     check_kind(model, {})
     if not _is_hub_name(model) or load_format in OTHER_FILES or hub.uses_modelscope():
         return Checkpoint({}, None, None)
     try:
-        return _read_hub(model, revision, download_dir)
+        return _all_read(load_format, _read_hub(model, revision, download_dir))
     except OSError:  # the engine has its own ways to fetch a model
         return Checkpoint({}, None, None)
+
+
+def _all_read(load_format: str, found: Checkpoint) -> Checkpoint:
+    """Return ``found``; raise ``ValueError`` if an engine would read a file beside the index that has the same tensors.
+
+    On vLLM ``runai_streamer`` reads all files, whatever the index says.
+    """
+    if load_format == "runai_streamer":
+        check_distinct("--load-format runai_streamer", found.headers or {}, found.unread)
+    return found
 
 
 def refuse_quantizing(method: str, possible: str = "none is possible") -> NoReturn:

@@ -171,7 +171,7 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
             (
                 f"keys and values are kept in {model_config.dtype}, not in FP8 as the checkpoint asks: "
                 f"{missing_fp8_cache(vllm_config)}",
-                "another CPU; --kv-cache-dtype bfloat16 says so",
+                "--kv-cache-dtype bfloat16",
             )
         )
     if vllm_config.speculative_config is not None and caching and not current_platform.is_cpu():
