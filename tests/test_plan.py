@@ -16,7 +16,7 @@ from qnext_plugin.checkpoint.make_random import PRESETS, write_random_checkpoint
 from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache
+from qnext_plugin.plan.caches import DEVICES, Device, SglangCache, VllmCache
 from qnext_plugin.plan.sizes import Serving
 from tests.support import fake_hub
 from tests.support.checkpoints import WIDE, write_checkpoint
@@ -74,13 +74,16 @@ def test_headers_and_config_agree_on_odd_sizes(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("state_dtype", "drafts", "block_size", "state_blocks"),
     [
-        (torch.bfloat16, 0, 544, 3 * 2),
-        (torch.float32, 0, 1056, 3 * 2),
-        (torch.bfloat16, 2, 560, 3 * 4),
+        (torch.bfloat16, 0, 576, 3 * 3),
+        (torch.float32, 0, 1088, 3 * 3),
+        (torch.bfloat16, 2, 576, 3 * 5),
     ],
 )
 def test_vllm_blocks_of_the_80b_on_a_gpu(state_dtype, drafts, block_size, state_blocks):
     cache = VllmCache(serving(num_draft_tokens=drafts), state_dtype)
+    older = VllmCache(serving(num_draft_tokens=drafts), state_dtype, Device(16, 16))
+    assert older.block_size == {576: 560 if drafts else 544, 1088: 1056}[block_size]
+    assert older.state_blocks == state_blocks - 3
     assert (cache.block_size, cache.state_blocks) == (block_size, state_blocks)
     layers = 13 if drafts else 12
     assert cache.block_bytes == layers * block_size * 2048

@@ -12,8 +12,10 @@ import torch
 import vllm
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.model_executor.layers.mamba import abstract
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends import gdn_attn
 
 from qnext_plugin.replacements import Feature, Replacement, install
 
@@ -21,6 +23,21 @@ from qnext_plugin.replacements import Feature, Replacement, install
 def has_fused_mtp_decode() -> bool:
     """Return whether this vLLM has the CUDA kernel that fuses all from the convolution's to the gated norm's output."""
     return hasattr(torch.ops._C, "fused_gdn_decode_post_conv_mtp")
+
+
+def prefill_checkpoint_alignment() -> int | None:
+    """Return the number of tokens at whose multiples FlashInfer's prefill returns states; None before vLLM 0.33."""
+    return getattr(gdn_attn, "FLASHINFER_GDN_CHECKPOINT_ALIGNMENT", None)
+
+
+def checkpoint_grid(vllm_config: VllmConfig) -> int | None:
+    """Return the number of tokens at whose multiples vLLM 0.33 asks for states in the middle of a prompt.
+
+    Return None if a layer of the model cannot return them.
+    """
+    if abstract.get_mamba_prefill_checkpoint_alignment(vllm_config) is None:
+        return None
+    return int(abstract.get_mamba_prefill_checkpoint_grid(vllm_config))
 
 
 def has_cpu_wna16() -> bool:
@@ -118,16 +135,17 @@ PARTIAL_HITS = {
     )
     for runner, v2 in (("gpu_model_runner", False), ("gpu.model_runner", True))
 }
+MTP = Feature("MTP", lambda config: config.speculative_config is not None)
+MTP_ON_V2 = Feature("MTP", lambda config: MTP.is_used(config) and config.use_v2_model_runner)
 LORA_ON_CPU = on_cpu("LoRA", LORA.is_used)
 REQUESTS_ON_CPU = on_cpu("requests with a seed")
 UPDATES_ON_CPU = on_cpu("weight updates")
 PRODUCTS_ON_CPU = on_cpu("compiled matrix products", lambda config: lacks_bfloat16())
-MTP_ON_CPU = on_cpu("MTP", lambda config: config.speculative_config is not None)
 EXPERTS_ON_CPU = on_cpu("expert parallelism", lambda config: config.parallel_config.enable_expert_parallel)
 RANKS_ON_CPU = on_cpu("data parallelism", lambda config: config.parallel_config.data_parallel_size > 1)
 STAGES_ON_CPU = on_cpu("pipeline parallelism", lambda config: config.parallel_config.pipeline_parallel_size > 1)
 MTP_STAGES_ON_CPU = on_cpu(
-    "MTP with pipeline parallelism", lambda config: MTP_ON_CPU.is_used(config) and STAGES_ON_CPU.is_used(config)
+    "MTP with pipeline parallelism", lambda config: MTP.is_used(config) and STAGES_ON_CPU.is_used(config)
 )
 # The user gives the executor as a class or by its name.
 RAY_ON_CPU = on_cpu("Ray", lambda config: "CpuRayExecutor" in str(config.parallel_config.distributed_executor_backend))
@@ -190,15 +208,30 @@ REPLACEMENTS = (
         kind="around",
         parameters=("y", "x", "w_t_all", "scale"),
     ),
+    *(
+        Replacement(
+            feature,
+            target=f"vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadataBuilder.{method}",
+            ours=f"vllm_ext.placeholders:{ours}",
+            why="a prompt of one token that joins others is scheduled with placeholders for drafts, and so goes on "
+            "from the state that the last user of its slot has left",
+            until="GDNAttentionMetadataBuilder.build takes no first step for one that verifies drafts",
+            kind="around",
+            parameters=parameters,
+        )
+        for feature, method, ours, parameters in (
+            (MTP, "build", "build_metadata", ("common_attn_metadata",)),
+            (MTP_ON_V2, "update_block_table", "update_block_table", ("metadata",)),
+        )
+    ),
     Replacement(
-        MTP_ON_CPU,
-        target="vllm.v1.attention.backends.gdn_attn:GDNAttentionMetadataBuilder.build",
-        ours="vllm_ext.cpu.repairs:build_metadata",
-        why="a prompt of one token that joins others is scheduled with placeholders for drafts, and so goes on from "
-        "the state that the last user of its slot has left",
-        until="GDNAttentionMetadataBuilder.build takes no first step for one that verifies drafts",
+        MTP_ON_V2,
+        target="vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState.prepare_attn",
+        ours="vllm_ext.placeholders:prepare_attn",
+        why="a prompt of one token that joins others is computed with the placeholders for its drafts",
+        until="GPUModelRunner runs every row with placeholders as one that verifies drafts",
         kind="around",
-        parameters=("common_attn_metadata",),
+        parameters=("input_batch",),
     ),
     Replacement(
         PRODUCTS_ON_CPU,

@@ -1,27 +1,29 @@
 """vLLM's GPU kernels for the flat layout: convolution, packed decode, fused MTP decode and the prefill backends."""
 
+import os
+
 import torch
 from torch import Tensor
 from vllm import _custom_ops as engine_ops
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.platforms import current_platform
 from vllm.third_party.flash_linear_attention.ops import (
-    fused_post_conv_prep,
     fused_recurrent_gated_delta_rule_packed_decode,
     fused_sigmoid_gating_delta_rule_update,
 )
 from vllm.third_party.flash_linear_attention.ops.layernorm_guard import layer_norm_fwd
 from vllm.third_party.flash_linear_attention.ops.utils import FLA_CHUNK_SIZE
-from vllm.utils.math_utils import next_power_of_2
+from vllm.utils.math_utils import round_up
+from vllm.utils.platform_utils import num_compute_units
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
 from qnext_plugin.kernel_log import record
 from vllm_ext.compat import has_fused_mtp_decode
+from vllm_ext.gpu_prefill import GpuPrefill, once
 from vllm_ext.state import DeltaNetLayer, conv_view, state_dtypes
 
 
@@ -47,15 +49,10 @@ def fused_mtp_decode_obstacle(dims: GatedDeltaNetDims, vllm_config: VllmConfig) 
     return "; ".join(text for text, holds in obstacles.items() if holds)
 
 
-def torch_prefill_reason(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
-    """Return why ``qnext_plugin.ops`` computes prefills after vLLM's convolution; "" where vLLM's kernels do."""
-    if dtype == torch.float32:
-        return "vLLM's kernels take no float32"
-    key, value = dims.head_k_dim, dims.head_v_dim
-    if next_power_of_2(key) != next_power_of_2(value):
-        # Its masks for keys and values share a name, so their shapes must agree, except in Triton's interpreter.
-        return f"vLLM's fused_post_conv_prep does not compile for heads of {key} and {value}"
-    return ""
+def check_asked_kernel(obstacle: str, num_drafts: int) -> None:
+    """Raise ``ValueError`` if the environment names the fused kernel, which cannot serve these drafts."""
+    if obstacle and num_drafts and os.environ.get("VLLM_GDN_DECODE_KERNEL", "").strip().lower() == "cuda":
+        raise ValueError(f"VLLM_GDN_DECODE_KERNEL=cuda found, and vLLM's kernel cannot serve: {obstacle}; unset it")
 
 
 class GpuKernels:
@@ -67,23 +64,25 @@ class GpuKernels:
     """
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
-        chunk = ChunkGatedDeltaRule()
-        self.prefill, self.prefill_backend, self.prefill_obstacle = chunk, chunk.gdn_prefill_backend, ""
-        if self.prefill_backend == "flashinfer" and not dims.head_k_dim == dims.head_v_dim == 128:
-            self.prefill, self.prefill_backend = chunk.forward_native, "triton"
-            self.prefill_obstacle = f"FlashInfer takes heads of 128, not {dims.head_k_dim} and {dims.head_v_dim}"
-        reason = torch_prefill_reason(dims, vllm_config.model_config.dtype)
-        if reason:
-            self.prefill_backend, self.prefill_obstacle = "torch", reason
+        self.prefill = GpuPrefill(dims, vllm_config)
         self.obstacle = fused_mtp_decode_obstacle(dims, vllm_config)
+        check_asked_kernel(self.obstacle, vllm_config.num_speculative_tokens)
         self.fused_mtp_decode = not self.obstacle
         self.warm = False
+
+    @property
+    def checkpoint_alignment(self) -> int | None:
+        return self.prefill.checkpoint_alignment
+
+    @property
+    def checkpoint_grid(self) -> int | None:
+        return self.prefill.checkpoint_grid
 
     def describe(self) -> dict[str, tuple[str, str]]:
         """Return for each phase the name that ``record`` will get, and why no faster kernel serves."""
         reason = f"no fused kernel: {self.obstacle}" if self.obstacle else "in a batch without prefills"
         return {
-            "prefill": (f"triton, {self.prefill_backend}", self.prefill_obstacle),
+            "prefill": (f"triton, {self.prefill.backend}", self.prefill.obstacle),
             "decode": ("triton, triton", ""),
             "verify": ("triton, triton" if self.obstacle else "triton, cuda fused with the norm", reason),
         }
@@ -92,30 +91,28 @@ class GpuKernels:
         pass
 
     def warm_up(self, layer: DeltaNetLayer, mixed_qkvz: Tensor, ba: Tensor) -> None:
-        """Autotune and compile the prefill kernels while memory is free; later the cache takes all of it."""
+        """Tune and compile kernels while memory is free; later the cache takes all of it."""
         if self.warm:
             return
         self.warm = True
-        dims, n, device = layer.dims, FLA_CHUNK_SIZE, mixed_qkvz.device
-        shape, dtype = layer.get_state_shape()[1], layer.get_state_dtype()[1]
-        # FlashInfer has a kernel for few sequences and one for many.
-        for num_sequences in (1, n) if self.prefill_backend == "flashinfer" else (1,):
-            cu_seqlens = torch.arange(0, n + 1, n // num_sequences, dtype=torch.int32, device=device)
-            indices = offsets = None
-            if self.prefill_backend == "cutedsl":
-                from vllm.model_executor.layers.mamba.ops.gdn_chunk_cutedsl import prepare_metadata_cutedsl
 
-                indices, offsets = prepare_metadata_cutedsl(cu_seqlens, n)
-            self._chunk(
-                layer,
-                torch.randn(n, dims.conv_dim, dtype=mixed_qkvz.dtype, device=device),
-                torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=device),
-                torch.zeros(n, dims.num_v_heads, dtype=ba.dtype, device=device),
-                torch.zeros(num_sequences, *shape, dtype=dtype, device=device),
-                cu_seqlens,
-                indices,
-                offsets,
-            )
+        def inputs(n: int) -> tuple[Tensor, ...]:
+            """Return q, k and v, z, b and a for ``n`` tokens, with the strides that they have in a batch."""
+            return layer.split_inputs(*(x.new_zeros(n, x.shape[1]) for x in (mixed_qkvz, ba)))
+
+        try:
+            self.prefill.warm_up(layer, *inputs(FLA_CHUNK_SIZE))
+        except Exception as e:
+            raise RuntimeError(
+                f"the {self.prefill.backend} kernel for prompts does not run on this GPU: {e}; "
+                "choose another with --gdn-prefill-backend triton"
+            ) from e
+        # Triton compiles the norm for 1, 2 and 4 tokens in a block, again where 16 divides all tokens, and for a token.
+        most = 2 * num_compute_units(mixed_qkvz.device.index)
+        for n in (1, 2, 16, *(size for least in (most, 2 * most) for size in (least + 1, round_up(least + 1, 16)))):
+            z = inputs(n)[1]
+            self._norm(layer, z, torch.zeros_like(z, memory_format=torch.contiguous_format))
+        torch.accelerator.empty_cache()
 
     def run(
         self,
@@ -147,14 +144,19 @@ class GpuKernels:
             prefilled = out.new_empty(len(rest), *out.shape[1:])
             self._prefill(layer, metadata, qkv[rest], b[rest], a[rest], prefilled)
             out[rest] = prefilled
-        flat = out.view(-1, layer.head_v_dim)
+        self._norm(layer, z, out)
+
+    def _norm(self, layer: DeltaNetLayer, z: Tensor, out: Tensor) -> None:
+        """Apply the gated norm in place to ``out``; both are ``[num_tokens, num_v_heads, head_v_dim]``."""
+        flat = out.flatten(1)
         layer_norm_fwd(
             flat,
             layer.norm.weight,
             None,
             layer.norm.eps,
-            z=z.reshape(-1, layer.head_v_dim),
+            z=z.flatten(1),  # no copy: only tokens are strided
             out=flat,
+            group_size=layer.head_v_dim,
             norm_before_gate=True,
             is_rms_norm=True,
             activation=layer.norm.activation,
@@ -217,68 +219,8 @@ class GpuKernels:
         d = metadata.num_decode_tokens
         if d:
             self._decode(layer, metadata, mixed[:d], b[:d], a[:d], out[:d])
-        cache, slots = layer.kv_cache[1], metadata.prefill_state_indices
-        state = cache[slots]
-        state[~metadata.prefill_has_initial_state] = 0
-        core, state = self._chunk(
-            layer,
-            mixed[d:],
-            b[d:],
-            a[d:],
-            state,
-            metadata.prefill_query_start_loc,
-            metadata.chunk_indices,
-            metadata.chunk_offsets,
-        )
-        out[d:] = core
-        cache[slots] = state.to(cache.dtype)
-        record(f"prefill: triton, {self.prefill_backend}")
-
-    def _chunk(
-        self,
-        layer: DeltaNetLayer,
-        mixed: Tensor,
-        b: Tensor,
-        a: Tensor,
-        initial_state: Tensor,
-        cu_seqlens: Tensor,
-        chunk_indices: Tensor | None,
-        chunk_offsets: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if self.prefill_backend == "torch":
-            q, k, v = ops.split_heads(mixed, layer.dims)
-            g, beta = ops.gating(a, b, A_log=layer.A_log, dt_bias=layer.dt_bias)
-            out, final_state = ops.chunk_gated_delta_rule(
-                q, k, v, g=g, beta=beta, initial_state=initial_state.mT.float(), cu_seqlens=cu_seqlens
-            )
-            return out, final_state.mT
-        prepared = fused_post_conv_prep(
-            conv_output=mixed,
-            a=a,
-            b=b,
-            A_log=layer.A_log,
-            dt_bias=layer.dt_bias,
-            num_k_heads=layer.dims.num_k_heads,
-            head_k_dim=layer.head_k_dim,
-            head_v_dim=layer.head_v_dim,
-            apply_l2norm=True,
-            output_g_exp=False,
-        )
-        q, k, v, g, beta = (x.unsqueeze(0) for x in prepared)
-        out, final_state = self.prefill(
-            q=q,
-            k=k,
-            v=v,
-            g=g,
-            beta=beta,
-            initial_state=initial_state,
-            output_final_state=True,
-            cu_seqlens=cu_seqlens,
-            chunk_indices=chunk_indices,
-            chunk_offsets=chunk_offsets,
-            use_qk_l2norm_in_kernel=False,
-        )
-        return out.squeeze(0), final_state
+        self.prefill.run(layer, metadata, qkv, mixed, b, a, out)
+        record(f"prefill: triton, {self.prefill.backend}")
 
     def _conv_verify(self, layer: DeltaNetLayer, metadata: GDNAttentionMetadata, qkv: Tensor) -> Tensor:
         n, slots = metadata.num_spec_decodes, metadata.spec_state_indices_tensor
@@ -327,7 +269,7 @@ class GpuKernels:
         a: Tensor,
         out: Tensor,
     ) -> None:
-        n = metadata.num_spec_decodes
+        n, slots = metadata.num_spec_decodes, metadata.spec_state_indices_tensor
         out.zero_()
         engine_ops.fused_gdn_decode_post_conv_mtp(
             mixed_qkv=mixed,
@@ -335,12 +277,12 @@ class GpuKernels:
             b=b,
             A_log=layer.A_log,
             dt_bias=layer.dt_bias,
-            state_indices=metadata.spec_state_indices_tensor[:n].contiguous(),  # columns of a wider block table
+            state_indices=once(metadata, "verified_slots", slots[:n].contiguous),  # columns of a wider block table
             cu_seqlens=metadata.spec_query_start_loc[: n + 1],
             num_accepted_tokens=metadata.num_accepted_tokens[:n],
             state=layer.kv_cache[1],
             output_gate=z,
-            norm_weight=layer.norm.weight,
+            norm_weight=layer.norm.weight[: layer.head_v_dim],
             out=out,
             scale=layer.head_k_dim**-0.5,
             norm_eps=layer.norm.eps,

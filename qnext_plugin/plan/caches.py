@@ -5,7 +5,7 @@ The formulas and their names are those of vLLM 0.32 and SGLang 0.5.23. All sizes
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, lcm
 from typing import Any
 
 import torch
@@ -19,13 +19,16 @@ class Device:
     """The block sizes of vLLM's attention on a kind of device, in tokens.
 
     ``alignment`` is the smallest block that the kernels accept, ``block_size`` is vLLM's default before it aligns.
+    ``checkpoints`` is the number of tokens at whose multiples the kernel for prompts can keep states, or None.
     """
 
     alignment: int
     block_size: int
+    checkpoints: int | None = None
 
 
-DEVICES = {"cuda": Device(16, 16), "cpu": Device(32, 128)}
+DEVICES = {"cuda": Device(16, 16, 64), "cpu": Device(32, 128)}
+"""``cuda`` is a Hopper or Blackwell GPU with vLLM 0.33; vLLM 0.32 and older GPUs keep no states inside a prompt."""
 
 
 def default_state_dtype(engine: str, device: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
@@ -58,8 +61,8 @@ class VllmCache:
 
     vLLM lengthens the attention block until its page holds a state. Layers are in groups of equal size; a block is one
     page in each layer of a group. For each group of Gated DeltaNet layers a sequence takes one state block, one more
-    with prefix caching (mode ``align``) and one for each draft. For each group of attention layers it takes as many
-    blocks as its tokens fill.
+    with prefix caching (mode ``align``), another for a state inside a prompt, and one for each draft. For each group of
+    attention layers it takes as many blocks as its tokens fill.
     """
 
     serving: Serving
@@ -75,12 +78,19 @@ class VllmCache:
         return self.serving.state(self.serving.dtype, self.state_dtype, drafts).page_bytes
 
     @property
+    def checkpoints(self) -> int | None:
+        """The number of tokens at whose multiples states inside a prompt are kept, or None."""
+        dims, dtype = self.serving.config.gdn, self.serving.dtype
+        served = self.prefix_caching and dims.head_k_dim == dims.head_v_dim == 128 and dtype != torch.float32
+        return self.device.checkpoints if served else None
+
+    @property
     def block_size(self) -> int:
         """The tokens in an attention block, and so in the smallest prefix that the cache can find."""
         asked = self.user_block_size or self.device.block_size
         if not self.serving.num_gdn_layers:
             return asked
-        alignment = max(self.device.alignment, asked)
+        alignment = lcm(max(self.device.alignment, asked), self.checkpoints or 1)
         block = alignment * ceil(self.state_bytes / (alignment * self.serving.kv_bytes_per_layer))
         return max(asked, ceil(block / self.device.alignment) * self.device.alignment)
 
@@ -98,7 +108,8 @@ class VllmCache:
     def state_blocks(self) -> int:
         """The number of state blocks of one sequence."""
         groups = ceil(self.serving.num_gdn_layers / self.layers_per_group)
-        return groups * (1 + self.prefix_caching + self.serving.num_draft_tokens)
+        kept = self.prefix_caching + (self.checkpoints is not None)
+        return groups * (1 + kept + self.serving.num_draft_tokens)
 
     def blocks(self, num_tokens: int) -> int:
         """Return the number of all blocks of one sequence of ``num_tokens`` tokens."""

@@ -25,6 +25,7 @@ from tests.gpu.turns import Request, Turn
 from tests.support.tolerances import LAYER, assert_close
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.gpu_kernels import GpuKernels
+from vllm_ext.placeholders import build_metadata
 from vllm_ext.state import state_dtypes, state_shapes
 
 PREFIX = "model.layers.0.linear_attn"
@@ -73,7 +74,7 @@ class Layer:
             cache_config=SimpleNamespace(
                 mamba_cache_mode="none", mamba_cache_dtype="auto", mamba_ssm_cache_dtype=self.state_dtype
             ),
-            scheduler_config=SimpleNamespace(max_num_seqs=256),
+            scheduler_config=SimpleNamespace(max_num_seqs=256, max_num_batched_tokens=2048),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative if self.num_drafts else None,
             num_speculative_tokens=self.num_drafts,
@@ -81,6 +82,7 @@ class Layer:
             use_v2_model_runner=False,
         )
         self.layer = self._layer()
+        self.config.compilation_config.static_forward_context = {PREFIX: self.layer}
         spec = MambaSpec(
             block_size=16,
             shapes=self.layer.get_state_shape(),
@@ -112,8 +114,11 @@ class Layer:
         layer.conv1d = SimpleNamespace(weight=self._weight(0.4 * self.random(dims.conv_dim, 1, dims.conv_kernel_size)))
         layer.A_log = self._weight(self.random(dims.num_v_heads), torch.float32)
         layer.dt_bias = self._weight(self.random(dims.num_v_heads))
+        layer.joined = None
         layer.norm = SimpleNamespace(
-            weight=self._weight(1 + 0.2 * self.random(dims.head_v_dim)), eps=EPS, activation="silu"
+            weight=self._weight((1 + 0.2 * self.random(dims.head_v_dim)).repeat(dims.num_v_heads)),
+            eps=EPS,
+            activation="silu",
         )
         layer._state_shapes = state_shapes(dims, 1, self.num_drafts)
         layer._state_dtypes = state_dtypes(self.config)
@@ -182,7 +187,7 @@ class Layer:
                 "num_decode_draft_tokens_cpu": torch.tensor(drafts, dtype=torch.int32),
             }
         with torch.inference_mode():
-            return self.builder.build(0, common, **more)
+            return build_metadata(GDNAttentionMetadataBuilder.build, self.builder, 0, common, **more)
 
     def step(self, turns: Sequence[Turn], padded: int = 0) -> float:
         """Run one batch and compare it with the oracle; return the largest relative error."""
@@ -232,7 +237,7 @@ class Layer:
         g, beta = formulas.gating(a, b, double(layer.A_log), double(layer.dt_bias))
         state = v.new_zeros(dims.num_v_heads, dims.head_k_dim, dims.head_v_dim)
         out, states = formulas.gated_delta_rule(q, k, v, g, beta, state)
-        out = formulas.rms_norm_gated(out, z, double(layer.norm.weight), EPS)
+        out = formulas.rms_norm_gated(out, z, double(layer.norm.weight)[: dims.head_v_dim], EPS)
         return out[-last:].cpu(), states[-last:].cpu()
 
 

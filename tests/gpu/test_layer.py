@@ -110,6 +110,11 @@ def draft(layer: Any, lengths: list[int]) -> list[float]:
     turns = [Turn(r, drafts=most, accepted=1 + j % 2) for j, r in enumerate(requests)]
     errors.append(layer.step([*turns, Turn(new, lengths[0])]))
     errors.append(layer.step([Turn(r, drafts=most, accepted=1 + most) for r in [*requests, new]]))
+    # A prompt of one token that joins others has placeholders for drafts, and nothing in its slot.
+    errors.append(layer.step([Turn(r, drafts=most, accepted=1) for r in [*requests, layer.request()]]))
+    errors.append(
+        layer.step([*turns[:1], Turn(layer.request(), drafts=most, accepted=1), Turn(layer.request(), lengths[0])])
+    )
     return errors
 
 
@@ -144,6 +149,37 @@ def test_prefill_backends(make: Any, record: Any, lengths: list[int], backend: s
     """They are compiled on first use, which may take long or have no compiler."""
     layer = make((QWEN3_NEXT, BF16, "float32", False), backend=backend)
     record(layer, grow(layer, lengths), "prefill", "decode")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_flashinfer_reads_and_writes_states_in_the_cache(
+    make: Any, lengths: list[int], num_drafts: int, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Its kernel is replaced by torch where there is no GPU."""
+    if device == "cpu":
+        from tests.gpu import flashinfer_stub
+
+        flashinfer_stub.install(monkeypatch)
+    case = (GatedDeltaNetDims(1, 2, 128, 128), BF16, "bfloat16", False)
+    layer = make(case, backend="flashinfer", num_drafts=num_drafts)
+    assert layer.layer.kernels.describe()["prefill"] == ("triton, flashinfer", "")
+    (draft if num_drafts else grow)(layer, lengths)
+    assert "prefill: triton, flashinfer" in KERNELS_RAN
+
+
+@pytest.mark.interpreted
+def test_the_gate_is_not_copied(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ext import gpu_kernels
+
+    strides, norm = [], gpu_kernels.layer_norm_fwd
+    monkeypatch.setattr(
+        gpu_kernels, "layer_norm_fwd", lambda *args, z, **rest: (strides.append(z.stride()), norm(*args, z=z, **rest))
+    )
+    layer = make(INTERPRETED[0])
+    layer.step([Turn(layer.request(), 3)])
+    dims = layer.dims
+    assert strides == [(dims.conv_dim + dims.value_dim, 1)]
 
 
 @pytest.mark.interpreted

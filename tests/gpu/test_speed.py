@@ -91,7 +91,7 @@ def test_prefill(device: str, dims: GatedDeltaNetDims, record: Record, length: i
     for backend in ("triton", "auto") if device == "cuda" else ("triton",):
         try:
             made = Layer(dims, BF16, backend=backend, num_slots=4, device=device)
-            name = made.layer.kernels.prefill_backend
+            name = made.layer.kernels.prefill.backend
             if f"ours {name}" not in times:
                 both = timing.calls(made, [[Turn(made.request(), length)]])
                 measured = {

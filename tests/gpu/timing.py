@@ -142,7 +142,8 @@ def calls(made: Layer, batches: Sequence[Sequence[Turn]]) -> dict[str, list[Call
                 native._forward_core(qkv, b, a, out)
                 flat = out.view(-1, dims.head_v_dim)
                 layer_norm_fwd(
-                    flat, layer.norm.weight, None, layer.norm.eps, z=z.reshape(-1, dims.head_v_dim), out=flat,
+                    flat, layer.norm.weight[: dims.head_v_dim], None, layer.norm.eps,
+                    z=z.reshape(-1, dims.head_v_dim), out=flat,
                     is_rms_norm=True, activation="silu",
                 )  # fmt: skip
 

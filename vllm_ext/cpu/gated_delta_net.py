@@ -46,6 +46,8 @@ def cpp_prefill_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
 class CpuKernels:
     """The kernels of Gated DeltaNet layers on CPUs: a convolution and a delta rule for each phase, then one norm."""
 
+    checkpoint_alignment = checkpoint_grid = None  # they return no states in the middle of a prompt
+
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
         dtype = vllm_config.model_config.dtype
         self.conv_obstacle = cpp_conv_obstacle(dims, dtype)
@@ -91,7 +93,7 @@ class CpuKernels:
             verify, decode, prefill = slice(None), None, None
 
         def finish(rows: slice | Tensor, core: Tensor, phase: str) -> None:
-            out[rows] = ops.rms_norm_gated(core, z[rows], layer.norm.weight, layer.norm.eps)
+            out[rows] = ops.rms_norm_gated(core, z[rows], layer.norm.weight[: layer.head_v_dim], layer.norm.eps)
             record(f"{phase}: {self.name(phase)}")
 
         # The slots are columns of a block table, and the C++ kernels assume that they are contiguous.

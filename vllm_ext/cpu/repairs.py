@@ -49,19 +49,6 @@ def shrink(original: Callable[..., None], wrapper: Any, y: Tensor, *args: Any) -
     y.masked_fill_((wrapper.token_lora_indices < 0)[:, None], 0)
 
 
-def build_metadata(original: Callable[..., Any], builder: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wrap ``GDNAttentionMetadataBuilder.build``: zero the slots of requests whose first step verifies drafts."""
-    metadata = original(builder, *args, **kwargs)
-    if metadata.num_spec_decodes:
-        batch = signature(original).bind(builder, *args, **kwargs).arguments["common_attn_metadata"]
-        first = batch.seq_lens_cpu_upper_bound <= batch.query_start_loc_cpu.diff()
-        slots = metadata.spec_state_indices_tensor[first[metadata.spec_sequence_masks], 0]
-        layers = builder.vllm_config.compilation_config.static_forward_context
-        for state in (state for name in builder.layer_names if len(slots) for state in layers[name].kv_cache):
-            state[slots] = 0
-    return metadata
-
-
 def apply_experts(original: Callable[..., None], experts: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap ``CPUUnquantizedExperts.apply``: pass it this rank's expert ids."""
     call = signature(original).bind(experts, *args, **kwargs).arguments

@@ -3,6 +3,7 @@
 It puts every question to vLLM itself, which has loaded its plugins as it does to serve.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from qnext_plugin.engines.probe import make_report
@@ -131,6 +132,7 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
     from qnext_plugin.plan.caches import DEVICES, VllmCache
     from qnext_plugin.plan.sizes import Serving
     from vllm_ext.config import missing_fp8_cache, qnext_config, quantization_of
+    from vllm_ext.kernels import select_kernels
     from vllm_ext.state import state_dtypes
 
     cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
@@ -143,7 +145,11 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
         torch.float8_e4m3fn if cache_config.cache_dtype.startswith("fp8") else None,
     )
     asked = cache_config.block_size if cache_config.user_specified_block_size else None
-    device, caching = DEVICES["cpu" if current_platform.is_cpu() else "cuda"], cache_config.enable_prefix_caching
+    caching = cache_config.enable_prefix_caching
+    with set_current_vllm_config(vllm_config):
+        kernels = select_kernels(config.gdn.shard(serving.tp_size), vllm_config)
+    device = DEVICES["cpu" if current_platform.is_cpu() else "cuda"]
+    device = replace(device, checkpoints=kernels.checkpoint_alignment)
     block_size = VllmCache(serving, state_dtype, device, caching, asked).block_size
     if caching:
         smaller = (
