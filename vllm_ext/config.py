@@ -124,6 +124,20 @@ def missing_fp8_cache(vllm_config: VllmConfig) -> str | None:
     return None
 
 
+def scatters_tokens(config: QNextConfig, vllm_config: VllmConfig) -> bool:
+    """Return whether each tensor-parallel rank keeps a share of the tokens between attention and the next one.
+
+    vLLM computes experts so with tensor, data and expert parallelism; its pipeline stages exchange all tokens.
+    """
+    parallel = vllm_config.parallel_config
+    layers = range(config.num_hidden_layers)
+    return (
+        parallel.use_sequence_parallel_moe
+        and parallel.pipeline_parallel_size == 1
+        and all(config.is_sparse(idx) for idx in layers)
+    )
+
+
 def check_draft(vllm_config: VllmConfig) -> None:
     """Raise ``ValueError`` for any draft except the model's own."""
     speculative = vllm_config.speculative_config

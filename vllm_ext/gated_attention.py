@@ -23,7 +23,13 @@ class GatedAttention(nn.Module):
     """
 
     def __init__(
-        self, config: QNextConfig, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str
+        self,
+        config: QNextConfig,
+        vllm_config: VllmConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        *,
+        reduce_results: bool = True,
     ) -> None:
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
@@ -43,6 +49,7 @@ class GatedAttention(nn.Module):
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
             bias=config.attention_bias,
+            reduce_results=reduce_results,
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_reduce_scatter,
+)
 from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -29,6 +34,7 @@ from vllm.model_executor.models.utils import (
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
+    sequence_parallel_chunk,
 )
 from vllm.sequence import IntermediateTensors
 
@@ -36,7 +42,7 @@ from qnext_plugin import __version__
 from qnext_plugin.checkpoint.merged import packed_modules
 from qnext_plugin.config import FULL, QNextConfig
 from vllm_ext import compat
-from vllm_ext.config import check_speculation, qnext_config
+from vllm_ext.config import check_speculation, qnext_config, scatters_tokens
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.kernels import choose_gemms, register_cpu_kernels
@@ -52,7 +58,20 @@ from vllm_ext.weights import load_weights
 logger = init_logger("vllm.qnext_plugin")
 
 
+def gather_tokens(hidden_states: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return all ``num_tokens`` tokens from each rank's share of them."""
+    return tensor_model_parallel_all_gather(hidden_states, 0)[:num_tokens]
+
+
+def reduce_scatter_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the ranks for this rank's share of the tokens, padded to a multiple of the ranks."""
+    missing = -hidden_states.shape[0] % get_tensor_model_parallel_world_size()
+    return tensor_model_parallel_reduce_scatter(nn.functional.pad(hidden_states, (0, 0, 0, missing)), 0)
+
+
 class DecoderLayer(nn.Module):
+    """A decoder layer. If ``scattered``, its inputs and outputs are each rank's share of the tokens."""
+
     def __init__(
         self,
         config: QNextConfig,
@@ -64,13 +83,16 @@ class DecoderLayer(nn.Module):
         sparse: bool,
     ) -> None:
         super().__init__()
-        self.full_attention = full_attention
+        self.full_attention, self.scattered = full_attention, scatters_tokens(config, vllm_config)
+        reduce = not self.scattered
         if self.full_attention:
-            self.self_attn = GatedAttention(config, vllm_config, quant_config, prefix=f"{prefix}.self_attn")
+            name = f"{prefix}.self_attn"
+            self.self_attn = GatedAttention(config, vllm_config, quant_config, name, reduce_results=reduce)
         else:
-            self.linear_attn = GatedDeltaNet(config, vllm_config, quant_config, prefix=f"{prefix}.linear_attn")
+            name = f"{prefix}.linear_attn"
+            self.linear_attn = GatedDeltaNet(config, vllm_config, quant_config, name, reduce_results=reduce)
         self.mlp = (
-            SparseMoeBlock(config, vllm_config, quant_config, prefix=f"{prefix}.mlp")
+            SparseMoeBlock(config, vllm_config, quant_config, f"{prefix}.mlp", scattered=self.scattered)
             if sparse
             else MLP(config, config.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
         )
@@ -84,10 +106,14 @@ class DecoderLayer(nn.Module):
             hidden_states, residual = self.input_layernorm(hidden_states), hidden_states
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        if self.scattered:
+            hidden_states = gather_tokens(hidden_states, positions.shape[-1])
         if self.full_attention:
             hidden_states = self.self_attn(positions, hidden_states)
         else:
             hidden_states = self.linear_attn(hidden_states)
+        if self.scattered:
+            hidden_states = reduce_scatter_tokens(hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states), residual
 
@@ -97,6 +123,7 @@ class Qwen3NextModel(nn.Module, EagleModelMixin):
     def __init__(self, *, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str = "") -> None:
         super().__init__()
         config = qnext_config(vllm_config)
+        self.scattered = scatters_tokens(config, vllm_config)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
 
         def make_layer(prefix: str) -> DecoderLayer:
@@ -134,6 +161,8 @@ class Qwen3NextModel(nn.Module, EagleModelMixin):
         else:
             assert intermediate_tensors is not None
             hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        if self.scattered:
+            hidden_states = sequence_parallel_chunk(hidden_states)
         aux_hidden_states = self._maybe_add_hidden_state([], self.start_layer, hidden_states, residual)
         for idx, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer):
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -141,6 +170,10 @@ class Qwen3NextModel(nn.Module, EagleModelMixin):
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
         hidden_states, _ = self.norm(hidden_states, residual)
+        if self.scattered:
+            wanted = [hidden_states, *aux_hidden_states]
+            gathered = gather_tokens(torch.cat(wanted, dim=-1), positions.shape[-1])
+            hidden_states, *aux_hidden_states = gathered.chunk(len(wanted), dim=-1)
         return (hidden_states, aux_hidden_states) if aux_hidden_states else hidden_states
 
 

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import maybe_prefix, sequence_parallel_chunk
 
 from qnext_plugin import __version__
 from qnext_plugin.checkpoint.merged import packed_modules
@@ -20,7 +20,7 @@ from vllm_ext import compat
 from vllm_ext.config import qnext_config
 from vllm_ext.kernels import choose_draft_head, choose_gemms
 from vllm_ext.loading import Loading
-from vllm_ext.model import DecoderLayer, ExpertBookkeeping
+from vllm_ext.model import DecoderLayer, ExpertBookkeeping, gather_tokens
 from vllm_ext.norm import ZeroCenteredRMSNorm
 from vllm_ext.quantization import layer_quantization, read_checkpoint, report
 from vllm_ext.weights import load_draft_weights
@@ -81,8 +81,10 @@ class MultiTokenPredictor(nn.Module):
     ) -> torch.Tensor:
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = torch.cat([self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden_states)], dim=-1)
-        x, residual = self.layers[spec_step_idx % len(self.layers)](positions, self.fc(x), None)
-        return self.norm(x, residual)[0]
+        layer, x = self.layers[spec_step_idx % len(self.layers)], self.fc(x)
+        x, residual = layer(positions, sequence_parallel_chunk(x) if layer.scattered else x, None)
+        x, _ = self.norm(x, residual)
+        return gather_tokens(x, positions.shape[-1]) if layer.scattered else x
 
 
 class Qwen3NextMTP(nn.Module, ExpertBookkeeping):

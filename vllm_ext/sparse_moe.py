@@ -57,14 +57,24 @@ class MLP(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """The top-k experts by softmax plus one shared expert; maps ``[num_tokens, hidden_size]`` to the same shape."""
+    """The top-k experts by softmax plus one shared expert; maps ``[num_tokens, hidden_size]`` to the same shape.
+
+    If ``scattered``, the tokens are only this rank's share.
+    """
 
     def __init__(
-        self, config: QNextConfig, vllm_config: VllmConfig, quant_config: QuantizationConfig | None, prefix: str
+        self,
+        config: QNextConfig,
+        vllm_config: VllmConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        *,
+        scattered: bool = False,
     ) -> None:
         super().__init__()
         parallel = vllm_config.parallel_config
         self.is_sequence_parallel = parallel.use_sequence_parallel_moe
+        self.splits_tokens = self.is_sequence_parallel and not scattered
         if get_tensor_model_parallel_world_size() > config.num_experts:
             raise ValueError(
                 f"tensor parallel size {get_tensor_model_parallel_world_size()} exceeds num_experts "
@@ -75,12 +85,13 @@ class SparseMoeBlock(nn.Module):
         self.n_physical_experts = self.n_logical_experts + self.n_redundant_experts
         self.n_local_physical_experts = self.n_physical_experts // get_ep_group().device_group.size()
 
-        # Rounded logits would choose other experts. On a GPU the experts' kernels determine the type.
+        # Rounded logits would choose other experts. GPUs have a product that returns float32 for bfloat16 weights only.
         on_cpu = current_platform.is_cpu()
+        exact = on_cpu or (current_platform.is_cuda() and vllm_config.model_config.dtype == torch.bfloat16)
         self.gate = GateLinear(
             config.hidden_size,
             config.num_experts,
-            out_dtype=torch.float32 if on_cpu else None,
+            out_dtype=torch.float32 if exact else None,
             force_fp32_compute=on_cpu,
             prefix=f"{prefix}.gate",
         )
@@ -111,14 +122,15 @@ class SparseMoeBlock(nn.Module):
                 enable_eplb=parallel.enable_eplb,
                 num_redundant_experts=self.n_redundant_experts,
                 is_sequence_parallel=self.is_sequence_parallel,
+                router_logits_dtype=self.gate.out_dtype,
             )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]
-        if self.is_sequence_parallel:
+        if self.splits_tokens:
             hidden_states = sequence_parallel_chunk(hidden_states)
         # The runner applies the gate itself, so it takes the hidden states as ``router_logits``.
         out = self.experts(hidden_states=hidden_states, router_logits=hidden_states)
-        if self.is_sequence_parallel:
+        if self.splits_tokens:
             out = tensor_model_parallel_all_gather(out, 0)[:num_tokens]
         return out
