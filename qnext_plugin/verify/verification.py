@@ -1,11 +1,13 @@
 """Run a plan on an engine and judge every scenario."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.verify.comparison import (
     Difference,
@@ -37,11 +39,25 @@ def serve(
         start = Start(engine, checkpoint, config, runs, directory / name, native)
         starts.append(start)
         try:
-            start.run(TIMEOUT, say)
+            start.run(TIMEOUT, say, env=gpu_environment(engine, config) if torch.cuda.is_available() else {})
         except EngineFailed as e:
             failures[name] = e.reason
             say(f"{name}: engine failed: {e}")
     return starts, failures
+
+
+def gpu_environment(engine: str, config: EngineConfig) -> dict[str, str]:
+    """Return what an engine on a GPU needs in its environment to be verified; what the user has set stays.
+
+    On vLLM drafts can be set in its first model runner only. Triton's products are in TF32 unless they are told to be
+    exact, which is an error of 1e-3 in float32.
+    """
+    needed = {}
+    if config.dtype == "float32":
+        needed["TRITON_F32_DEFAULT"] = "ieee"
+    if engine == "vllm" and config.draft_tokens:
+        needed["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return {name: value for name, value in needed.items() if name not in os.environ}
 
 
 def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Recorded) -> list[Row]:

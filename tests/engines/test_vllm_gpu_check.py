@@ -56,3 +56,19 @@ def test_what_serves_is_found_in_either_model_runner_with_full_graphs(monkeypatc
     worker = SimpleNamespace(model_runner=made)
     assert serving_modules(worker) == {"vllm_ext.model", "vllm_ext.mtp"}
     assert runner_module(worker) == f"vllm.v1.worker.{runner}"
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_start_on_a_gpu_is_what_vllm_serve_does(drafts):
+    """In bfloat16 with prefix caching, graphs, the second runner and vLLM's own choice of kernels for prompts."""
+    from tests.gpu.test_engines import CASES
+
+    def is_default(case):
+        config, flags = case.config, " ".join(case.config.flags)
+        graphs = config.compiled and '"cudagraph_mode": "FULL_AND_PIECEWISE"' in flags
+        return case.v2 and graphs and config.prefix_caching and '"gdn_prefill_backend": "auto"' in flags
+
+    assert any(
+        is_default(case) and case.config.dtype == "bfloat16" and bool(case.config.draft_tokens) == drafts
+        for case in CASES.values()
+    )

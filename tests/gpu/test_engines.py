@@ -84,6 +84,10 @@ FUSED = ("verify: triton, cuda fused with the norm",)
 CASES: dict[str, dict[str, Case]] = {
     "vllm": dict(
         [
+            vllm("defaults mtp 2", "mixed", "prefix_aba", v2=True, quick=True, kernels=FUSED, backend="auto",
+                 compiled=True, draft_tokens=2, prefix_caching=True, flags=ASYNC, **REAL),
+            vllm("defaults, float32 states", "mixed", "prefix_aba", "multi_turn", v2=True, backend="auto",
+                 compiled=True, prefix_caching=True, flags=(*ASYNC, "--mamba-ssm-cache-dtype", "float32"), **REAL),
             vllm("bf16 v1 full graphs mtp 2", "mixed", "reuse", v2=False, quick=True, kernels=FUSED,
                  compiled=True, draft_tokens=2, **REAL),
             vllm("bf16 v2 async full graphs mtp 1", "mixed", "reuse", v2=True, quick=True, kernels=FUSED,
@@ -98,8 +102,7 @@ CASES: dict[str, dict[str, Case]] = {
                  prefix_caching=True, **TINY),
             vllm("bf16 v1 piecewise graphs", "mixed", "reuse", v2=False, compiled=True, graphs="PIECEWISE",
                  flags=ASYNC, **REAL),
-            vllm("bf16 v1 mtp 3, bf16 state", "mixed", v2=False, draft_tokens=3, kernels=FUSED,
-                 flags=("--mamba-ssm-cache-dtype", "bfloat16"), **REAL),
+            vllm("bf16 v1 mtp 3", "mixed", v2=False, draft_tokens=3, kernels=FUSED, **REAL),
             vllm("bf16 v1 FlashInfer prefill", "mixed", v2=False, backend="auto", **REAL),
         ]
     ),
@@ -201,10 +204,11 @@ def test_distributions(
         assert found.max <= tolerance, found.worst
         assert not found.wrong_tokens
         return
-    theirs = rounding(result, exact, reference(case.checkpoint, torch.bfloat16)).max
-    record_property("transformers_bf16", theirs)
-    record_property("ratio", found.max / theirs)
-    assert found.max / theirs <= LOGPROB_BFLOAT16_RATIO, found.worst
+    theirs = rounding(result, exact, reference(case.checkpoint, torch.bfloat16))
+    record_property("transformers_bf16", theirs.max)
+    record_property("ratio", found.usual / theirs.usual)
+    # The largest errors are where a rounded router chose another expert, which either does at other positions.
+    assert found.usual / theirs.usual <= LOGPROB_BFLOAT16_RATIO, found.worst
 
 
 @pytest.mark.parametrize("name", params(lambda case: case.config.draft_tokens))

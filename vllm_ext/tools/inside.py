@@ -41,6 +41,8 @@ def set_drafts(worker: Any, sequences: Sequence[Sequence[int]], pattern: str) ->
     number from none to all, and differs between the requests of a batch. ``own`` lets the model draft again.
     """
     runner, steps = worker.model_runner, itertools.count()
+    if getattr(runner, "speculator", None) is not None and pattern != "own":
+        raise RuntimeError("vLLM's second model runner drafts by itself; start it with VLLM_USE_V2_MODEL_RUNNER=0")
     if _drafter(worker) is None:
         return
     propose = runner.drafter.__class__.propose
