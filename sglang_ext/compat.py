@@ -48,13 +48,45 @@ def bind_topk(topk: Any, experts: Any) -> None:
         topk.bind_runner_backend(experts.runner_backend, routing_method_type=experts.routing_method_type)
 
 
-def is_prefill_alone(forward_batch: Any) -> bool:
-    """Return whether linear-attention kernels run on prompts only, and not on a decode step labeled as prompts.
+def route(topk: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, forward_batch: Any, draft: bool) -> Any:
+    """Return each token's experts, by the places where a load balancer has put them, and none for rows of padding.
 
-    Always False on SGLang 0.5.22, which does not tell. ``logical_forward_mode`` is enough when its support ends.
+    SGLang 0.5.22 leaves both to the model. ``topk`` alone is enough when its support ends.
     """
-    mode = getattr(forward_batch, "logical_forward_mode", None)
-    return mode is not None and bool(mode.is_extend_without_speculative())
+    if hasattr(topk, "bind_runner_backend"):
+        return topk(hidden_states, router_logits)
+    from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
+
+    return topk(
+        hidden_states,
+        router_logits,
+        num_token_non_padded=None if ON_CPU else forward_batch.moe_num_token_non_padded(),
+        expert_location_dispatch_info=None if draft else ExpertLocationDispatchInfo.init_new(topk.layer_id),
+    )
+
+
+def reads_strided_gates(forward_batch: Any) -> bool:
+    """Return whether the kernels of linear attention read this batch's gates by their strides.
+
+    SGLang's kernels for prompts do, and its Triton kernels for drafts. On SGLang 0.5.22 a decode step that is labeled
+    as prompts runs the kernels for prompts; ``logical_forward_mode`` is enough when its support ends.
+    """
+    mode = getattr(forward_batch, "logical_forward_mode", forward_batch.forward_mode)
+    if not mode.is_target_verify():
+        return bool(mode.is_extend())
+    from sglang.srt.model_executor.forward_context import get_attn_backend
+
+    backend = get_attn_backend()
+    backend = getattr(backend, "linear_attn_backend", backend)
+    # It is said of queries, keys and values; whatever reads those by strides reads the gates so too.
+    return bool(getattr(backend, "_use_strided_target_verify_qkv", False))
+
+
+def pages_experts() -> bool:
+    """Return whether experts are fetched from the host when they are needed; SGLang 0.5.22 cannot."""
+    from sglang.srt.runtime_context import get_exec
+
+    return bool(getattr(get_exec().moe, "enable_paged_experts", False))
 
 
 def uses_expert_location(experts: Any) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from sglang.srt.configs.qwen3_next import HybridLayerType
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as EngineConfig
 from transformers import PretrainedConfig
@@ -84,6 +85,24 @@ def speculates(spec: Any, model_path: str) -> bool:
     if ON_CPU and spec.speculative_use_rejection_sampling:
         raise ValueError("--speculative-use-rejection-sampling found, expected none: it needs a GPU; drop it")
     return True
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` for a float32 model on a GPU: no prompt could be computed, and the server would end."""
+    if dtype == torch.float32 and not ON_CPU:
+        raise ValueError(
+            "--dtype float32 found, expected bfloat16 or float16: SGLang's kernels for prompts of DeltaNet layers on "
+            "GPUs refuse float32; change it"
+        )
+
+
+def check_exchange(backend: str | None) -> None:
+    """Raise ``ValueError`` if our experts cannot exchange tokens among ranks by this ``--moe-a2a-backend``."""
+    if backend == "megamoe":
+        raise ValueError(
+            "--moe-a2a-backend megamoe found, expected another one: these experts have no megamoe kernel; drop it, "
+            "or set QNEXT_DISABLE=1 to serve SGLang's own model"
+        )
 
 
 def draft_config(config: QNextConfig) -> QNextConfig:

@@ -7,7 +7,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import add_prefix, is_cuda
 from torch import nn
 
@@ -58,8 +58,8 @@ class GatedAttention(nn.Module):
             base=config.rope_parameters["rope_theta"],
             rope_scaling=dict(config.rope_parameters),
         )
-        # The fused prologue rounds queries and keys to bfloat16, even for a float32 model.
-        self.fused = is_cuda() and torch.get_default_dtype() != torch.float32
+        # What a trainer computes is met only by norms and rotation in its own order.
+        self.fused = is_cuda() and get_exec().deterministic.rl_on_policy_target is None
         self.attn = RadixAttention(
             self.num_heads,
             config.head_dim,

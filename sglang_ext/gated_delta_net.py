@@ -1,5 +1,7 @@
 """Gated DeltaNet on SGLang's hybrid state pool, with flat weights ``[q|k|v|z]`` and ``[b|a]`` (``weights.py``)."""
 
+from functools import partial
+
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
@@ -13,8 +15,12 @@ from torch import nn
 
 from qnext_plugin.checkpoint.layouts import section_sizes
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
-from sglang_ext.compat import ON_CPU, is_prefill_alone
+from sglang_ext.compat import ON_CPU, reads_strided_gates
 from sglang_ext.norm import RMSNormGated
+from sglang_ext.streams import both, second_stream
+
+OVERLAPPED_ROWS = 1023
+"""With more rows SGLang's own model runs the input projections one after the other, because one fills the GPU."""
 
 
 class CausalConv1d(nn.Module):
@@ -75,6 +81,7 @@ class GatedDeltaNet(nn.Module):
             prefix=add_prefix("out_proj", prefix),
             parallel_group="attn_tp",
         )
+        self.stream = second_stream()
         self.unpacks_in_decode = is_cuda() and envs.SGLANG_ENABLE_GDN_DECODE_FUSED_PROJ_CONV.get()
         self.attn = RadixLinearAttention(
             layer_id=layer_idx,
@@ -91,20 +98,22 @@ class GatedDeltaNet(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        qkvz, _ = self.in_proj_qkvz(hidden_states)
-        ba, _ = self.in_proj_ba(hidden_states)
+        (qkvz, _), (ba, _) = both(
+            self.stream if hidden_states.shape[0] <= OVERLAPPED_ROWS else None,
+            partial(self.in_proj_qkvz, hidden_states),
+            partial(self.in_proj_ba, hidden_states),
+        )
         if self.unpacks_in_decode and forward_batch.forward_mode.is_decode():
             # One kernel unpacks both projections and convolves.
             out, z = self.attn(forward_batch, (qkvz, ba), ba, ba)
         else:
             qkv, z = qkvz.split([self.dims.conv_dim, self.dims.value_dim], dim=-1)
             b, a = ba.chunk(2, dim=-1)
-            if not ON_CPU and not is_prefill_alone(forward_batch):
-                # Only those GPU kernels of SGLang that serve prefill are known to accept strides.
-                qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
+            if not ON_CPU and not reads_strided_gates(forward_batch):
+                b, a = ba.unflatten(-1, (2, -1)).transpose(0, 1).contiguous()  # one copy for both
             out = self.attn(forward_batch, qkv, a, b)
         heads = (-1, self.dims.num_v_heads, self.dims.head_v_dim)
-        z, out = z.unflatten(-1, heads[1:]) if z.ndim == 2 else z, out.view(heads)
+        z, out = z.unflatten(-1, heads[1:]) if z.ndim == 2 else z, out.reshape(heads)
         if len(out) < len(z):  # attention data parallelism adds padding rows
             out = torch.cat([out, out.new_zeros(len(z) - len(out), *heads[1:])])
         return self.out_proj(self.norm(out, z).flatten(1))[0]

@@ -6,6 +6,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from qnext_plugin.checkpoint.schema import RefusedUpdate
 from qnext_plugin.checkpoint.stored import Checkpoint
 
@@ -53,9 +55,9 @@ def _begin(updater: Any, checkpoint: Checkpoint | None = None) -> None:
 
 def validate_request(original: Around, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap ``validate_input_length``: also refuse a request that would end the scheduler process."""
-    ids = req.origin_input_ids
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        message = f"token ids from {min(ids)} to {max(ids)} found, expected 0 to {vocab_size - 1}"
+    ids = np.asarray(req.origin_input_ids)  # of an array without a copy
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        message = f"token ids from {ids.min()} to {ids.max()} found, expected 0 to {vocab_size - 1}"
         req.set_finish_with_abort(message)  # the message alone does not end a request for an embedding
         return message
     if (asked := req.logprob.top_logprobs_num) > vocab_size:

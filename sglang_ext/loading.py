@@ -1,5 +1,6 @@
 """Loads a model on SGLang, also again while it serves: SGLang copies tensors over the old ones as they come."""
 
+import glob
 from typing import Any
 
 from sglang.srt.runtime_context import get_model
@@ -46,3 +47,16 @@ class Loading(LoadGuard):
         if checkpoint is not None and checkpoint.headers is not None:
             checkpoint.check(self.config, self.mtp)
         self._runner, self._changed = runner, False
+
+
+def pattern_of(checkpoint: Checkpoint, prefix: str) -> list[str] | None:
+    """Return a glob pattern of the files that have tensors with this ``prefix``, as a list for SGLang's loader.
+
+    It takes the first pattern that matches a file, so there is only one; it may match a few more files. None means all
+    files: their names differ in length, or are not known.
+    """
+    names = {info.file.name for name, info in (checkpoint.headers or {}).items() if name.startswith(prefix)}
+    if len({len(name) for name in names}) != 1:
+        return None
+    columns = [sorted(set(column)) for column in zip(*names, strict=True)]
+    return ["".join(glob.escape(c[0]) if len(c) == 1 else f"[{''.join(c)}]" for c in columns)]

@@ -28,7 +28,7 @@ from qnext_plugin.checkpoint.merged import MERGED, packed_modules
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext import compat, guards
 from sglang_ext.compat import ON_CPU
-from sglang_ext.config import qnext_config, speculates
+from sglang_ext.config import check_dtype, qnext_config, speculates
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
 from sglang_ext.kernels import plain_weights, register_cpu_kernels
@@ -94,7 +94,11 @@ class DecoderLayer(nn.Module):
                 hidden_states = self.linear_attn(hidden_states, forward_batch)
         hidden_states = self.attn_boundary.finish(hidden_states, forward_batch)
         hidden_states = self.ffn_boundary.prepare(hidden_states, forward_batch)
-        return self.ffn_boundary.finish(self.mlp(hidden_states), forward_batch)
+        if isinstance(self.mlp, SparseMoeBlock):
+            hidden_states = self.mlp(hidden_states, forward_batch)
+        else:
+            hidden_states = self.mlp(hidden_states)
+        return self.ffn_boundary.finish(hidden_states, forward_batch)
 
 
 class Qwen3NextModel(nn.Module):
@@ -155,6 +159,7 @@ class Qwen3NextForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         compat.check_platform()
+        check_dtype(torch.get_default_dtype())
         drafts = speculates(get_spec(), get_model().model_path)
         compat.apply(compat.Uses(model=True, drafts=drafts, adapters=get_lora().enable_lora))
         register_cpu_kernels()

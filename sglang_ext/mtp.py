@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.overrides import resolution_result
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_lora, get_parallel
+from sglang.srt.runtime_context import get_lora, get_parallel, get_server_args
 from sglang.srt.utils import add_prefix
 from torch import nn
 from transformers import PretrainedConfig
@@ -22,10 +23,16 @@ from qnext_plugin.config import QNextConfig
 from sglang_ext import compat
 from sglang_ext.config import draft_config, qnext_config
 from sglang_ext.kernels import plain_weights
-from sglang_ext.loading import Loading
+from sglang_ext.loading import Loading, pattern_of
 from sglang_ext.model import Qwen3NextModel
 from sglang_ext.norm import ZeroCenteredRMSNorm
-from sglang_ext.quantization import being_loaded, layer_quantization, read_checkpoint, report
+from sglang_ext.quantization import (
+    being_loaded,
+    layer_quantization,
+    quantization_of_projection,
+    read_checkpoint,
+    report,
+)
 from sglang_ext.weights import load_draft_weights
 
 logger = logging.getLogger(__name__)
@@ -38,7 +45,13 @@ class MultiTokenPredictor(Qwen3NextModel):
     module. It runs only on the last pipeline stage, so it always starts from embeddings.
     """
 
-    def __init__(self, config: QNextConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(
+        self,
+        config: QNextConfig,
+        quant_config: QuantizationConfig | None,
+        fc_quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
         super().__init__(draft_config(config), quant_config, prefix)
         self.pre_fc_norm_embedding = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.pre_fc_norm_hidden = ZeroCenteredRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -46,7 +59,7 @@ class MultiTokenPredictor(Qwen3NextModel):
             2 * config.hidden_size,
             config.hidden_size,
             bias=False,
-            quant_config=quant_config,
+            quant_config=fc_quant_config,
             prefix=add_prefix("fc", prefix),
         )
 
@@ -60,10 +73,11 @@ class MultiTokenPredictor(Qwen3NextModel):
     ) -> Any:
         embeddings = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         hidden_states = forward_batch.spec_info.hidden_states
-        if len(embeddings):
+        x = embeddings
+        if len(embeddings):  # an idle rank has no rows, which not every kernel takes
             embeddings = self.pre_fc_norm_embedding(embeddings)
             hidden_states = self.pre_fc_norm_hidden(hidden_states)
-        x, _ = self.fc(torch.cat([embeddings, hidden_states], dim=-1))
+            x, _ = self.fc(torch.cat([embeddings, hidden_states], dim=-1))
         # The load balancer would otherwise take this layer for the trunk's first one.
         with get_global_expert_distribution_recorder().disable_this_region():
             return super().forward(input_ids, positions, forward_batch, x)
@@ -85,14 +99,22 @@ class Qwen3NextForCausalLMMTP(nn.Module):
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config  # SGLang reads the type of the key-value cache from it
         self.loading = Loading(self, self.qnext_config, self.checkpoint, role="draft", drafts_required=True)
+        # SGLang takes it for the first load, and would read all files of the checkpoint once more.
+        self.allow_patterns_overrides = pattern_of(self.checkpoint, "mtp.") if self.loading.is_first else None
         quant_config = layer_quantization(self.checkpoint, self.qnext_config.draft, quant_config)
-        self.model = MultiTokenPredictor(self.qnext_config, quant_config, add_prefix("mtp", prefix))
+        fc_quant_config = quantization_of_projection(self.checkpoint, quant_config)
+        self.model = MultiTokenPredictor(self.qnext_config, quant_config, fc_quant_config, add_prefix("mtp", prefix))
         self.lm_head = ParallelLMHead(
             self.qnext_config.vocab_size,
             self.qnext_config.hidden_size,
             prefix=add_prefix("lm_head", prefix),
             use_attn_tp_group=get_parallel().enable_dp_lm_head,
         )
+        # Both weights become the trunk's: without any here, the caches get their memory. Where the trunk is a pipeline,
+        # of which a draft is told nothing else, SGLang loads the embedding for it.
+        self.lm_head.register_parameter("weight", None)
+        if resolution_result(get_server_args(), "pp_size") == 1:
+            self.model.embed_tokens.register_parameter("weight", None)
         self.logits_processor = LogitsProcessor(config)
         report(self, self.checkpoint, draft=True)
         logger.info("qnext-plugin %s: Qwen3NextForCausalLMMTP is served by %s", __version__, type(self).__module__)
@@ -110,6 +132,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         self.checkpoint = being_loaded(self.checkpoint)
+        self.allow_patterns_overrides = None  # new weights may be in other files
 
         def copy(checked: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
             with plain_weights(self.model):
@@ -119,7 +142,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
         return self.loading.load(weights, copy)
 
-    def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_embed_and_head(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self.model.embed_tokens.weight, self.lm_head.weight
 
     def set_embed_and_head(self, embed: torch.Tensor, head: torch.Tensor | None) -> None:

@@ -175,6 +175,17 @@ def experts_quantization(quant_config: QuantizationConfig | None, prefix: str) -
     return quant_config
 
 
+def quantization_of_projection(
+    checkpoint: Checkpoint, quant_config: QuantizationConfig | None
+) -> QuantizationConfig | None:
+    """Return the ``quant_config`` of a draft's input projection: None if the checkpoint is known to be plain.
+
+    Quantizing it while loading would only make drafts worse, and SGLang's own model does not do it either.
+    """
+    plain = checkpoint.headers is not None and checkpoint.quantization is None
+    return None if plain else quant_config
+
+
 def cache_note(checkpoint: Checkpoint, cache_dtype: str) -> tuple[str, str] | None:
     """Return what to know of a CPU if keys and values are not in FP8 though the checkpoint asks for it, and a flag."""
     if ON_CPU and cache_dtype == "auto" and asks_for_fp8_cache(checkpoint.quantization):

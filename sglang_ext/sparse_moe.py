@@ -3,6 +3,8 @@
 Both return this rank's share of the output (a partial sum), which the layer's boundary completes.
 """
 
+from functools import partial
+
 import torch
 from sglang.kernels.ops.elementwise.elementwise import fused_gate_sigmoid_mul_add
 from sglang.srt.layers.activation import SiluAndMul
@@ -13,16 +15,20 @@ from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import (
     RoutingMethodType,
     filter_moe_weight_param_global_expert,
+    is_deepep_class_backend,
     is_moe_input_scattered_across_dp_ranks,
 )
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.utils import add_prefix, is_cuda
 from torch import nn
 
 from qnext_plugin.config import QNextConfig
-from sglang_ext.compat import bind_topk
+from sglang_ext.compat import bind_topk, pages_experts, route
+from sglang_ext.config import check_exchange
 from sglang_ext.quantization import experts_quantization
+from sglang_ext.streams import both, second_stream
 
 
 class MLP(nn.Module):
@@ -68,11 +74,8 @@ class SparseMoeBlock(nn.Module):
         self, config: QNextConfig, layer_idx: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
-        if get_moe_a2a_backend().is_megamoe():
-            raise ValueError(
-                "--moe-a2a-backend megamoe found, expected another one: these experts have no megamoe kernel; drop it, "
-                "or set QNEXT_DISABLE=1 to serve SGLang's own model"
-            )
+        check_exchange(get_moe_a2a_backend().value)
+        self.is_draft = prefix.startswith("mtp.")
         tp_size = get_parallel().tp_size
         if tp_size > config.num_experts:
             raise ValueError(
@@ -86,8 +89,7 @@ class SparseMoeBlock(nn.Module):
             layer_id=layer_idx,
             top_k=config.num_experts_per_tok,
             # The load balancer has no spare experts in a draft.
-            num_experts=config.num_experts
-            + (0 if prefix.startswith("mtp.") else get_exec().moe.ep_num_redundant_experts),
+            num_experts=config.num_experts + (0 if self.is_draft else get_exec().moe.ep_num_redundant_experts),
             hidden_size=config.hidden_size,
             intermediate_size=config.moe_intermediate_size,
             routing_method_type=(
@@ -110,18 +112,26 @@ class SparseMoeBlock(nn.Module):
         self.shared_expert_gate = ReplicatedLinear(
             config.hidden_size, 1, bias=False, quant_config=None, prefix=add_prefix("shared_expert_gate", prefix)
         )
+        # Exchanging tokens and fetching experts is for the main stream.
+        self.stream = None if is_deepep_class_backend() or pages_experts() else second_stream()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         if hidden_states.shape[0] == 0:  # an idle rank still takes part in the exchange of tokens
             return self.experts(hidden_states, self.topk.empty_topk_output(hidden_states.device))
-        shared = self.shared_expert(hidden_states)
-        router_logits, _ = self.gate(hidden_states)
-        out = self.experts(hidden_states, self.topk(hidden_states, router_logits))
+        shared, out = both(
+            self.stream,
+            partial(self.shared_expert, hidden_states),
+            partial(self._routed, hidden_states, forward_batch),
+        )
         # The kernel takes only the weight, without what a LoRA adapter adds to it.
         if is_cuda() and isinstance(self.shared_expert_gate, ReplicatedLinear):
             fused_gate_sigmoid_mul_add(hidden_states, self.shared_expert_gate.weight.squeeze(0), shared, out)
             return out
         return out + torch.sigmoid(self.shared_expert_gate(hidden_states)[0]) * shared
+
+    def _routed(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        router_logits, _ = self.gate(hidden_states)
+        return self.experts(hidden_states, route(self.topk, hidden_states, router_logits, forward_batch, self.is_draft))
 
     def expert_weights(self) -> list[torch.Tensor]:
         """Return the weights that SGLang's expert-parallel load balancer moves between ranks."""

@@ -11,6 +11,7 @@ import pytest
 
 from bench import tables
 from tests.gpu import __main__ as gpu_check
+from tests.gpu import sglang_cases
 from tests.gpu.results import read
 
 
@@ -141,3 +142,22 @@ def test_without_a_gpu_it_says_what_it_left_out(tmp_path, monkeypatch):
     assert {result["kind"] for result in found["results"]} == {"speed", "serving"}
     assert {(result["outcome"], result["reason"]) for result in found["results"]} == {("skipped", "no GPU")}
     assert "no GPU: kernels run in an interpreter" in done.stdout and "10 no GPU" in done.stdout
+
+
+def test_starts_of_sglang_cover_its_modes():
+    configs = [case["config"] for case in sglang_cases.CASES.values()]
+    default = {"dtype": "bfloat16", "compiled": True, "prefix_caching": True, "snapshots": "extra_buffer"}
+    of_a_server = [config for config in configs if all(getattr(config, name) == x for name, x in default.items())]
+    assert {bool(config.draft_tokens) for config in of_a_server} == {False, True}
+    covered = {
+        "dtype": {"bfloat16", "float16"},
+        "compiled": {False, True},
+        "prefix_caching": {False, True},
+        "snapshots": {"extra_buffer", "no_buffer"},
+        "draft_tokens": {0, 3},
+        "tree": {0, 8},
+        "token_budget": {None, 256},
+    }
+    for name, values in covered.items():
+        assert {getattr(config, name) for config in configs} == values, name
+    assert sum(case["quick"] for case in sglang_cases.CASES.values()) == 2

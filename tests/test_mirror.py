@@ -20,6 +20,7 @@ ONLY = {
     "vllm_ext/config.py: CheckedConfig": "SGLang has no hook for a model's configuration",
     "vllm_ext/state.py: DeltaNetLayer": "SGLang's attention backend holds the layer's weights and caches",
     "sglang_ext/guards.py": "vLLM answers such requests and updates itself",
+    "sglang_ext/streams.py": "vLLM's own expert layer runs the shared expert beside the others",
     "sglang_ext/compat.py: Uses": "vLLM has one configuration object, which says it",
     "vllm_ext/mtp.py: Qwen3NextMTP": "each engine derives another architecture's name for the draft",
     "sglang_ext/mtp.py: Qwen3NextForCausalLMMTP": "the same",

@@ -3,6 +3,7 @@
 It puts every question to SGLang itself, which has loaded its plugins as it does to serve.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 from qnext_plugin.engines.probe import make_report
@@ -23,11 +24,11 @@ def examine(model: str, flags: list[str]) -> dict[str, Any]:
     hf_config = model_config.hf_config
     errors = []
     try:
-        check(hf_config, args)
+        check(hf_config, model_config.dtype, args)
     except ValueError as e:
         errors.append(str(e))
     return {
-        "kernels": kernels(args, model_config.dtype),
+        "kernels": kernels(server_args, args, model_config),
         "errors": errors,
         "risks": risks(hf_config, args),
     }
@@ -45,36 +46,54 @@ def serving_classes() -> dict[str, str]:
     return found
 
 
-def check(hf_config: Any, args: Any) -> None:
+def check(hf_config: Any, dtype: Any, args: Any) -> None:
     """Check a configuration as the model does before it reads a weight."""
+    from sglang.srt.runtime_context import attn_tp_size_of
+
     from qnext_plugin.checkpoint.stored import read_served
     from sglang_ext import compat
-    from sglang_ext.config import qnext_config, speculates
+    from sglang_ext.config import check_dtype, check_exchange, qnext_config, speculates
 
     compat.check_platform()
+    check_dtype(dtype)
     drafts = speculates(args, args.model_path)
     compat.apply(compat.Uses(model=True, drafts=drafts, adapters=args.enable_lora))
-    config = qnext_config(hf_config, args.tp_size)
+    check_exchange(args.moe_a2a_backend)
+    if drafts:
+        check_exchange(args.speculative_moe_a2a_backend)
+    config = qnext_config(hf_config, attn_tp_size_of(args))
     checkpoint = read_served(args.model_path, args.revision, args.load_format, args.download_dir)
     if checkpoint.headers is not None:
         checkpoint.check(checkpoint.complete(config), mtp="required" if drafts else "optional")
 
 
-def kernels(args: Any, dtype: Any) -> dict[str, tuple[str, str]]:
+def kernels(server_args: Any, args: Any, model_config: Any) -> dict[str, tuple[str, str]]:
     """Return what serves each phase of a Gated DeltaNet layer, experts and attention, and why."""
     from sglang_ext.compat import ON_CPU
 
     if ON_CPU:
-        found = kernels_on_cpu(dtype)
+        found = kernels_on_cpu(model_config.dtype)
     else:
-        default = args.linear_attn_backend
-        decode = args.linear_attn_decode_backend or default
-        found = {"prefill": (args.linear_attn_prefill_backend or default, ""), "decode": (decode, "")}
-        found["verify"] = (args.linear_attn_verify_backend or decode, "")
+        found = kernels_on_gpu(server_args, model_config)
         found["experts"] = (str(args.moe_runner_backend), "")
     if not args.speculative_algorithm:
         found.pop("verify", None)
     return found | {"attention": (args.attention_backend, "")}
+
+
+def kernels_on_gpu(server_args: Any, model_config: Any) -> dict[str, tuple[str, str]]:
+    """Return what serves each phase of a Gated DeltaNet layer on this GPU, by SGLang's own functions."""
+    from sglang.srt.layers.attention.linear.gdn_backend import flashinfer_gdn_prefill_default
+    from sglang.srt.layers.attention.linear.utils import resolve_linear_attn_backends
+    from sglang.srt.runtime_context import publish
+
+    publish(server_args, role="scheduler")
+    # The default for prompts depends on the states' type, which SGLang reads from their pool.
+    states = SimpleNamespace(temporal=SimpleNamespace(dtype=model_config.hf_config.mamba2_cache_params.dtype.temporal))
+    pool = SimpleNamespace(mamba_pool=SimpleNamespace(mamba_cache=states))
+    runner: Any = SimpleNamespace(model_config=model_config, req_to_token_pool=pool)
+    found = resolve_linear_attn_backends(flashinfer_gdn_prefill_default(runner))
+    return {phase: (getattr(found, phase).value, "") for phase in ("prefill", "decode", "verify")}
 
 
 def kernels_on_cpu(dtype: Any) -> dict[str, tuple[str, str]]:

@@ -22,6 +22,7 @@ from qnext_plugin.verify.comparison import check_conditions, compare, rounding
 from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.scenarios import Scenario, tokens
 from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
+from tests.gpu import sglang_cases
 from tests.gpu.results import deadline
 from tests.support.installed import ENGINE
 from tests.support.matrix import SCENARIOS
@@ -106,7 +107,7 @@ CASES: dict[str, dict[str, Case]] = {
             vllm("bf16 v1 FlashInfer prefill", "mixed", v2=False, backend="auto", **REAL),
         ]
     ),
-    "sglang": {"bf16": Case("80b", EngineConfig(dtype="bfloat16"), ("mixed", "reuse"), quick=True)},
+    "sglang": {name: Case(**case) for name, case in sglang_cases.CASES.items()},
 }[ENGINE]  # fmt: skip
 
 
