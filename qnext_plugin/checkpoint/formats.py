@@ -265,23 +265,22 @@ def _scaled(values: Tensor, zero: Tensor | float, tensors: Stored) -> Tensor:
         scale = scale / tensors["weight_global_scale"].float()
     if "weight_scale_2" in tensors:
         scale = scale * tensors["weight_scale_2"].float()
-    scale = _by_group(scale, values)
+    scale = scale_by_group(scale, *values.shape)
     if "weight_g_idx" in tensors and scale.shape[1] > 1:  # groups are not of consecutive inputs
         group = tensors["weight_g_idx"].long()
         zero = zero[:, group] if isinstance(zero, Tensor) else zero
         return values.sub_(zero).mul_(scale[:, group])
     groups = values.unflatten(1, (scale.shape[1], -1))  # a view, to allocate no second weight
-    groups.sub_(_by_group(zero, values).unsqueeze(-1) if isinstance(zero, Tensor) else zero)
+    groups.sub_(scale_by_group(zero, *values.shape).unsqueeze(-1) if isinstance(zero, Tensor) else zero)
     groups.mul_(scale.unsqueeze(-1))
     return values
 
 
-def _by_group(scale: Tensor, values: Tensor) -> Tensor:
+def scale_by_group(scale: Tensor, rows: int, columns: int) -> Tensor:
     """Reshape scales of ``[rows, in]`` to ``[rows or 1, groups]``.
 
     They may be given per tensor, row, group of inputs or 128x128 block.
     """
-    rows, columns = values.shape
     if scale.numel() == 1:
         return scale.reshape(1, 1)
     if scale.ndim == 4:  # ModelOpt's blocks
