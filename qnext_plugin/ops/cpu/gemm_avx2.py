@@ -18,7 +18,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from qnext_plugin.ops.cpu.jit import in_parallel, pointer, share, thread_num
+from qnext_plugin.ops.cpu.jit import bounds, in_parallel, pointer, rounded, share, thread_num
 
 BLOCK = 16  # outputs computed at once
 ROWS = 6  # rows computed at once: their sums fill 12 of the 16 registers, weights and an input fill the others
@@ -122,7 +122,7 @@ def _region(data: Any) -> None:
             if tile != filled:
                 filled = tile
                 for i in range(size):
-                    begin, end = _bounds(row, count, parts, tile * PARTS + i)
+                    begin, end = bounds(row, count, parts, tile * PARTS + i)
                     panel = carray(pointer(own + 4 * ROWS * k * i), (k, end - begin), np.uint32)
                     for r in range(begin, end):
                         source = rows[r] if a[9] else r
@@ -132,7 +132,7 @@ def _region(data: Any) -> None:
                         else:
                             for j in range(k):
                                 panel[j, r - begin] = x32[source, j]
-            begin, end = _bounds(row, count, parts, tile * PARTS + part)
+            begin, end = bounds(row, count, parts, tile * PARTS + part)
             together = _together(end - begin) if parts == 1 else 1
             if job + together > stop:
                 together = 1
@@ -143,24 +143,11 @@ def _region(data: Any) -> None:
                     for j in range(BLOCK):
                         bits = sums[r - begin, b, j]
                         if out_bytes == 2:
-                            out16[r, (block + b) * BLOCK + j] = _rounded(bits)
+                            out16[r, (block + b) * BLOCK + j] = rounded(bits)
                         else:
                             out32[r, (block + b) * BLOCK + j] = bits
             job += together
         row, first, last = row + count, first - blocks * parts, last - blocks * parts
-
-
-@njit
-def _bounds(row: Any, count: Any, parts: Any, part: Any) -> Any:
-    return row + count * part // parts, row + count * (part + 1) // parts
-
-
-@njit
-def _rounded(bits: Any) -> Any:
-    """Round the bits of a float32 to the nearest bfloat16, ties to even; NaN stays NaN."""
-    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-        return np.uint16(0x7FC0)
-    return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
 
 
 @njit

@@ -49,6 +49,20 @@ def share(jobs: Any) -> Any:
     return jobs * thread // threads, jobs * (thread + 1) // threads
 
 
+@njit
+def bounds(row: Any, count: Any, parts: Any, part: Any) -> Any:
+    """Return the first row of a part of ``count`` rows from ``row`` on, and the first of the next part."""
+    return row + count * part // parts, row + count * (part + 1) // parts
+
+
+@njit
+def rounded(bits: Any) -> Any:
+    """Round the bits of a float32 to the nearest bfloat16, ties to even; NaN stays NaN."""
+    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
+        return np.uint16(0x7FC0)
+    return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+
+
 @intrinsic
 def pointer(_: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

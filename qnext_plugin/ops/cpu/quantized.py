@@ -1,18 +1,51 @@
-"""Compiled products with weights of 4 and 8 bits on x86-64 CPUs, which are multiplied as they are packed."""
+"""Compiled products with weights of 4 and 8 bits on x86-64 CPUs, which are multiplied as they are packed.
 
-from collections.abc import Sequence
+For few rows codes are decoded in the registers that they are multiplied in. Integer and FP4 codes are multiplied by
+inputs that are rounded to int16, in parts of at most CHUNK inputs with a factor for each: an error of at most 2**-16 of
+a part's largest input, which is less than that of bfloat16. For many rows a block is decoded to float32 once, in tiles
+that stay in a core's cache.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
-from qnext_plugin.ops.cpu.packing import BLOCK, Form, dequantize
+from qnext_plugin.ops.cpu import kernels
+from qnext_plugin.ops.cpu.jit import bounds, in_parallel, pointer, rounded, share, thread_num
+from qnext_plugin.ops.cpu.packing import BLOCK, CODES, LINE, MIDDLE, Form
+
+CHUNK = 128  # the most inputs that are rounded together, and summed in int32
+FEW = 12  # the most rows for which codes are decoded in registers
+FEW_ROWS = 4  # of those, rows computed at once
+ROWS = 6  # of more rows, those computed at once
+PARTS = 8  # parts of up to ROWS rows that stay in a core's cache while all weights are read
+TILE = 256  # the inputs of a tile
+TOGETHER = kernels.TOGETHER
+SMALLEST = 27 << 23  # the bits of 2**-100: smaller inputs are taken for 0
+INFINITY = 255 << 23
+U4, E2M1, _I8, E4M3 = range(len(CODES))
+
+FIELDS = (
+    *("matrices", "blocks", "k", "padded_k", "groups", "chunk", "num_rows"),
+    *("codes", "scales", "has_zeros", "per_line", "scales_at", "zeros_at", "codes_at", "block_bytes"),
+    *("row_at", "factors_at", "tables_at", "tile_at", "sums_at", "per_thread"),
+    *("packed", "x", "rows", "out", "scratch", "x_bytes", "out_bytes"),
+)
+HEADER = np.dtype([(field, np.int64) for field in FIELDS])
 
 
 @cache
 def available() -> bool:
     """Return whether these products can run here; the first call compiles them."""
-    return torch.cpu._is_avx2_supported()
+    return {"+avx2", "+fma", "+f16c"} <= kernels.FEATURES and in_parallel(_region) is not None
 
 
 def products(
@@ -28,14 +61,25 @@ def products(
 
     By default all rows are multiplied by the first matrix. ``x`` [T, k] is bfloat16 or float32, ``packed`` uint8
     [matrices, blocks, bytes] or [blocks, bytes], as ``packing.pack`` returns it, ``rows`` [R] int64 indices, by default
-    each row once. Returns [R, blocks * BLOCK] in ``dtype``, bfloat16 or float32. Sums are in float32.
+    each row once. Returns [R, blocks * BLOCK] in ``dtype``, bfloat16 or float32. Sums are in float32. An input that is
+    not finite makes all outputs of its row NaN.
     """
-    assert packed.is_contiguous() and x.shape[-1] == form.k
-    n = packed.shape[-2] * BLOCK
-    weights = dequantize(form, packed.view(-1, *packed.shape[-2:]), n)
-    x = (x if rows is None else x[rows]).float()
-    parts = zip(x.split([len(x)] if counts is None else list(counts)), used, strict=True)
-    return torch.cat([part @ weights[i].T for part, i in parts]).to(dtype)
+    assert packed.is_contiguous() and packed.shape[-1] == form.offsets[-1] and x.shape[-1] == form.k
+    x, rows = x.contiguous(), None if rows is None else rows.contiguous()
+    num_rows = (x if rows is None else rows).shape[0]
+    counts = (num_rows,) if counts is None else counts
+    out = torch.empty(num_rows, packed.shape[-2] * BLOCK, dtype=dtype)
+    chunk = _chunk(form)
+    sections = _sections(form, chunk)
+    scratch = torch.empty(torch.get_num_threads(), sections[-1], dtype=torch.int32)
+    sizes = (len(counts), packed.shape[-2], form.k, form.padded_k, form.groups, chunk, num_rows)
+    coding = (form.codes, form.scales, form.has_zeros, form.per_line, *form.offsets)
+    addresses = (packed.data_ptr(), x.data_ptr(), 0 if rows is None else rows.data_ptr(), out.data_ptr())
+    header = (*sizes, *coding, *sections, *addresses, scratch.data_ptr(), x.element_size(), out.element_size())
+    run = in_parallel(_region)
+    assert run is not None
+    run(np.array([*header, *used, *counts], np.int64))
+    return out
 
 
 def linear(form: Form, x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -43,3 +87,367 @@ def linear(form: Form, x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -
     if bias is None:
         return products(form, x, packed)[:, :n]
     return (products(form, x, packed, dtype=torch.float32)[:, :n] + bias).to(torch.bfloat16)
+
+
+@cache
+def _chunk(form: Form) -> int:
+    """Return how many inputs, whole lines, make a part of a group."""
+    size = form.group if form.groups > 1 else form.padded_k
+    return max(d for d in range(form.per_line, CHUNK + 1, form.per_line) if size % d == 0)
+
+
+@cache
+def _sections(form: Form, chunk: int) -> tuple[int, ...]:
+    """Return where a thread's scratch has its parts, in numbers of 4 bytes, and how large it is. They are::
+
+        inputs [PARTS, k, ROWS], one row of inputs [2, k], factors [chunks, 2, FEW], scales [TOGETHER, chunks, 2, BLOCK],
+        a tile [TILE, BLOCK], sums [PARTS, ROWS, TOGETHER, BLOCK]
+    """
+    k, chunks = form.padded_k, form.padded_k // chunk
+    sizes = (PARTS * ROWS * k, 2 * k, 2 * chunks * FEW, 2 * TOGETHER * chunks * BLOCK, TILE * BLOCK)
+    return (*accumulate(sizes), sum(sizes) + PARTS * ROWS * TOGETHER * BLOCK)
+
+
+def _region(data: Any) -> None:
+    """Compute one thread's share of all products, each of a block and the rows that are computed at once."""
+    h = carray(data, 1, HEADER)[0]
+    lists = carray(data, len(FIELDS) + 2 * h.matrices, np.int64)[len(FIELDS) :].reshape(2, h.matrices)
+    used, counts = lists[0], lists[1]
+    total = 0
+    for count in counts:
+        total += h.blocks * _parts(count) * _cost(count)
+    first, last = share(total)
+    row = 0
+    for which, count in zip(used, counts):  # noqa: B905
+        parts, cost = _parts(count), _cost(count)
+        jobs = h.blocks * parts
+        job, stop = max(-(-first // cost), 0), min(-(-last // cost), jobs)
+        if job < stop:
+            weights = h.packed + h.block_bytes * h.blocks * which
+            if count <= FEW:
+                _few(h, weights, row, count, job, stop)
+            else:
+                _many(h, weights, row, count, job, stop)
+        row, first, last = row + count, first - jobs * cost, last - jobs * cost
+
+
+@njit
+def _parts(count: Any) -> Any:
+    """Return into how many parts rows are divided, each computed at once."""
+    size = FEW_ROWS if count <= FEW else ROWS
+    return (count + size - 1) // size
+
+
+@njit
+def _cost(count: Any) -> Any:
+    """Return what a part costs, in rows: decoding counts for two."""
+    return count // max(_parts(count), 1) + 2
+
+
+@njit
+def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> None:
+    """Multiply ``count`` rows from ``row`` on by one matrix; a job is a block and a part of the rows."""
+    own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
+    inputs, factors = 4 * FEW_ROWS * h.padded_k, own + 4 * h.factors_at
+    per_part = 8 * FEW_ROWS * chunks
+    scales, sums_at = own + 4 * h.tables_at, own + 4 * h.sums_at
+    for part in range(parts):
+        begin, end = bounds(row, count, parts, part)
+        _read_inputs(h, begin, end, own + inputs * part, factors + per_part * part)
+    prepared = -1
+    while job < stop:
+        block, part = job // parts, job % parts
+        begin, end = bounds(row, count, parts, part)
+        together = TOGETHER if count == 1 and job + TOGETHER <= stop else 1
+        at = weights + h.block_bytes * block
+        if block != prepared:
+            prepared = block
+            for b in range(together):
+                _read_scales(h, at + h.block_bytes * b, scales + 8 * BLOCK * chunks * b)
+        sums = carray(pointer(sums_at), (end - begin) * TOGETHER * BLOCK, np.float32)
+        for j in range((end - begin) * TOGETHER * BLOCK):
+            sums[j] = 0
+        _product(
+            h.codes,
+            end - begin,
+            together,
+            at + h.codes_at,
+            h.block_bytes,
+            scales,
+            own + inputs * part,
+            factors + per_part * part,
+            sums_at,
+            chunks,
+            h.chunk // h.per_line,
+        )
+        _write(h, begin, end, block, together, sums_at)
+        job += together
+
+
+@njit
+def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> None:
+    """Do the same with blocks that are decoded for up to PARTS parts of the rows."""
+    own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
+    inputs, per_part = 4 * ROWS * h.padded_k, 4 * ROWS * TOGETHER * BLOCK
+    scales, tile, sums_at = own + 4 * h.tables_at, own + 4 * h.tile_at, own + 4 * h.sums_at
+    at_once, filled = max(TILE // h.chunk, 1), -1
+    while job < stop:
+        group = job // (h.blocks * PARTS)
+        size = min(PARTS, parts - group * PARTS)
+        within = job - group * h.blocks * PARTS
+        block, part = within // size, within % size
+        end_part = min(size, part + stop - job)
+        if group != filled:
+            filled = group
+            for i in range(size):
+                begin, end = bounds(row, count, parts, group * PARTS + i)
+                _read_floats(h, begin, end, own + inputs * i)
+        at = weights + h.block_bytes * block
+        _read_scales(h, at, scales)
+        sums = carray(pointer(sums_at + per_part * part), (end_part - part) * ROWS * TOGETHER * BLOCK, np.float32)
+        for j in range((end_part - part) * ROWS * TOGETHER * BLOCK):
+            sums[j] = 0
+        c = 0
+        while c < chunks:
+            now = min(at_once, chunks - c)
+            lines, k = h.chunk // h.per_line, c * h.chunk
+            _tile(h.codes, at + h.codes_at + LINE * c * lines, scales + 8 * BLOCK * c, tile, now, lines)
+            for i in range(part, end_part):
+                begin, end = bounds(row, count, parts, group * PARTS + i)
+                x = own + inputs * i + 4 * (end - begin) * k
+                _float_product(end - begin, tile, x, sums_at + per_part * i, now * h.chunk)
+            c += now
+        for i in range(part, end_part):
+            begin, end = bounds(row, count, parts, group * PARTS + i)
+            _write(h, begin, end, block, 1, sums_at + per_part * i)
+        job += end_part - part
+
+
+@njit
+def _read_row(h: Any, r: Any) -> Any:
+    """Copy a row of inputs as float32 and return it; zeros fill the last line."""
+    own = h.scratch + 4 * h.per_thread * thread_num()
+    bits = carray(pointer(own + 4 * h.row_at), h.padded_k, np.uint32)
+    source = r
+    if h.rows:
+        source = carray(pointer(h.rows), h.num_rows, np.int64)[r]
+    if h.x_bytes == 2:
+        x16 = carray(pointer(h.x + 2 * h.k * source), h.k, np.uint16)
+        for j in range(h.k):
+            bits[j] = np.uint32(x16[j]) << np.uint32(16)
+    else:
+        x32 = carray(pointer(h.x + 4 * h.k * source), h.k, np.uint32)
+        for j in range(h.k):
+            bits[j] = x32[j]
+    for j in range(h.k, h.padded_k):
+        bits[j] = 0
+    return bits
+
+
+@njit
+def _read_floats(h: Any, begin: Any, end: Any, to: Any) -> None:
+    """Store rows of inputs as [k, rows]."""
+    panel = carray(pointer(to), (h.padded_k, end - begin), np.uint32)
+    for r in range(begin, end):
+        bits = _read_row(h, r)
+        for j in range(h.padded_k):
+            panel[j, r - begin] = bits[j]
+
+
+@njit
+def _read_inputs(h: Any, begin: Any, end: Any, to: Any, factors_at: Any) -> None:
+    """Store rows of inputs as ``kernels.product`` takes them."""
+    if h.codes == E4M3:
+        _read_floats(h, begin, end, to)
+        return
+    own = h.scratch + 4 * h.per_thread * thread_num()
+    rounded_at = own + 4 * (h.row_at + h.padded_k)
+    rounded = carray(pointer(rounded_at), h.padded_k, np.int16)
+    pairs = carray(pointer(rounded_at), h.padded_k // 2, np.uint32)
+    panel = carray(pointer(to), (h.padded_k // 2, end - begin), np.uint32)
+    factors = carray(pointer(factors_at), (h.padded_k // h.chunk, 2, end - begin), np.float32)
+    for r in range(begin, end):
+        bits = _read_row(h, r)
+        x = carray(pointer(own + 4 * h.row_at), h.padded_k, np.float32)
+        for c in range(h.padded_k // h.chunk):
+            start = c * h.chunk
+            factor, total = _round(bits[start:], x[start:], rounded[start:], h.chunk)
+            factors[c, 0, r - begin] = factor
+            factors[c, 1, r - begin] = -total
+        for j in range(h.padded_k // 2):
+            panel[j, r - begin] = pairs[j]
+
+
+@njit
+def _round(bits: Any, x: Any, to: Any, size: Any) -> Any:
+    """Round ``size`` inputs to int16; returns the factor that undoes it, and the sum of the integers."""
+    largest_bits = np.uint32(0)
+    for j in range(size):
+        magnitude = np.uint32(bits[j] & np.uint32(0x7FFFFFFF))
+        if magnitude > largest_bits:
+            largest_bits = magnitude
+    if largest_bits >= INFINITY:
+        to[:size] = 0
+        return np.float32(np.nan), np.float32(0)
+    largest, inverse, total = _float(largest_bits), np.float32(0), np.int32(0)
+    if largest_bits > SMALLEST:
+        inverse = np.float32(32767) / largest
+    for j in range(size):
+        number = np.int32(np.rint(x[j] * inverse))
+        to[j] = number
+        total = np.int32(total + number)
+    return largest / np.float32(32767), np.float32(total)
+
+
+@njit
+def _read_scales(h: Any, at: Any, to: Any) -> None:
+    """Store a block's scales and zero points as ``kernels.product`` takes them."""
+    per_group = h.padded_k // h.chunk // h.groups
+    table = carray(pointer(to), (h.groups, per_group, 2, BLOCK), np.float32)
+    outer = carray(pointer(at), BLOCK, np.float32)
+    zeros = carray(pointer(at + h.zeros_at), (h.groups, BLOCK), np.int8)
+    start, kind, factor = at + h.scales_at, h.scales, _code_factor(h.codes)
+    f32, x16 = (
+        carray(pointer(start), (h.groups, BLOCK), np.float32),
+        carray(pointer(start), (h.groups, BLOCK), np.uint16),
+    )
+    x8 = carray(pointer(start), (h.groups, BLOCK), np.uint8)
+    for g in range(h.groups):
+        scale = table[g, 0, 0]
+        if kind == 0:
+            for j in range(BLOCK):
+                scale[j] = f32[g, j]
+        elif kind == 1:
+            for j in range(BLOCK):
+                scale[j] = _float(np.uint32(np.uint32(x16[g, j]) << np.uint32(16)))
+        elif kind == 2:
+            for j in range(BLOCK):
+                scale[j] = _shifted(np.uint32(x16[g, j]), 15, 13) * np.float32(2.0**112)
+        elif kind == 3:
+            for j in range(BLOCK):
+                exponent = np.uint32(x8[g, j])
+                scale[j] = _float(np.uint32(exponent << np.uint32(23) if exponent else 1 << 22))
+        else:
+            for j in range(BLOCK):
+                scale[j] = _shifted(np.uint32(x8[g, j]), 7, 20) * np.float32(2.0**120) * outer[j]
+        for j in range(BLOCK):
+            scale[j] *= factor
+        zero = table[g, 0, 1]
+        if h.has_zeros:
+            for j in range(BLOCK):
+                zero[j] = zeros[g, j]
+        else:
+            for j in range(BLOCK):
+                zero[j] = _code_zero(h.codes)
+        for i in range(1, per_group):
+            for which in range(2):
+                for j in range(BLOCK):
+                    table[g, i, which, j] = table[g, 0, which, j]
+
+
+@njit
+def _shifted(bits: Any, sign: Any, up: Any) -> Any:
+    """Return a short float, whose sign is bit ``sign`` and whose other bits move ``up``, in float32's exponents."""
+    magnitude = (bits & np.uint32((1 << sign) - 1)) << np.uint32(up)
+    return _float(np.uint32(magnitude | (bits >> np.uint32(sign)) << np.uint32(31)))
+
+
+@njit
+def _code_factor(codes: Any) -> Any:
+    """Return the value of a code that ``kernels`` decodes to 1."""
+    return np.float32(0.5) if codes == E2M1 else np.float32(256) if codes == E4M3 else np.float32(1)
+
+
+@njit
+def _code_zero(codes: Any) -> Any:
+    return np.float32(MIDDLE if codes == U4 else kernels.E2M1_OFFSET if codes == E2M1 else 0)
+
+
+@njit
+def _write(h: Any, begin: Any, end: Any, block: Any, together: Any, sums_at: Any) -> None:
+    n = h.blocks * BLOCK
+    sums = carray(pointer(sums_at), (end - begin, TOGETHER, BLOCK), np.uint32)
+    out16, out32 = (
+        carray(pointer(h.out), (h.num_rows, n), np.uint16),
+        carray(pointer(h.out), (h.num_rows, n), np.uint32),
+    )
+    for r in range(begin, end):
+        for b in range(together):
+            for j in range(BLOCK):
+                if h.out_bytes == 2:
+                    out16[r, (block + b) * BLOCK + j] = rounded(sums[r - begin, b, j])
+                else:
+                    out32[r, (block + b) * BLOCK + j] = sums[r - begin, b, j]
+
+
+@intrinsic
+def _float(_: Any, bits: Any) -> Any:
+    """Return the float32 that has these bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def _rows_of(name: str) -> Callable[..., None]:
+    one, two, three, four, blocks = kernels.products_of(name)
+
+    @njit
+    def multiply(rows: Any, together: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> None:
+        if together == TOGETHER:
+            blocks(a, b, c, d, e, f, g, h)
+        elif rows == 1:
+            one(a, b, c, d, e, f, g, h)
+        elif rows == 2:
+            two(a, b, c, d, e, f, g, h)
+        elif rows == 3:
+            three(a, b, c, d, e, f, g, h)
+        else:
+            four(a, b, c, d, e, f, g, h)
+
+    return multiply
+
+
+_u4, _e2m1, _i8, _e4m3 = (_rows_of(name) for name in CODES)
+_u4_tile, _e2m1_tile, _i8_tile, _e4m3_tile = (kernels.tile(kernels.DECODERS[name]) for name in CODES)
+_rows_3, _rows_4, _rows_5, _rows_6 = (kernels.product(kernels.DECODERS["f32"], rows) for rows in range(3, ROWS + 1))
+
+
+@njit
+def _product(
+    codes: Any, rows: Any, together: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+) -> None:
+    if codes == U4:
+        _u4(rows, together, a, b, c, d, e, f, g, h)
+    elif codes == E2M1:
+        _e2m1(rows, together, a, b, c, d, e, f, g, h)
+    elif codes == E4M3:
+        _e4m3(rows, together, a, b, c, d, e, f, g, h)
+    else:
+        _i8(rows, together, a, b, c, d, e, f, g, h)
+
+
+@njit
+def _tile(codes: Any, weights: Any, scales: Any, out: Any, chunks: Any, lines: Any) -> None:
+    if codes == U4:
+        _u4_tile(weights, scales, out, chunks, lines)
+    elif codes == E2M1:
+        _e2m1_tile(weights, scales, out, chunks, lines)
+    elif codes == E4M3:
+        _e4m3_tile(weights, scales, out, chunks, lines)
+    else:
+        _i8_tile(weights, scales, out, chunks, lines)
+
+
+@njit
+def _float_product(rows: Any, tile: Any, x: Any, out: Any, k: Any) -> None:
+    """Multiply ``rows`` rows by a tile of ``k`` inputs; more than FEW rows in parts of ROWS are at least 3 each."""
+    if rows == 3:
+        _rows_3(tile, 0, 0, x, 0, out, 1, k)
+    elif rows == 4:
+        _rows_4(tile, 0, 0, x, 0, out, 1, k)
+    elif rows == 5:
+        _rows_5(tile, 0, 0, x, 0, out, 1, k)
+    else:
+        _rows_6(tile, 0, 0, x, 0, out, 1, k)

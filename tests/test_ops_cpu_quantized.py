@@ -1,0 +1,215 @@
+"""Products with packed quantized weights against float64, whichever rows go to whichever matrices."""
+
+import itertools
+
+import pytest
+import torch
+
+from qnext_plugin.ops.cpu import packing, quantized
+from qnext_plugin.ops.cpu.experts import routed_experts
+from tests.support.tolerances import OPS, assert_close
+
+pytestmark = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="wants AVX2")
+
+BFLOAT, EXPONENT, FP8 = torch.bfloat16, torch.uint8, torch.float8_e4m3fn
+FORMS = [  # codes, dtype of scales, k, group, zeros
+    ("u4", BFLOAT, 256, 128, False),
+    ("u4", torch.float16, 192, 64, True),
+    ("u4", torch.float16, 384, 128, True),
+    ("u4", torch.float32, 96, 32, True),
+    ("u4", BFLOAT, 70, 70, False),
+    ("u4", BFLOAT, 1000, 1000, True),
+    ("u4", BFLOAT, 520, 104, False),
+    ("e2m1", EXPONENT, 160, 32, False),
+    ("e2m1", FP8, 48, 16, False),
+    ("i8", torch.float32, 300, 300, False),
+    ("i8", BFLOAT, 256, 128, True),
+    ("i8", torch.float16, 131, 131, True),
+    ("e4m3", torch.float32, 384, 128, False),
+    ("e4m3", BFLOAT, 70, 70, False),
+    ("e4m3", EXPONENT, 96, 32, False),
+]
+IDS = ["-".join(str(part).removeprefix("torch.") for part in form) for form in FORMS]
+
+
+def weights(kind, scales, k, group, has_zeros, n, *batch, seed=0):
+    """Return a form and what ``packing.pack`` takes: codes of every value, and scales that differ by group."""
+    generator = torch.Generator().manual_seed(seed)
+    form = packing.form(kind, scales, k, group, has_zeros)
+    codes = torch.randint(16 if form.bits == 4 else 256, (*batch, n, k), generator=generator).to(torch.uint8)
+    if kind == "e4m3":
+        codes[(codes & 127) == 127] = 0
+    shape = (*batch, n, k // group)
+    scale = torch.rand(shape, generator=generator) + 0.5
+    if scales == EXPONENT:
+        scale = torch.randint(120, 134, shape, generator=generator)
+    zeros = torch.randint(-3, 16, shape, generator=generator).to(torch.int8) if has_zeros else None
+    outer = torch.rand(*batch, n, generator=generator) + 0.1 if scales == FP8 else None
+    return form, codes, scale.to(scales), zeros, outer
+
+
+def plain(form, codes, scales, zeros, outer):
+    """Compute the weight in float64 from what the codes mean."""
+    kind = packing.CODES[form.codes]
+    if kind == "e2m1":
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)[(codes & 7).long()]
+        values = torch.where(codes >= 8, -values, values)
+    else:
+        values = codes.view({"u4": torch.uint8, "i8": torch.int8, "e4m3": FP8}[kind]).double()
+    size = codes.shape[-1] // scales.shape[-1]
+    default = torch.tensor(8.0 if kind == "u4" else 0.0).expand(scales.shape)
+    values = values - (default if zeros is None else zeros).double().repeat_interleave(size, -1)
+    factors = torch.exp2(scales.double() - 127) if scales.dtype == EXPONENT else scales.double()
+    factors = factors if outer is None else factors * outer.double()[..., None]
+    return values * factors.repeat_interleave(size, -1)
+
+
+def bound(form, x, weight):
+    """Return how far from a float64 product float32 sums of inputs rounded to int16 by part may be.
+
+    For each part of a group that is 2**-16 of its largest input times the sum of its weights' magnitudes. Float32 sums
+    add some units in the last place of the products' magnitudes.
+    """
+    magnitudes = x.abs() @ weight.abs().T * 2**-20
+    if packing.CODES[form.codes] == "e4m3":
+        return magnitudes
+    size = quantized._chunk(form)
+    largest = [part.abs().amax(1, keepdim=True) for part in x.split(size, 1)]
+    sums = [part.abs().sum(1)[None] for part in weight.split(size, 1)]
+    # A zero point or half the range is added to the codes and subtracted after the sum.
+    return magnitudes * 8 + sum(x * w for x, w in zip(largest, sums, strict=True)) * 2**-16
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fill all memory that torch allocates with NaN, or the integers whose bits are NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize(("batch", "n"), [((), 33), ((3,), 16), ((2, 2), 47)])
+def test_packing_can_be_undone(form, batch, n):
+    form, *parts = weights(*form, n, *batch)
+    packed = packing.pack(form, *parts)
+    assert packed.shape == (*batch, *form.packed_shape(n)) and packed.dtype == torch.uint8
+    for found, expected in zip(packing.unpack(form, packed, n), parts, strict=True):
+        assert (found is None) == (expected is None)
+        assert expected is None or (found.dtype == expected.dtype and torch.equal(found.float(), expected.float()))
+    assert_close(packing.dequantize(form, packed, n), plain(form, *parts), OPS[torch.float32])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("counts", [[], [0], [1], [2], [3], [4], [7], [12], [13], [1, 0, 5, 2, 101], [300]])
+@pytest.mark.parametrize(("n", "num_threads"), [(33, 1), (160, 2), (16, 7)])
+def test_products(form, counts, n, num_threads):
+    form, *parts = weights(*form, n, 5)
+    torch.manual_seed(n)
+    x = torch.randn(29, form.k) * torch.rand(29, 1) * torch.logspace(-2, 2, form.k)
+    x[3] = 0
+    check(form, parts, x.bfloat16() if n == 33 else x, counts, n, num_threads)
+
+
+def check(form, parts, x, counts, n, num_threads=2, packed=None):
+    used, rows = [4, 2, 0, 1, 3][: len(counts)], torch.randint(len(x), (sum(counts),))
+    weight = plain(form, *parts)
+    packed = packing.pack(form, *parts) if packed is None else packed
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        exact = quantized.products(form, x, packed, used, counts, rows, torch.float32)
+        rounded = quantized.products(form, x, packed, used, counts, rows)
+    finally:
+        torch.set_num_threads(before)
+    assert exact.shape == (sum(counts), packed.shape[-2] * packing.BLOCK)
+    assert not exact[:, n:].any()
+    assert torch.equal(rounded, exact.bfloat16())
+    for part, found, i in zip(x[rows].double().split(counts), exact.split(counts), used, strict=True):
+        error = (found[:, :n].double() - part @ weight[i].T).abs()
+        assert bool((error <= bound(form, part, weight[i])).all()), f"matrix {i}: {error.max():.3g} off"
+
+
+def swapped_nibbles(form, codes, scales, zeros, outer):
+    codes[2, 5, 8:10] = codes[2, 5, 8:10].flip(0)
+
+
+def next_groups_scale(form, codes, scales, zeros, outer):
+    scales[2, 5, 0] = scales[2, 5, 1]
+
+
+def zero_off_by_one(form, codes, scales, zeros, outer):
+    zeros[2, 5, 1] += 1
+
+
+def next_experts_codes(form, codes, scales, zeros, outer):
+    codes[2] = codes[3].clone()
+
+
+@pytest.mark.parametrize("mutant", [swapped_nibbles, next_groups_scale, zero_off_by_one, next_experts_codes])
+@pytest.mark.parametrize("counts", [[2, 1], [20, 20]])
+def test_what_is_wrong_in_one_place_is_noticed(mutant, counts):
+    form, *parts = weights("u4", torch.float16, 192, 64, True, 33, 5)
+    assert parts[0][2, 5, 8] != parts[0][2, 5, 9]
+    x = torch.randn(29, form.k)
+    check(form, parts, x, counts, 33)
+    changed = [None if part is None else part.clone() for part in parts]
+    mutant(form, *changed)
+    with pytest.raises(AssertionError, match="matrix 2"):
+        check(form, parts, x, counts, 33, packed=packing.pack(form, *changed))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_what_is_not_finite_is_not_hidden(form, count):
+    form, *parts = weights(*form, 16)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(count, form.k)
+        x[-1, form.k // 2] = value
+        found = quantized.products(form, x, packing.pack(form, *parts), dtype=torch.float32)
+        assert bool(found[:-1].isfinite().all()) and not bool(found[-1].isfinite().any())
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_one_matrix_takes_all_rows_and_a_bias(rows):
+    form, *parts = weights("u4", BFLOAT, 128, 64, False, 33)
+    bias, x = torch.randn(33).bfloat16(), torch.randn(rows, 128).bfloat16()
+    found = quantized.linear(form, x, packing.pack(form, *parts), bias, 33)
+    expected = torch.nn.functional.linear(x.double(), plain(form, *parts), bias.double())
+    assert_close(found, expected, OPS[torch.bfloat16])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_routed_experts(num_tokens):
+    experts, hidden, intermediate = 7, 128, 64
+    form13, *parts13 = weights("u4", BFLOAT, hidden, 32, False, 2 * intermediate, experts)
+    form2, *parts2 = weights("e4m3", torch.float32, intermediate, intermediate, False, hidden, experts, seed=1)
+    x = torch.randn(num_tokens, hidden).bfloat16()
+    topk_weights, ids = torch.randn(num_tokens, experts).softmax(-1).topk(3)
+    w13, w2 = (plain(form13, *parts13), plain(form2, *parts2))
+    expected = torch.zeros(num_tokens, hidden, dtype=torch.float64)
+    for token, k in itertools.product(range(num_tokens), range(3)):
+        expert = ids[token, k]
+        gate, up = (w13[expert] @ x[token].double()).chunk(2)
+        expected[token] += topk_weights[token, k] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
+    packed13, packed2 = packing.pack(form13, *parts13), packing.pack(form2, *parts2)
+    found = routed_experts(
+        x,
+        topk_weights,
+        ids,
+        lambda x, rows, used, counts: quantized.products(form13, x, packed13, used, counts, rows, torch.float32),
+        lambda x, used, counts: quantized.products(form2, x, packed2, used, counts),
+    )
+    assert_close(found, expected, OPS[torch.bfloat16])
+
+
+def test_nan_in_a_checkpoint_is_refused():
+    form, codes, *rest = weights("e4m3", torch.float32, 128, 128, False, 16)
+    codes[3, 7] = 0xFF
+    with pytest.raises(ValueError, match="damaged"):
+        packing.pack(form, codes, *rest)
+
+
+def test_groups_are_whole_lines():
+    with pytest.raises(ValueError, match="multiple of 8"):
+        packing.form("u4", BFLOAT, 120, 12)
