@@ -93,6 +93,20 @@ def test_a_format_is_complete_and_in_the_published_form(quantized, source, name)
     assert without == raw_config(source)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_random_weights_in_a_format_are_those_of_the_quantized_checkpoint(quantized, tmp_path, name):
+    write_random_checkpoint(tmp_path, overrides=SIZES, format=name, max_shard_size=200_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    found = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    expected = load_file(quantized / name / "model.safetensors")
+    assert len(files) > 2 and found.keys() == expected.keys() == read_headers(tmp_path).keys()
+    assert raw_config(tmp_path) == raw_config(quantized / name)
+    for key, tensor in found.items():
+        assert (tensor.dtype, tensor.shape) == (expected[key].dtype, expected[key].shape), key
+        bits = [each.reshape(-1).view(torch.uint8) for each in (tensor, expected[key])]
+        assert torch.equal(*bits), key
+
+
 @pytest.fixture
 def default_dtype():
     """While an engine loads a model, torch's default is the model's type."""

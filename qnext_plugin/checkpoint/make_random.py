@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, Shape
+from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, Shape, describe
 from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import KEYS, QNextConfig
 
 DIALECTS = ("published", "transformers5")
-DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = 5_000_000_000
+
+Tensors = Mapping[str, torch.Tensor]
+"""Tensors by the names under which a checkpoint stores them."""
 
 # Model configurations in the published dialect. The tiny one has only sizes that CPU kernels accept.
 _COMMON: dict[str, Any] = {
@@ -100,13 +103,16 @@ def write_random_checkpoint(
     dialect: str = "published",
     overrides: Mapping[str, Any] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    format: str | None = None,
+    group_size: int = 32,
 ) -> None:
     """Write a checkpoint with a byte-level tokenizer and a chat template to an empty or new directory.
 
-    ``overrides`` replaces keys of ``config.json`` (None removes a key). ``max_shard_size`` is in bytes; a larger tensor
-    gets a separate shard. A weight depends only on ``seed`` and the tensor's name. One tensor is in memory at a time.
-    Raises ``ValueError`` before anything is written if an argument is unknown, the configuration is invalid, the
-    directory is not empty or the disk is too small.
+    ``overrides`` replaces keys of ``config.json`` (None removes a key). ``max_shard_size`` is in bytes; a larger weight
+    gets a separate shard. A weight depends only on ``seed`` and the tensor's name. With ``format``, a key of
+    ``make_quantized.FORMATS``, the tensors are those that ``quantize_checkpoint`` would write from this checkpoint. One
+    weight is in memory at a time. Raises ``ValueError`` before anything is written if an argument is unknown, the
+    configuration is invalid, the directory is not empty or the disk is too small.
     """
     for name, value, known in (("preset", preset, PRESETS), ("dtype", dtype, DTYPES), ("dialect", dialect, DIALECTS)):
         if value not in known:
@@ -114,13 +120,29 @@ def write_random_checkpoint(
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size is {max_shard_size}, expected at least 1 byte")
     raw = _raw_config(preset, dtype, dialect, overrides or {})
-    shapes = expected_tensors(QNextConfig.from_dict(raw))
-    shards = list(_shards(shapes, DTYPES[dtype][0].itemsize, max_shard_size))
+    shapes, torch_dtype = expected_tensors(QNextConfig.from_dict(raw)), DTYPES[dtype]
+    quantization = None
+    if format is not None:
+        from qnext_plugin.checkpoint.make_quantized import Quantization  # imports compressed-tensors
+
+        quantization = Quantization(shapes, format, group_size)
+        raw["quantization_config"] = quantization.config()
+
+    def stored(name: str) -> Tensors:
+        """Make a weight, and return the tensors that store it by name."""
+        weight = random_tensor(name, shapes[name], seed, raw["tie_word_embeddings"]).to(torch_dtype)
+        return {name: weight} if quantization is None else quantization.stored(name, weight)
+
+    layout: dict[str, Tensors] = {
+        name: {name: torch.empty(shape, dtype=torch_dtype, device="meta")} for name, shape in shapes.items()
+    }
+    if quantization is not None:
+        layout |= quantization.layout(torch_dtype)
     directory = Path(directory).absolute()
-    check_target(directory, sum(map(math.prod, shapes.values())) * DTYPES[dtype][0].itemsize)
+    check_target(directory, sum(map(_nbytes, layout.values())))
 
     directory.mkdir(parents=True, exist_ok=True)
-    _write_weights(directory, shards, dtype, seed, tied=raw["tie_word_embeddings"])
+    _write_weights(directory, list(_shards(layout, max_shard_size)), stored)
     _write_tokenizer(directory, raw["max_position_embeddings"])
     _write_json(
         directory / "generation_config.json", {"eos_token_id": [_IM_END, _ENDOFTEXT], "pad_token_id": _ENDOFTEXT}
@@ -178,16 +200,20 @@ def _raw_config(preset: str, dtype: str, dialect: str, overrides: Mapping[str, A
     return raw | {"layer_types": list(config.layer_types), "rope_parameters": rope, "dtype": dtype}
 
 
-def _shards(shapes: Mapping[str, Shape], itemsize: int, max_bytes: int) -> Iterator[dict[str, Shape]]:
-    shard: dict[str, Shape] = {}
+def _nbytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _shards(layout: Mapping[str, Tensors], max_bytes: int) -> Iterator[dict[str, Tensors]]:
+    """Yield the weights of each file; ``layout`` has the tensors that store a weight, without data."""
+    shard: dict[str, Tensors] = {}
     size = 0
-    for name, shape in shapes.items():
-        nbytes = math.prod(shape) * itemsize
-        if shard and size + nbytes > max_bytes:
+    for name, tensors in layout.items():
+        if shard and size + _nbytes(tensors) > max_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = shape
-        size += nbytes
+        shard[name] = tensors
+        size += _nbytes(tensors)
     yield shard
 
 
@@ -204,34 +230,39 @@ def check_target(directory: Path, nbytes: int) -> None:
         )
 
 
-def _write_weights(directory: Path, shards: list[dict[str, Shape]], dtype: str, seed: int, tied: bool) -> None:
-    torch_dtype, format_dtype = DTYPES[dtype]
+def _write_weights(directory: Path, shards: list[dict[str, Tensors]], stored: Callable[[str], Tensors]) -> None:
     weight_map: dict[str, str] = {}
-    total = sum(math.prod(shape) for shard in shards for shape in shard.values()) * torch_dtype.itemsize
+    total = sum(_nbytes(tensors) for shard in shards for tensors in shard.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights", disable=None) as progress:
         for i, shard in enumerate(shards, 1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            weight_map |= dict.fromkeys(shard, file)
+            header, offsets = _safetensors_header({k: t for tensors in shard.values() for k, t in tensors.items()})
+            weight_map |= dict.fromkeys(offsets, file)
             with (directory / file).open("wb") as f:
-                f.write(_safetensors_header(shard, format_dtype, torch_dtype.itemsize))
-                for name, shape in shard.items():
-                    data = random_tensor(name, shape, seed, tied).to(torch_dtype).view(torch.uint8).numpy()
-                    f.write(data.data)
-                    progress.update(data.nbytes)
+                f.write(header)
+                for name in shard:
+                    for key, tensor in stored(name).items():
+                        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+                        f.seek(len(header) + offsets[key])
+                        f.write(data.data)
+                        progress.update(data.nbytes)
     if len(shards) > 1:
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _safetensors_header(shard: Mapping[str, Shape], dtype: str, itemsize: int) -> bytes:
+def _safetensors_header(tensors: Tensors) -> tuple[bytes, dict[str, int]]:
+    """Return the header of a file with such tensors, and where after the header the data of each begins."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shard.items():
-        end = offset + math.prod(shape) * itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+    # Wider elements come first, so that each tensor begins at a multiple of its element's size.
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
+        info, end = describe(tensor), offset + tensor.nbytes
+        header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)  # the format aligns the data to 8 bytes
-    return len(raw).to_bytes(8, "little") + raw
+    offsets = {name: entry["data_offsets"][0] for name, entry in header.items() if name in tensors}
+    return len(raw).to_bytes(8, "little") + raw, offsets
 
 
 def _write_tokenizer(directory: Path, model_max_length: int) -> None:

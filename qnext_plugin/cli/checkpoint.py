@@ -25,6 +25,8 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     random.add_argument("--seed", type=int, default=0, metavar="N")
     random.add_argument("--dialect", default="published", choices=("published", "transformers5"), help="of config.json")
     random.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="BYTES", help="such as 500MB")
+    random.add_argument("--format", choices=_FORMATS, help="quantized, as quantize would write it (default: plain)")
+    _add_group_size(random)
     random.add_argument(
         "--set",
         action="append",
@@ -39,11 +41,15 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     quantize.add_argument("source", metavar="SRC", help="a local unquantized checkpoint")
     quantize.add_argument("target", metavar="DST", help="an empty or new directory")
     quantize.add_argument("--format", required=True, choices=_FORMATS)
-    quantize.add_argument("--group-size", type=int, default=32, metavar="N", help="inputs with one scale (4 bits)")
+    _add_group_size(quantize)
 
     index = group.add_parser("index", help="write the index of all safetensors files in a directory, over an old one")
     index.set_defaults(run=_index)
     index.add_argument("directory", metavar="DIR")
+
+
+def _add_group_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group-size", type=int, default=32, metavar="N", help="inputs with one scale (4 bits)")
 
 
 def _index(args: argparse.Namespace) -> None:
@@ -83,6 +89,8 @@ def _random(args: argparse.Namespace) -> None:
         dialect=args.dialect,
         overrides={k: v for k, v in counts.items() if v is not None} | dict(args.set),
         max_shard_size=args.max_shard_size,
+        format=args.format,
+        group_size=args.group_size,
     )
 
 
