@@ -17,6 +17,7 @@ from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.plan.caches import DEVICES, Device, SglangCache, VllmCache
+from qnext_plugin.plan.cpu import Decoding
 from qnext_plugin.plan.sizes import Serving
 from tests.support import fake_hub
 from tests.support.checkpoints import WIDE, write_checkpoint
@@ -222,6 +223,77 @@ def test_a_draft_of_another_width_is_counted(tmp_path):
 def test_neither_a_directory_nor_a_name(capsys):
     assert main(["plan", "no-such-directory"]) == 2
     assert "neither a local directory nor a name on the hub" in capsys.readouterr().err
+
+
+# CPUs
+
+
+def test_a_step_reads_each_weight_once_but_only_the_experts_that_are_routed_to():
+    weights, experts = serving().weights(), serving().weights()["experts"]
+    head = 2 * 151_936 * 2048
+    dense = sum(weights.values()) - experts - head  # the other half of "embedding and head" is looked up
+    plain = Decoding(serving(), None, state_bytes=0)
+    assert plain.step(1) == pytest.approx(7.1e9, rel=0.01)
+    for sequences in (1, 8):
+        routed = 1 - (502 / 512) ** sequences
+        assert plain.step(sequences) == pytest.approx(dense + experts * routed, rel=1e-6)
+    drafts = serving(num_draft_tokens=2)
+    draft = drafts.weights()["MTP draft"]
+    routers_and_rest = draft - experts / 48
+    expected = dense + 2 * head + experts * (1 - (502 / 512) ** 3) + 2 * (routers_and_rest + experts / 48 * 10 / 512)
+    assert Decoding(drafts, None, state_bytes=0).step(1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_reads_caches_and_states_and_writes_states():
+    plain, drafts = serving(), serving(num_draft_tokens=2)
+    for one, states in ((plain, 2), (drafts, 4)):
+        none, some = Decoding(one, None, 0), Decoding(one, None, 1000)
+        assert some.step(4, 500) - none.step(4) == 4 * (states * 1000 + 500 * one.kv_bytes_per_token)
+    tied = Serving(replace(CONFIG_80B, tie_word_embeddings=True))
+    assert Decoding(tied, None, 0).step(1) == Decoding(plain, None, 0).step(1)
+    halves = Decoding(serving(tp_size=2), None, 0)
+    assert Decoding(plain, None, 0).step(1) < halves.step(1) < 1.05 * Decoding(plain, None, 0).step(1)
+
+
+def test_a_machine_without_gpus(capsys, published):
+    arguments = ["--device", "cpu", "--memory", "256", "--memory-bandwidth", "50", "--context-length", "32768"]
+    status, found = plan(capsys, published, *arguments, "--mtp", "2")
+    cpu, vllm, sglang = found["cpu"], found["engines"]["vllm"], found["engines"]["sglang"]
+    assert status == 0 and cpu["advice"] == []
+    for engine in (vllm, sglang):
+        assert engine["cache_memory"] == 252 * GIB - sum(found["weights"].values())
+    assert f"--kv-cache-memory-bytes {vllm['cache_memory']}" in vllm["command"]
+    assert f"--max-total-tokens {sglang['num_tokens']}" in sglang["command"]
+    assert f"--max-mamba-cache-size {sglang['num_slots']} " in sglang["command"]
+    assert "memory-utilization" not in vllm["command"] and "mem-fraction" not in sglang["command"]
+    steps = {(step["drafts"], step["sequences"]): step for step in cpu["decoding"]}
+    assert steps.keys() == {(drafts, sequences) for drafts in (0, 2) for sequences in (1, 4, 8)}
+    for (drafts, sequences), step in steps.items():
+        slowest = sequences * 50e9 / step["bytes"]
+        assert step["tokens_per_second"] == pytest.approx([slowest, 3 * slowest] if drafts else [slowest])
+
+
+def test_a_machine_that_is_too_small_for_loading_or_for_the_context(capsys, published):
+    weights = sum(serving().weights().values()) / GIB
+    layer = 512 * 3 * 512 * 2048 * 2 / GIB
+    arguments = [published, "--device", "cpu", "--context-length", "1024", "--reserve", "1", "--memory"]
+    assert main(["plan", *arguments, str(weights + 1 + layer + 0.1)]) == 0
+    assert "To make it fit" not in capsys.readouterr().out
+    status, found = plan(capsys, *arguments, str(weights + 1 + layer - 0.1))
+    assert status == 1 and found["cpu"]["advice"] == ["a machine with 192 GiB"]
+    assert found["engines"]["vllm"]["concurrency"]["1024"] >= 1
+    assert main(["plan", published, "--device", "cpu", "--memory", str(weights + 8)]) == 1
+    text = capsys.readouterr().out
+    assert "To make it fit\n  --context-length 65536\n  a machine with 192 GiB\n" in text
+
+
+def test_a_quantized_checkpoint_is_counted_as_a_cpu_holds_it(capsys, tmp_path):
+    write_random_checkpoint(tmp_path / "model", format="w4a16", overrides={"num_hidden_layers": 4})
+    _, gpu = plan(capsys, str(tmp_path / "model"))
+    _, cpu = plan(capsys, str(tmp_path / "model"), "--device", "cpu")
+    plain = Serving(QNextConfig.from_pretrained(tmp_path / "model")).weights()
+    assert cpu["weights"] == plain and cpu["cpu"]["stored"] == sum(gpu["weights"].values())
+    assert gpu["weights"]["experts"] < plain["experts"] / 3
 
 
 # The hub: a stand-in that answers as huggingface.co does, and counts

@@ -2,15 +2,13 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from qnext_plugin.engines.config import mtp_flags
+from qnext_plugin.cli.plan_text import COMMANDS, GIB, text
 
-GIB = 2**30
-BAR = 24
+_RESERVE = "3 on a GPU, of vLLM only; 4 on a CPU"
 DTYPES = ("float32", "bfloat16", "float16")
 _CACHE_DTYPES = {"fp8": "float8_e4m3fn", "bfloat16": "bfloat16"}
 
@@ -26,6 +24,10 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     plan.add_argument("model", metavar="MODEL", help="a local directory, or a name on the hub (no weights are fetched)")
     plan.add_argument("--revision", metavar="NAME", help="of a model on the hub")
     plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each GPU")
+    plan.add_argument(
+        "--memory", type=float, metavar="GIB", help="of a machine that serves on its CPU (default: this one's)"
+    )
+    plan.add_argument("--memory-bandwidth", type=float, metavar="GB/S", help="of that machine's memory")
     plan.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     plan.add_argument("--context-length", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
     plan.add_argument("--mtp", type=int, default=0, metavar="N", help="draft N tokens each step")
@@ -38,7 +40,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     plan.add_argument(
         "--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="vLLM (default: 0.92)"
     )
-    plan.add_argument("--reserve", type=float, default=3, metavar="GIB", help="vLLM's activations and graphs")
+    plan.add_argument(
+        "--reserve", type=float, metavar="GIB", help=f"for all but weights and caches (default: {_RESERVE})"
+    )
     plan.add_argument("--mem-fraction-static", type=float, default=0.8, metavar="SHARE", help="SGLang's flag")
     plan.add_argument("--cache-memory", type=float, metavar="GIB", help="for caches, instead of all estimates above")
     plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -49,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
     from qnext_plugin.checkpoint.stored import read_checkpoint  # imports torch
 
     plan = make_plan(args, read_checkpoint(args.model, args.revision))
-    print(json.dumps(plan, indent=2) if args.json else _text(args, plan))
+    print(json.dumps(plan, indent=2) if args.json else text(args, plan))
     return 0 if all(engine["fits"] for engine in plan["engines"].values()) else 1
 
 
@@ -58,15 +62,9 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
     import torch
 
     from qnext_plugin.config import QNextConfig
-    from qnext_plugin.plan.caches import default_cache_dtype
     from qnext_plugin.plan.sizes import Serving
 
-    for name in ("gpu_memory", "cache_memory", "context_length", "block_size", "max_num_seqs"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected more than 0")
-    if args.mtp < 0 or args.mtp >= 8:
-        raise ValueError(f"--mtp is {args.mtp}, expected 0 to 7")
+    _check(args)
     config = metadata.complete(QNextConfig.from_dict(metadata.config))
     if metadata.headers is not None:
         metadata.check(config, "required" if args.mtp else "optional")
@@ -77,9 +75,9 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
         args.mtp,
         getattr(torch, named),
     )
-    weights = serving.weights(metadata.headers)
-    context = args.context_length or config.max_position_embeddings
-    lengths = sorted({n for n in (4**i for i in range(5, 12)) if n < context} | {context})
+    # On a CPU quantized weights are dequantized while loading.
+    headers = None if args.device == "cpu" and metadata.quantized else metadata.headers
+    weights = serving.weights(headers)
     plan: dict[str, Any] = {
         "model": args.model,
         "layers": {"gated attention": serving.num_full_attention_layers, "Gated DeltaNet": serving.num_gdn_layers},
@@ -87,22 +85,102 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
         "weights_from": "safetensors headers" if metadata.headers else "config.json",
         "quantized": "quantization_config" in metadata.config,
         "weights": weights,
-        "context_length": context,
+        "context_length": args.context_length or config.max_position_embeddings,
         "trained_length": config.max_position_embeddings,
-        "engines": {},
     }
+    loading = 0
+    if args.device == "cpu":
+        plan["cpu"] = _cpu(args, serving, headers, metadata.headers)
+        loading = plan["cpu"]["loading"]
+    plan["engines"] = _engines(args, serving, metadata, plan, loading)
+    for engine, numbers in plan["engines"].items():
+        numbers["command"] = COMMANDS[engine](args, plan)
+    if args.device == "cpu":
+        plan["cpu"]["advice"] = _advice(args, serving, metadata, plan, loading)
+    return plan
+
+
+def _check(args: argparse.Namespace) -> None:
+    names = ("gpu_memory", "memory", "memory_bandwidth", "cache_memory", "context_length", "block_size", "max_num_seqs")
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected more than 0")
+    if args.mtp < 0 or args.mtp >= 8:
+        raise ValueError(f"--mtp is {args.mtp}, expected 0 to 7")
+
+
+def _engines(
+    args: argparse.Namespace, serving: Any, metadata: Any, plan: Mapping[str, Any], loading: int
+) -> dict[str, dict[str, Any]]:
+    """Return each engine's numbers; ``loading`` are the most bytes of weights at a time on a CPU."""
+    from qnext_plugin.plan.caches import default_cache_dtype
+
+    context, engines = plan["context_length"], {}
+    lengths = sorted({n for n in (4**i for i in range(5, 12)) if n < context} | {context})
     for engine, divide in (("vllm", _vllm), ("sglang", _sglang)):
         kept = _CACHE_DTYPES.get(args.kv_cache_dtype) or _name(
             default_cache_dtype(engine, args.device, metadata.quantization) or serving.dtype
         )
-        serving = replace(serving, kv_cache_dtype=getattr(torch, kept))
-        numbers, cache, memory = divide(args, serving, metadata.config, sum(weights.values()))
+        serving = replace(serving, kv_cache_dtype=_dtype(kept))
+        numbers, cache, memory = divide(args, serving, metadata.config, sum(plan["weights"].values()))
         numbers |= {"kv_cache_dtype": kept, "kv_bytes_per_token": serving.kv_bytes_per_token}
         found = {str(n): min(cache.concurrency(memory, n), numbers["max_num_seqs"]) for n in lengths}
-        plan["engines"][engine] = numbers | {"cache_memory": memory, "concurrency": found}
-        plan["engines"][engine]["fits"] = found[str(context)] >= 1
-        plan["engines"][engine]["command"] = _COMMANDS[engine](args, plan)
-    return plan
+        engines[engine] = numbers | {"cache_memory": memory, "concurrency": found}
+        too_large = args.device == "cpu" and args.cache_memory is None and loading > _cpu_memory(args)
+        engines[engine]["fits"] = found[str(context)] >= 1 and not too_large
+    return engines
+
+
+def _cpu(args: argparse.Namespace, serving: Any, headers: Any, stored: Any) -> dict[str, Any]:
+    """Return what a CPU holds while loading, and how fast it can decode at most; ``headers`` are of what it holds."""
+    from qnext_plugin.plan.cpu import Decoding, largest_layer
+
+    state_dtype = _dtype(args.state_dtype or "float32")
+    rate, decoding = args.memory_bandwidth, []
+    for drafts in sorted({0, args.mtp}):
+        one = replace(serving, num_draft_tokens=drafts)
+        state = one.state(one.dtype, state_dtype).page_bytes * one.num_gdn_layers
+        traffic = Decoding(one, headers, state)
+        for sequences in (1, 4, 8):
+            step: dict[str, Any] = {"sequences": sequences, "drafts": drafts, "bytes": traffic.step(sequences)}
+            if rate:
+                steps = sequences * rate * 1e9 / step["bytes"]
+                step["tokens_per_second"] = sorted({steps, steps * (1 + drafts)})
+            decoding.append(step)
+    return {
+        "memory": _machine_memory(args),
+        "memory_bandwidth": rate,
+        "reserve": int(_reserve(args) * GIB),
+        "stored": sum(serving.weights(stored).values()),
+        "loading": sum(serving.weights(headers).values()) + largest_layer(serving, headers),
+        "decoding": decoding,
+    }
+
+
+def _advice(args: argparse.Namespace, serving: Any, metadata: Any, plan: Mapping[str, Any], loading: int) -> list[str]:
+    """Return which one change of the arguments would make a model fit that does not."""
+
+    def fits(**changes: Any) -> bool:
+        changed = argparse.Namespace(**vars(args) | changes)
+        lengths = {"context_length": changed.context_length or plan["context_length"]}
+        weights = plan["weights"] if changed.mtp else {k: v for k, v in plan["weights"].items() if k != "MTP draft"}
+        one = replace(serving, num_draft_tokens=changed.mtp)
+        engines = _engines(changed, one, metadata, {**plan, **lengths, "weights": weights}, loading)
+        return all(numbers["fits"] for numbers in engines.values())
+
+    if fits() or args.cache_memory is not None:
+        return []
+    sizes = (float(size) for power in range(3, 13) for size in (2**power, 3 * 2 ** (power - 1)))
+    lengths = (2**power for power in reversed(range(10, 24)) if 2**power < plan["context_length"])
+    shorter = next((length for length in lengths if fits(context_length=length)), None)
+    larger = next((size for size in sizes if size > _machine_memory(args) / GIB and fits(memory=size)), None)
+    return [
+        *([f"--context-length {shorter}"] if shorter else []),
+        *(["--mtp 0"] if args.mtp and fits(mtp=0) else []),
+        *(["--no-prefix-caching"] if not args.no_prefix_caching and fits(no_prefix_caching=True) else []),
+        *([f"a machine with {larger:g} GiB"] if larger else []),
+    ]
 
 
 def _vllm(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], weights: int) -> tuple[Any, Any, int]:
@@ -113,9 +191,10 @@ def _vllm(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], wei
     state_dtype = args.state_dtype or _name(default_state_dtype("vllm", args.device, config, serving.dtype))
     device = DEVICES[args.device]
     cache = VllmCache(serving, getattr(torch, state_dtype), device, not args.no_prefix_caching, args.block_size)
-    memory = _cache_memory(args, args.gpu_memory_utilization, weights, args.reserve)
-    # These are vLLM's defaults. On CPU it captures no graphs, so it refuses nothing.
-    asked = args.max_num_seqs or (1024 if args.gpu_memory >= 70 else 256)
+    memory = _cache_memory(args, args.gpu_memory_utilization, weights, _reserve(args))
+    # These are vLLM's defaults. On a CPU it captures no graphs, so it refuses nothing.
+    default = 128 * args.tensor_parallel_size if args.device == "cpu" else 1024 if args.gpu_memory >= 70 else 256
+    asked = args.max_num_seqs or default
     numbers = {
         "state_dtype": state_dtype,
         "state_bytes_per_sequence": cache.state_blocks * cache.block_bytes,
@@ -136,7 +215,9 @@ def _sglang(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], w
 
     state_dtype = args.state_dtype or _name(default_state_dtype("sglang", args.device, config, serving.dtype))
     prefix_caching = not args.no_prefix_caching
-    cache = SglangCache(serving, getattr(torch, state_dtype), prefix_caching, max_running_requests=args.max_num_seqs)
+    # On a CPU our platform for SGLang lets 32 requests run.
+    running = args.max_num_seqs or (32 if args.device == "cpu" else None)
+    cache = SglangCache(serving, getattr(torch, state_dtype), prefix_caching, max_running_requests=running)
     memory = _cache_memory(args, args.mem_fraction_static, weights, 0)
     numbers = {
         "state_dtype": state_dtype,
@@ -154,115 +235,32 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _reserve(args: argparse.Namespace) -> float:
+    from qnext_plugin.plan.cpu import RESERVE
+
+    return args.reserve if args.reserve is not None else RESERVE if args.device == "cpu" else 3.0
+
+
+def _machine_memory(args: argparse.Namespace) -> int:
+    from qnext_plugin.plan.cpu import installed_memory
+
+    return installed_memory() if args.memory is None else int(args.memory * GIB)
+
+
+def _cpu_memory(args: argparse.Namespace) -> int:
+    """Return the bytes that a rank has for weights and caches; the ranks share a machine's memory."""
+    return (_machine_memory(args) - int(_reserve(args) * GIB)) // args.tensor_parallel_size
+
+
 def _cache_memory(args: argparse.Namespace, share: float, weights: int, reserve: float) -> int:
     if args.cache_memory is not None:
         return int(args.cache_memory * GIB)
-    return max(0, int((args.gpu_memory * share - reserve) * GIB) - weights)
-
-
-def _vllm_command(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
-    numbers = plan["engines"]["vllm"]
-    words = ["vllm", "serve", args.model, *_tensor_parallel(args, "--tensor-parallel-size")]
-    words += ["--max-model-len", str(plan["context_length"])]
-    words += ["--gpu-memory-utilization", f"{args.gpu_memory_utilization:g}"] if args.device == "cuda" else []
-    if args.max_num_seqs or numbers["max_num_seqs_refused"]:
-        words += ["--max-num-seqs", str(min(numbers["max_num_seqs"], numbers["num_blocks"]))]
-    words += _given(args, {"dtype": "--dtype", "state_dtype": "--mamba-ssm-cache-dtype", "block_size": "--block-size"})
-    words += ["--kv-cache-dtype", args.kv_cache_dtype] if args.kv_cache_dtype != "auto" else []
-    words += ["--no-enable-prefix-caching"] if args.no_prefix_caching else []
-    words += mtp_flags("vllm", args.mtp)
-    longer = plan["context_length"] > plan["trained_length"]
-    return "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 " * longer + shlex.join(words)
-
-
-def _sglang_command(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
-    words = ["python", "-m", "sglang.launch_server", "--model-path", args.model, *_tensor_parallel(args, "--tp-size")]
-    words += ["--context-length", str(plan["context_length"])]
-    words += ["--mem-fraction-static", f"{args.mem_fraction_static:g}"] if args.device == "cuda" else []
-    names = {"max_num_seqs": "--max-running-requests", "dtype": "--dtype", "state_dtype": "--mamba-ssm-dtype"}
-    words += _given(args, names)
-    cache_dtype = "fp8_e4m3" if args.kv_cache_dtype == "fp8" else args.kv_cache_dtype
-    words += ["--kv-cache-dtype", cache_dtype] if cache_dtype != "auto" else []
-    words += ["--disable-radix-cache"] if args.no_prefix_caching else []
-    words += mtp_flags("sglang", args.mtp)
-    longer = plan["context_length"] > plan["trained_length"]
-    return "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 " * longer + shlex.join(words)
-
-
-_COMMANDS = {"vllm": _vllm_command, "sglang": _sglang_command}
-
-
-def _tensor_parallel(args: argparse.Namespace, flag: str) -> list[str]:
-    return [flag, str(args.tensor_parallel_size)] if args.tensor_parallel_size > 1 else []
-
-
-def _given(args: argparse.Namespace, flags: Mapping[str, str]) -> list[str]:
-    return [word for name, flag in flags.items() if getattr(args, name) for word in (flag, str(getattr(args, name)))]
-
-
-def _text(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
-    layers = " and ".join(f"{count} {kind}" for kind, count in plan["layers"].items())
-    total = sum(plan["weights"].values())
-    lines = [
-        f"{plan['model']}: {layers} layers{' with the draft' * bool(args.mtp)}, {plan['dtype']}",
-        "",
-        f"Each of {args.tensor_parallel_size} GPUs" if args.device == "cuda" else "Each rank",
-        f"  weights              {total / GIB:9.2f} GiB   (from {plan['weights_from']})",
-        *(f"    {kind:<18} {size / GIB:9.2f} GiB" for kind, size in plan["weights"].items()),
-    ]
-    if plan["quantized"] and plan["weights_from"] == "config.json":
-        lines.append("  this checkpoint is quantized: without its headers the weights above are too large")
-    for name, describe in (("vLLM", _vllm_text), ("SGLang", _sglang_text)):
-        engine = plan["engines"][name.lower()]
-        lines += ["", f"{name}, {engine['cache_memory'] / GIB:.1f} GiB for caches"]
-        lines += describe(args, plan, engine) if engine["cache_memory"] else ["  the weights do not fit"]
-    lines += ["", "Sequences at once", f"  {'tokens each':>11}   {'vLLM':<{BAR + 9}}   SGLang"]
-    found = [plan["engines"][name]["concurrency"] for name in ("vllm", "sglang")]
-    largest = max(1, *(max(concurrency.values()) for concurrency in found))
-    for length in found[0]:
-        bars = (_bar(concurrency[length], largest) for concurrency in found)
-        lines.append(f"  {int(length):>11,}   {'   '.join(bars)}".rstrip())
-    return "\n".join(lines)
-
-
-def _keys_and_values(engine: Mapping[str, Any]) -> str:
-    return f"  keys and values      {engine['kv_bytes_per_token']:9,} bytes per token, {engine['kv_cache_dtype']}"
-
-
-def _vllm_text(args: argparse.Namespace, plan: Mapping[str, Any], vllm: Mapping[str, Any]) -> list[str]:
-    block = f"{vllm['block_size']:,} tokens"
-    lines = [
-        _keys_and_values(vllm),
-        f"  states               {vllm['state_bytes_per_sequence'] / 2**20:9.1f} MiB per sequence, "
-        f"{vllm['state_dtype']}",
-        f"  attention block      {block:>9}: prefixes are found again in whole blocks, so shorter prompts never hit",
-        f"  blocks               {vllm['num_blocks']:9,}: a sequence takes {vllm['state_blocks_per_sequence']} for its "
-        f"states, and 1 for each {block}",
-    ]
-    if vllm["max_num_seqs_refused"]:
-        default = "" if args.max_num_seqs else ", its default,"
-        lines.append(f"  --max-num-seqs {vllm['max_num_seqs']}{default} is refused: at most {vllm['num_blocks']}")
-    if not vllm["fits"]:
-        lines.append(f"  --max-model-len {plan['context_length']} is refused: at most {vllm['longest_sequence']}")
-    return [*lines, f"  {vllm['command']}"]
-
-
-def _sglang_text(args: argparse.Namespace, plan: Mapping[str, Any], sglang: Mapping[str, Any]) -> list[str]:
-    lines = [
-        _keys_and_values(sglang),
-        f"  states               {sglang['state_bytes_per_sequence'] / 2**20:9.1f} MiB per sequence, "
-        f"{sglang['state_dtype']}",
-        f"  state slots          {sglang['num_slots']:9,}: a sequence takes {sglang['slots_per_sequence']}, "
-        f"so {sglang['running_requests']:,} run at once",
-        f"  tokens               {sglang['num_tokens']:9,}: of all sequences together",
-    ]
-    if not sglang["fits"]:
-        lines.append(f"  a sequence of {plan['context_length']:,} tokens does not fit")
     if args.device == "cpu":
-        lines.append("  without an accelerator qnext-plugin chooses smaller pools, unless told otherwise")
-    return [*lines, f"  {sglang['command']}"]
-
-
-def _bar(value: float, largest: float) -> str:
-    number = f"{int(value):,}" if value >= 1 else "none fits"
-    return f"{'█' * max(1, round(BAR * value / largest)) if value >= 1 else '':<{BAR}} {number:<8}"
+        return max(0, _cpu_memory(args) - weights)
+    return max(0, int((args.gpu_memory * share - reserve) * GIB) - weights)

@@ -1,0 +1,68 @@
+"""Compute what a CPU's memory holds while a model is loaded, and what it delivers in each decoding step.
+
+Decoding reads every weight that a step needs once, so the rate of memory bounds the tokens per second.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qnext_plugin.checkpoint.headers import TensorInfo
+from qnext_plugin.checkpoint.merged import layer_of
+from qnext_plugin.plan.sizes import Serving
+
+RESERVE = 4.0
+"""GiB that the system and an engine's processes take beside weights and caches."""
+
+
+def installed_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def largest_layer(serving: Serving, headers: Mapping[str, TensorInfo] | None) -> int:
+    """Return the bytes of the largest layer of weights, of which a second copy exists while it is packed."""
+    sizes: Counter[str] = Counter()
+    for name, size in serving.tensors(headers):
+        sizes[layer_of(name.rpartition(".")[0])] += int(size)
+    return max(sizes.values())
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The memory traffic of decoding steps of a model on all ranks of one machine, in bytes.
+
+    ``state_bytes`` are those of one sequence's state in all Gated
+    DeltaNet layers of a rank.
+    """
+
+    serving: Serving
+    headers: Mapping[str, TensorInfo] | None
+    state_bytes: int
+
+    def step(self, sequences: int, context: int = 0) -> int:
+        """Return the bytes of one step of ``sequences`` sequences that have ``context`` tokens each.
+
+        With drafts it is a step that drafts and verifies all of them. Routing is taken as uniform: that reads the most
+        experts. Activations stay in the processor's caches.
+        """
+        config, drafts = self.serving.config, self.serving.num_draft_tokens
+        total = 0.0
+        for name, size in self.serving.tensors(self.headers):
+            parts = name.split(".")
+            if "embed_tokens" in parts and not config.tie_word_embeddings:
+                continue  # a row for each token
+            is_draft = parts[0] == "mtp"
+            if "experts" in parts:
+                width = config.draft.num_experts if is_draft else config.num_experts
+                rows = sequences if is_draft else sequences * (1 + drafts)
+                size *= 1 - (1 - config.num_experts_per_tok / width) ** rows
+            if is_draft:
+                size *= drafts
+            elif {"lm_head", "embed_tokens"} & {*parts}:
+                size *= 1 + drafts
+            total += size
+        states = self.state_bytes * (2 + drafts)  # one is read; one is written for each token
+        caches = self.serving.kv_bytes_per_token * context
+        return self.serving.tp_size * int(total + sequences * (states + caches))
