@@ -199,6 +199,7 @@ def _vllm(args: argparse.Namespace, serving: Any, config: Mapping[str, Any], wei
         "state_dtype": state_dtype,
         "state_bytes_per_sequence": cache.state_blocks * cache.block_bytes,
         "block_size": cache.block_size,
+        "prefix_match_unit": cache.prefix_match_unit,
         "num_blocks": cache.num_blocks(memory),
         "state_blocks_per_sequence": cache.state_blocks,
         "longest_sequence": cache.longest(memory),

@@ -68,7 +68,8 @@ def _vllm_text(args: argparse.Namespace, plan: Mapping[str, Any], vllm: Mapping[
         _keys_and_values(vllm),
         f"  states               {vllm['state_bytes_per_sequence'] / 2**20:9.1f} MiB per sequence, "
         f"{vllm['state_dtype']}",
-        f"  attention block      {block:>9}: prefixes are found again in whole blocks, so shorter prompts never hit",
+        f"  attention block      {block:>9}: prefixes are found again in whole blocks, so shorter prompts never hit; "
+        f"--prefix-match-unit {vllm['prefix_match_unit']} finds them",
         f"  blocks               {vllm['num_blocks']:9,}: a sequence takes {vllm['state_blocks_per_sequence']} for its "
         f"states, and 1 for each {block}",
     ]

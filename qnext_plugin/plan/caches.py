@@ -86,13 +86,18 @@ class VllmCache:
 
     @property
     def block_size(self) -> int:
-        """The tokens in an attention block, and so in the smallest prefix that the cache can find."""
+        """The tokens in an attention block; without ``--prefix-match-unit``, prefixes are found in whole blocks."""
         asked = self.user_block_size or self.device.block_size
         if not self.serving.num_gdn_layers:
             return asked
         alignment = lcm(max(self.device.alignment, asked), self.checkpoints or 1)
         block = alignment * ceil(self.state_bytes / (alignment * self.serving.kv_bytes_per_layer))
         return max(asked, ceil(block / self.device.alignment) * self.device.alignment)
+
+    @property
+    def prefix_match_unit(self) -> int:
+        """The value of ``--prefix-match-unit``, in tokens, that finds most of a prefix; it divides every block size."""
+        return self.device.alignment
 
     @property
     def layers_per_group(self) -> int:

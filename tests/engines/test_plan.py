@@ -5,7 +5,7 @@ import torch
 
 from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.config import QNextConfig
-from qnext_plugin.engines.config import MAX_MODEL_LEN
+from qnext_plugin.engines.config import MAX_MODEL_LEN, VLLM_BLOCK_SIZE
 from qnext_plugin.plan.caches import DEVICES, SglangCache, VllmCache, default_state_dtype
 from qnext_plugin.plan.sizes import Serving
 from tests.support.installed import ENGINE
@@ -35,8 +35,9 @@ def case(request, serve, checkpoint):
 @pytest.mark.parametrize("case", NAMES, indirect=True)
 def test_vllm_blocks(case):
     config, serving, _, memory = case
-    flags = dict(zip(config.flags[::2], config.flags[1::2], strict=True))
-    block_size = int(flags.get("--block-size", 32)) if config.prefix_caching else None
+    words = config.flags
+    asked = int(words[words.index("--block-size") + 1]) if "--block-size" in words else VLLM_BLOCK_SIZE
+    block_size = asked if config.prefix_caching else None
     state_dtype = default_state_dtype("vllm", "cpu", {}, serving.dtype)
     cache = VllmCache(serving, state_dtype, DEVICES["cpu"], config.prefix_caching, block_size)
     assert memory["block_size"] == cache.block_size

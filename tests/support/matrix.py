@@ -22,7 +22,7 @@ SCENARIOS = scenarios() | {
             (_A + _B[:20],),
             (_B,),
             (_A,),
-            tuple(_A[: 300 - 5 * i] + tokens(9 + i, seed=i) for i in range(24)),
+            tuple(_A[: 300 - 5 * i] + tokens(9 + i, seed=i) for i in range(48)),
         ),
         max_tokens=(12,),
         drafts="cycle",
@@ -50,7 +50,8 @@ def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "ti
 _DRAFTS = CASES["mtp3-compiled"].scenarios
 _PLAIN = ("mixed_lengths",)
 _BFLOAT16 = EngineConfig(dtype="bfloat16")
-_PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120, flags=("--block-size", "128", "--prefix-match-unit", "32"))
+_UNIT = ("--block-size", "128", "--prefix-match-unit", "32")
+_PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120)
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
     "compiled": _shared("compiled", ("vllm",), num_blocks=48),
@@ -58,8 +59,12 @@ MATRIX = {
     "prefix": _shared("prefix", num_blocks=640),
     "prefix-no-buffer": _shared("prefix-no-buffer", ("sglang",)),
     "starved": _shared("starved", num_blocks=44),
-    "prefix-unit": Case(_PARTIAL, ("partial_hits",)),
-    "mtp2-prefix-unit": Case(replace(_PARTIAL, draft_tokens=2), ("partial_hits",)),
+    "prefix-unit": Case(
+        replace(_PARTIAL, flags=(*_UNIT, "--prefix-cache-retention-interval", "128")), ("partial_hits",)
+    ),
+    "mtp2-prefix-unit": Case(
+        replace(_PARTIAL, draft_tokens=2, flags=(*_UNIT, "--enable-mamba-shared-prefix-checkpoint")), ("partial_hits",)
+    ),
     "tp2": Case(
         EngineConfig(prefix_caching=True, tensor_parallel=2, num_blocks=160), (*_PLAIN, "multi_turn"), engines=ENGINES
     ),

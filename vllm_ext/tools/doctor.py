@@ -150,13 +150,14 @@ def risks(vllm_config: Any) -> list[tuple[str, str]]:
         kernels = select_kernels(config.gdn.shard(serving.tp_size), vllm_config)
     device = DEVICES["cpu" if current_platform.is_cpu() else "cuda"]
     device = replace(device, checkpoints=kernels.checkpoint_alignment)
-    block_size = VllmCache(serving, state_dtype, device, caching, asked).block_size
-    if caching:
-        smaller = (
-            "--mamba-ssm-cache-dtype bfloat16" if state_dtype == torch.float32 else "a larger tensor-parallel size"
-        )
+    cache = VllmCache(serving, state_dtype, device, caching, asked)
+    block_size = cache.block_size
+    if caching and cache_config.prefix_match_unit is None:
         found.append(
-            (f"prompts shorter than {block_size} tokens, an attention block, never hit the prefix cache", smaller)
+            (
+                f"prefixes are found again in whole blocks of {block_size} tokens, so shorter prompts never hit",
+                f"--prefix-match-unit {cache.prefix_match_unit}",
+            )
         )
     if asked not in (None, block_size, device.block_size):  # `KeepsBlockSize` sets the last
         found.append((f"--block-size {asked} becomes {block_size}, so that a block holds a state", "drop --block-size"))
