@@ -103,7 +103,8 @@ class Uses:
 
     model: bool = False
     """True if the process builds one of our models."""
-    drafts: bool = False
+    drafts: str = ""
+    """The algorithm that drafts, as `config.drafting` names it; empty without drafts."""
     adapters: bool = False
     quantization: bool = False
     """True if the process reads the configuration of a quantized checkpoint."""
@@ -123,7 +124,10 @@ REQUESTS = Feature("requests that do not fit the vocabulary", lambda uses: uses.
 LORA = Feature("LoRA", lambda uses: uses.adapters)
 ON_CPUS = Feature("CPUs", lambda uses: ON_CPU and uses.model)
 PINNING_ON_CPUS = Feature("CPUs", lambda uses: ON_CPU and uses.model and cannot_pin())
-NEXTN_ON_CPUS = Feature("NEXTN on CPUs", lambda uses: ON_CPU and uses.drafts)
+DRAFTS_ON_CPUS = Feature("drafts on CPUs", lambda uses: ON_CPU and bool(uses.drafts))
+UNRESERVED_DRAFTS = Feature("drafts at the end of the context", lambda uses: uses.drafts in ("NGRAM", "STANDALONE"))
+NGRAM = Feature("NGRAM", lambda uses: uses.drafts == "NGRAM")
+NGRAM_ON_CPUS = Feature("NGRAM on CPUs", lambda uses: ON_CPU and uses.drafts == "NGRAM")
 LORA_ON_CPUS = Feature("LoRA on CPUs", lambda uses: ON_CPU and uses.adapters)
 QUANTIZATION_ON_CPUS = Feature("quantized checkpoints on CPUs", lambda uses: ON_CPU and uses.quantization)
 
@@ -227,7 +231,7 @@ REPLACEMENTS = (
         kind="set",
     ),
     *(
-        kernel(NEXTN_ON_CPUS, f"{SPECULATIVE}.{module}:{function}", f"{OUR_DRAFTS}:{function}")
+        kernel(DRAFTS_ON_CPUS, f"{SPECULATIVE}.{module}:{function}", f"{OUR_DRAFTS}:{function}")
         for module, function in (
             ("cache_locs", "assign_draft_cache_locs_contiguous_func"),
             ("cache_locs", "fill_front_out_cache_loc_func"),
@@ -239,13 +243,13 @@ REPLACEMENTS = (
         )
     ),
     kernel(
-        NEXTN_ON_CPUS,
+        DRAFTS_ON_CPUS,
         "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
         f"{OUR_DRAFTS}:assign_req_to_token_pool_func",
     ),
     *(
         Replacement(
-            NEXTN_ON_CPUS,
+            DRAFTS_ON_CPUS,
             target=f"{FACTORY}.{method}",
             ours=f"sglang_ext.cpu.attention:{method}",
             why="it knows no attention backend for drafts on this platform",
@@ -255,7 +259,7 @@ REPLACEMENTS = (
     ),
     *(
         Replacement(
-            NEXTN_ON_CPUS,
+            DRAFTS_ON_CPUS,
             target=f"sglang.srt.speculative.eagle_utils:{function}",
             ours=f"{OUR_DRAFTS}:{function}",
             why="it is None off GPUs, and called when drafts are sampled",
@@ -265,12 +269,52 @@ REPLACEMENTS = (
         for function in ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_p_renorm_prob")
     ),
     Replacement(
-        NEXTN_ON_CPUS,
+        DRAFTS_ON_CPUS,
         target="sglang.srt.speculative.spec_utils:_select_top_k_tokens_later",
         ours="sglang_ext.cpu.repairs:select_top_k_tokens",
         why="it is compiled, for seconds, while the first request waits",
         until="SGLang does not compile it on CPUs",
         kind="around",
+    ),
+    Replacement(
+        DRAFTS_ON_CPUS,
+        target="sglang.srt.mem_cache.allocation:get_last_loc",
+        ours="sglang.srt.mem_cache.allocation:get_last_loc_torch",
+        why="with pages of several tokens it runs on GPUs only, unless attention is SGLang's torch_native",
+        until="SGLang asks the platform",
+    ),
+    Replacement(
+        UNRESERVED_DRAFTS,
+        target="sglang.srt.mem_cache.allocation_sizing:get_req_to_token_extra_context_len",
+        ours="sglang_ext.guards:extra_context_len",
+        why="slots for drafts after the last position are written to the table's row of another request, or end the "
+        "scheduler process",
+        until="SGLang reserves their positions, as it does for NEXTN",
+        kind="around",
+    ),
+    Replacement(
+        NGRAM_ON_CPUS,
+        target=f"sys:modules[{SPECULATIVE}.reconstruct_tree]",
+        ours=f"{OUR_DRAFTS}:trees",
+        why="it cannot be imported without a GPU, and NGRAM's worker reads its trees with it",
+        until="SGLang lets a platform provide its function",
+        kind="set",
+    ),
+    Replacement(
+        NGRAM,
+        target="sglang.srt.speculative.cpp_ngram.ngram_corpus:NgramCorpus.batch_get",
+        ours="sglang_ext.guards:ngram_drafts",
+        why="it fills trees up with equal drafts, and each of them is accepted with the whole probability of its token",
+        until="SGLang fills them up with different tokens",
+        kind="around",
+    ),
+    Replacement(
+        NGRAM_ON_CPUS,
+        target="sglang.srt.speculative.ngram_worker:USE_FULL_MASK",
+        ours=f"{OUR_DRAFTS}:USE_FULL_MASK",
+        why="our attention reads which drafts see each other, without the tokens before them",
+        until="the worker asks the attention backend, as the others do",
+        kind="set",
     ),
     *(
         Replacement(

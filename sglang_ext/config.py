@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from sglang.srt.configs.qwen3_next import HybridLayerType
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as EngineConfig
+from sglang.srt.utils.hf_transformers_utils import get_config
 from transformers import PretrainedConfig
 
 from qnext_plugin.checkpoint.kinds import check_kind
+from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext import compat
 from sglang_ext.compat import ON_CPU, unpadded
@@ -68,23 +70,94 @@ def qnext_config(config: PretrainedConfig, tp_size: int = 1) -> QNextConfig:
     return view
 
 
-def speculates(spec: Any, model_path: str) -> bool:
-    """Return whether the user requests the model's own draft; raise ``ValueError`` for any other draft.
+def drafting(spec: Any, model: Any, checkpoint: Checkpoint, config: QNextConfig, pp_size: int = 1) -> str:
+    """Return which of SGLang's algorithms drafts, by the name that users give it; empty if none does.
 
-    ``spec`` has the options of speculation under SGLang's names.
+    ``spec`` and ``model`` have SGLang's options of speculation and of the model under its own names. Raise
+    ``ValueError``, which says what is possible for the checkpoint, for drafts that are not served.
     """
     algorithm, draft = spec.speculative_algorithm, spec.speculative_draft_model_path
     if algorithm is None:
-        return False
-    if algorithm != "EAGLE" or draft not in (None, model_path) or spec.enable_multi_layer_eagle:
+        return ""
+    possible = "NGRAM, STANDALONE with a draft model or EAGLE3 with a draft head"
+    if has_draft(checkpoint):
+        possible = f"NEXTN without a draft model, {possible}"
+    found = f"--speculative-algorithm {algorithm} found"
+    if algorithm == "EAGLE" and draft in (None, model.model_path) and not spec.enable_multi_layer_eagle:
+        algorithm = "NEXTN"  # SGLang has renamed it
+    elif algorithm == "NGRAM":
+        if spec.speculative_ngram_max_bfs_breadth < 2:
+            raise ValueError(
+                f"--speculative-ngram-max-bfs-breadth {spec.speculative_ngram_max_bfs_breadth} found, expected 2 or "
+                "more: even then several matches make a tree of drafts, and SGLang would compute the states of a chain"
+            )
+    elif algorithm in ("STANDALONE", "EAGLE3"):
+        check_draft(algorithm, draft, spec.speculative_draft_model_revision, model.trust_remote_code, config)
+    else:
+        named = f" with draft model {draft}" if draft else ""
+        named += " and --enable-multi-layer-eagle" if spec.enable_multi_layer_eagle else ""
         raise ValueError(
-            f"speculative algorithm {algorithm!r} with draft model {draft!r} found, expected NEXTN without one: the "
-            "state of a Gated DeltaNet layer is kept right with the model's own MTP draft only; change or drop "
-            "--speculative-algorithm, or set QNEXT_DISABLE=1 for SGLang's own model"
+            f"{found}{named}, expected {possible}: only with these are the states of Gated DeltaNet layers tested; "
+            "change or drop the flags, or set QNEXT_DISABLE=1 for SGLang's own model"
         )
+    if algorithm != "NEXTN" and pp_size > 1:
+        raise ValueError(f"{found} with --pp-size {pp_size}, expected 1: pipelines are tested with NEXTN only")
     if ON_CPU and spec.speculative_use_rejection_sampling:
         raise ValueError("--speculative-use-rejection-sampling found, expected none: it needs a GPU; drop it")
-    return True
+    if ON_CPU and spec.speculative_adaptive:
+        raise ValueError("--speculative-adaptive found, expected none: it is not tested on a CPU; drop it")
+    return algorithm
+
+
+def has_draft(checkpoint: Checkpoint) -> bool:
+    """Return whether the checkpoint has ``mtp.*``, also in files that its index does not name, or may have it."""
+    headers = checkpoint.headers
+    return headers is None or any(name.startswith("mtp.") for name in (*headers, *checkpoint.unread))
+
+
+def check_draft(
+    algorithm: str, draft: str | None, revision: str | None, trust_remote_code: bool, config: QNextConfig
+) -> None:
+    """Raise ``ValueError`` if SGLang could not draft with the model at ``draft`` for one of ``config``."""
+    found = f"--speculative-algorithm {algorithm}"
+    if draft is None:
+        raise ValueError(f"{found} found without a model to draft with; add --speculative-draft-model-path")
+    values = get_config(draft, trust_remote_code=trust_remote_code, revision=revision)
+    found += f" with {draft}"
+    if hasattr(type(values), "mamba2_cache_params"):
+        raise ValueError(
+            f"{found}, a {values.model_type}, found, expected a draft without recurrent states: SGLang does not take "
+            "back the draft's own"
+        )
+    if values.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{found} found, which has {values.vocab_size} token ids, expected {config.vocab_size} as the model has"
+        )
+    if algorithm == "EAGLE3":
+        check_head(found, values, config)
+
+
+def check_head(found: str, values: PretrainedConfig, config: QNextConfig) -> None:
+    """Raise ``ValueError`` if an EAGLE3 head reads other hidden states than the model has."""
+    architecture = (values.architectures or [""])[0]
+    if not architecture.endswith("Eagle3"):
+        raise ValueError(f"{found}, a {architecture}, found, expected the head of an EAGLE3 draft")
+    width = getattr(values, "target_hidden_size", None) or values.hidden_size
+    if width != config.hidden_size:
+        raise ValueError(f"{found} found, for a model of hidden size {width}, expected {config.hidden_size}")
+    settings = getattr(values, "eagle_config", None) or {}
+    captured = captured_layers(config, settings.get("eagle_aux_hidden_state_layer_ids"))
+    if not 0 < min(captured) <= max(captured) < config.num_hidden_layers or len(set(captured)) < len(captured):
+        raise ValueError(
+            f"{found} found, which reads the inputs of layers {captured}, expected different ones of layers 1 to "
+            f"{config.num_hidden_layers - 1}"
+        )
+
+
+def captured_layers(config: QNextConfig, layer_ids: list[int] | None) -> list[int]:
+    """Return the layers whose inputs a draft reads: those after ``layer_ids``, or SGLang's own choice for EAGLE3."""
+    last = config.num_hidden_layers
+    return [2, last // 2, last - 3] if layer_ids is None else [idx + 1 for idx in layer_ids]
 
 
 def check_dtype(dtype: torch.dtype) -> None:

@@ -1,9 +1,10 @@
-"""Guards around SGLang's functions for weight updates and requests, on every device.
+"""Guards around SGLang's functions for weight updates, requests and drafts, on every device.
 
 ``compat.REPLACEMENTS`` lists where each is installed, and why.
 """
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -64,3 +65,30 @@ def validate_request(original: Around, req: Any, *args: Any, **kwargs: Any) -> A
         req.logprob.top_logprobs_num = 0  # a refused request is still computed along with others
         return f"{asked} log-probabilities asked for, of {vocab_size} token ids"
     return original(req, *args, **kwargs)
+
+
+def extra_context_len(original: Around) -> int:
+    """Wrap ``get_req_to_token_extra_context_len``: add room for all slots that a step may take in advance."""
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_page_size, get_alloc_reserve_per_decode
+
+    return max(int(original()), get_alloc_reserve_per_decode() + get_alloc_page_size() - 1)
+
+
+def ngram_drafts(original: Around, corpus: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Wrap ``NgramCorpus.batch_get``: make the drafts that follow a tree's root differ from each other.
+
+    It returns tokens [N * D] and masks [N * D * D], which tell which token of a tree sees which. A tree with fewer
+    matches than places is filled up with token 0 after the root.
+    """
+    tokens, masks = original(corpus, *args, **kwargs)
+    size = corpus.draft_token_num
+    follows_root = masks.reshape(-1, size, size).sum(2) == 2
+    for tree, follows in zip(tokens.reshape(-1, size), follows_root, strict=True):
+        taken = set(tree[follows].tolist())
+        unused = (token for token in count() if token not in taken)
+        seen = set()
+        for node in follows.nonzero()[0]:
+            if tree[node] in seen:
+                tree[node] = next(unused)
+            seen.add(tree[node])
+    return tokens, masks

@@ -28,7 +28,7 @@ from qnext_plugin.checkpoint.merged import MERGED, packed_modules
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext import compat, guards
 from sglang_ext.compat import ON_CPU
-from sglang_ext.config import check_dtype, qnext_config, speculates
+from sglang_ext.config import captured_layers, check_dtype, drafting, qnext_config
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
 from sglang_ext.kernels import plain_weights, register_cpu_kernels
@@ -160,14 +160,16 @@ class Qwen3NextForCausalLM(nn.Module):
         super().__init__()
         compat.check_platform()
         check_dtype(torch.get_default_dtype())
-        drafts = speculates(get_spec(), get_model().model_path)
-        compat.apply(compat.Uses(model=True, drafts=drafts, adapters=get_lora().enable_lora))
-        register_cpu_kernels()
         self.config = config
         self.checkpoint = read_checkpoint()
         self.qnext_config = self.checkpoint.complete(qnext_config(config, get_parallel().attn_tp_size))
+        drafts = drafting(get_spec(), get_model(), self.checkpoint, self.qnext_config, get_parallel().pp_size)
+        compat.apply(compat.Uses(model=True, drafts=drafts, adapters=get_lora().enable_lora))
+        register_cpu_kernels()
         guards.vocab_size = self.qnext_config.vocab_size
-        self.loading = Loading(self, self.qnext_config, self.checkpoint, role="trunk", drafts_required=drafts)
+        self.loading = Loading(
+            self, self.qnext_config, self.checkpoint, role="trunk", drafts_required=drafts == "NEXTN"
+        )
         if quant_config is not None:
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.quant_config = quant_config
@@ -247,9 +249,7 @@ class Qwen3NextForCausalLM(nn.Module):
 
     def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
         """Set the ``layer_ids`` whose output an EAGLE3 draft reads; we capture it as the input of the next layer."""
-        last = self.qnext_config.num_hidden_layers
-        captured = [2, last // 2, last - 3] if layer_ids is None else [idx + 1 for idx in layer_ids]
-        self.model.layers_to_capture = frozenset(captured)
+        self.model.layers_to_capture = frozenset(captured_layers(self.qnext_config, layer_ids))
 
     def prepare_adapter(self, adapter: LoRAAdapter, tensors: dict[str, torch.Tensor]) -> None:
         """Prepare a LoRA adapter from the tensors that SGLang has read; called before the adapter is used."""

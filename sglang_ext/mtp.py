@@ -91,7 +91,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        compat.apply(compat.Uses(model=True, drafts=True, adapters=get_lora().enable_lora))
+        compat.apply(compat.Uses(model=True, drafts="NEXTN", adapters=get_lora().enable_lora))
         self.config = config
         self.checkpoint = read_checkpoint()
         self.qnext_config = self.checkpoint.complete(qnext_config(config, get_parallel().attn_tp_size))

@@ -38,15 +38,19 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Set caches for a few users, unless the command line sets the memory to use, and cores for every rank.
 
         Also set LoRA without Triton, and our attention: for a CPU SGLang has already chosen one, without calling
-        ``get_default_attention_backend``. Raise ``ValueError`` for a request to quantize weights while loading.
+        ``get_default_attention_backend``. Raise ``ValueError`` for a request to quantize weights while loading, and for
+        a prefix cache with which SGLang would end.
         """
         check_quantization(server_args)
+        check_prefix_cache(server_args)
         # The first is not on PyPI, and the second cannot verify drafts.
         if server_args.attention_backend in ("intel_amx", "torch_native"):
             server_args.attention_backend = ATTENTION_BACKEND
         if server_args.lora_backend == "csgmv":  # SGLang's default, which needs Triton
             server_args.lora_backend = "torch_native"
         share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
+        if server_args.mamba_radix_cache_strategy == "no_buffer":
+            server_args.disable_overlap_schedule = True  # it cannot be overlapped
         if server_args.pp_size == 1:  # with more stages, the first may have to poll the others
             server_args.sleep_on_idle = True  # otherwise it polls for work all the time, which takes a core
         if server_args.mem_fraction_static is not None:
@@ -74,7 +78,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return True
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm == "EAGLE"  # SGLang has renamed NEXTN to this by then
+        return algorithm in ("EAGLE", "EAGLE3", "STANDALONE")  # SGLang has renamed NEXTN to the first by then
 
     def get_speculative_cache_locs_fn(self) -> Any:
         from sglang_ext.cpu.speculation import assign_extend_cache_locs
@@ -115,6 +119,30 @@ def check_quantization(server_args: Any) -> None:
     )
     if checkpoint.quantization is None:
         refuse_quantizing(asked)
+
+
+def check_prefix_cache(server_args: Any) -> None:
+    """Raise ``ValueError`` for flags of the prefix cache with which SGLang ends later, or at an assertion."""
+    if server_args.enable_hierarchical_cache:
+        raise ValueError(
+            "--enable-hierarchical-cache found, expected none on a CPU: SGLang ends when it first writes to it; drop "
+            "it, because the prefix cache is in the same memory"
+        )
+    if server_args.disable_radix_cache:
+        return
+    strategy = server_args.mamba_radix_cache_strategy
+    if strategy == "extra_buffer_lazy" and (server_args.speculative_algorithm or server_args.disable_overlap_schedule):
+        raise ValueError(
+            f"--mamba-radix-cache-strategy {strategy} found, expected extra_buffer: it needs overlapped scheduling, "
+            "which SGLang turns off for drafts on a CPU"
+        )
+    page, interval = server_args.page_size or 1, server_args.mamba_track_interval
+    drafts = server_args.speculative_num_draft_tokens or 1
+    if interval % page or interval < drafts:
+        raise ValueError(
+            f"--mamba-track-interval {interval} found, expected a multiple of the page size {page}, and at least the "
+            f"{drafts} draft tokens"
+        )
 
 
 def keep_freed_memory() -> None:

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglang_ext.cpu import trees
 from sglang_ext.cpu.trees import tree_parents
+
+USE_FULL_MASK = False
+"""NGRAM's setting: its mask tells which drafts see each other, and not which tokens of the sequence they see."""
 
 
 def _ragged(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,10 +119,7 @@ def build_tree_kernel_efficient_func(
     visible = torch.eye(depth, dtype=torch.bool).repeat(num_sequences, 1, 1)
     for i in range(1, depth):
         visible[:, i] |= visible[sequences, parents[:, i - 1]]
-    for i in range(depth - 1, 0, -1):  # backwards, so that siblings are in order
-        parent = parents[:, i - 1]
-        retrieve_next_sibling[:, i] = retrieve_next_token[sequences, parent]
-        retrieve_next_token[sequences, parent] = i
+    trees.link(parents, retrieve_next_token, retrieve_next_sibling)
     retrieve_index.copy_(torch.arange(num_sequences * depth).view_as(retrieve_index))
     positions.copy_((seq_lens[:, None] + visible.sum(2) - 1).flatten())
     tree_mask[: visible.numel()] = visible.flatten()

@@ -52,19 +52,19 @@ def check(hf_config: Any, dtype: Any, args: Any) -> None:
 
     from qnext_plugin.checkpoint.stored import read_served
     from sglang_ext import compat
-    from sglang_ext.config import check_dtype, check_exchange, qnext_config, speculates
+    from sglang_ext.config import check_dtype, check_exchange, drafting, qnext_config
 
     compat.check_platform()
     check_dtype(dtype)
-    drafts = speculates(args, args.model_path)
-    compat.apply(compat.Uses(model=True, drafts=drafts, adapters=args.enable_lora))
     check_exchange(args.moe_a2a_backend)
-    if drafts:
-        check_exchange(args.speculative_moe_a2a_backend)
     config = qnext_config(hf_config, attn_tp_size_of(args))
     checkpoint = read_served(args.model_path, args.revision, args.load_format, args.download_dir)
+    drafts = drafting(args, args, checkpoint, config, args.pp_size)
+    if drafts == "NEXTN":
+        check_exchange(args.speculative_moe_a2a_backend)
+    compat.apply(compat.Uses(model=True, drafts=drafts, adapters=args.enable_lora))
     if checkpoint.headers is not None:
-        checkpoint.check(checkpoint.complete(config), mtp="required" if drafts else "optional")
+        checkpoint.check(checkpoint.complete(config), mtp="required" if drafts == "NEXTN" else "optional")
 
 
 def kernels(server_args: Any, args: Any, model_config: Any) -> dict[str, tuple[str, str]]:

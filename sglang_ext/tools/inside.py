@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from qnext_plugin.kernel_log import KERNELS_RAN
 
 
@@ -40,13 +42,15 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
             if wanted["mutant"]:
                 changed.enter_context(pkgutil.resolve_name(wanted["mutant"])(self.tp_worker))
             if self.draft_worker is not None:
-                draft = self.draft_worker.draft_worker.draft_runner
-                models.append(draft.model)
+                control = control_ngram
+                if self.draft_worker.draft_worker is not None:
+                    draft, control = self.draft_worker.draft_worker.draft_runner, control_draft
+                    models.append(draft.model)
                 if changes.get("record"):
                     counts["draft_steps"] = []
                 if wanted["count"]:
                     changed.enter_context(
-                        control_draft(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"])
+                        control(self.draft_worker, counts, record=wanted["record"], **wanted["drafts"])
                     )
             written = Path(directory) / f"{os.getpid()}.part"
             written.parent.mkdir(exist_ok=True)
@@ -111,7 +115,9 @@ def control_draft(
     def drafted(batch: Any, **kwargs: Any) -> Any:
         result = draft(batch, **kwargs)
         if pattern != "own":
-            _replace(result[0] if isinstance(result, tuple) else result, batch, sequences, pattern, next(rounds))
+            drafts = result[0] if isinstance(result, tuple) else result
+            links = drafts.retrieve_next_token, drafts.retrieve_next_sibling
+            _replace(drafts.draft_token, links, batch, sequences, pattern, next(rounds))
         return result
 
     def verified(batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,12 +146,53 @@ def control_draft(
         yield
 
 
-def _replace(drafts: Any, batch: Any, sequences: Sequence[Sequence[int]], pattern: str, step: int) -> None:
+@contextmanager
+def control_ngram(
+    worker: Any,
+    counts: dict[str, list[Any]],
+    *,
+    sequences: Sequence[Sequence[int]] = (),
+    pattern: str = "own",
+    record: bool = False,
+) -> Iterator[None]:
+    """Do for NGRAM what ``control_draft`` does; its trees are two chains then, whatever it has found.
+
+    It has no draft to ``record``.
+    """
+    from sglang.srt.speculative.ngram_worker import _derive_tree_links
+
+    prepare, generate, rounds = worker._prepare_draft_tokens, worker.forward_batch_generation, itertools.count()
+    size = worker.draft_token_num
+
+    def drafted(batch: Any) -> Any:
+        tokens, masks = prepare(batch)
+        if pattern != "own":
+            chains = [[i == j or (j < i and (j == 0 or (i - j) % 2 == 0)) for j in range(size)] for i in range(size)]
+            masks.reshape(-1, size, size)[:] = chains
+            links = _derive_tree_links(masks, len(batch.reqs), size)
+            _replace(torch.from_numpy(tokens), links, batch, sequences, pattern, next(rounds))
+        return tokens, masks
+
+    def generated(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        verifies = batch.forward_mode.is_decode()
+        result = generate(batch, *args, **kwargs)
+        counts["accepted"] += [n - 1 for n in result.accept_lens.tolist()] if verifies else []
+        return result
+
+    with (
+        patch.object(worker, "_prepare_draft_tokens", drafted),
+        patch.object(worker, "forward_batch_generation", generated),
+    ):
+        yield
+
+
+def _replace(
+    drafts: Any, links: tuple[Any, Any], batch: Any, sequences: Sequence[Sequence[int]], pattern: str, step: int
+) -> None:
     """Make each node of a request's tree right or wrong; each step takes the path to another of the deepest leaves."""
-    tokens = drafts.draft_token.view(len(batch.reqs), -1)
-    links = zip(drafts.retrieve_next_token.tolist(), drafts.retrieve_next_sibling.tolist(), strict=True)
-    positions = batch.seq_lens.tolist()
-    for row, (request, position, (child, sibling)) in enumerate(zip(batch.reqs, positions, links, strict=True)):
+    tokens, positions = drafts.view(len(batch.reqs), -1), batch.seq_lens.tolist()
+    trees = zip(*(link.tolist() for link in links), strict=True)
+    for row, (request, position, (child, sibling)) in enumerate(zip(batch.reqs, positions, trees, strict=True)):
         prompt = list(request.origin_input_ids)
         sequence = max((s for s in sequences if list(s[: len(prompt)]) == prompt), key=len, default=None)
         if sequence is None:

@@ -21,6 +21,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from qnext_plugin.engines.config import ENGINES, EngineConfig
 from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.verify.runner import Start
 from tests.support.checkpoints import write_checkpoint
+from tests.support.drafts import FLAGS
 from tests.support.installed import ENGINE
 from tests.support.matrix import CONFIGS, MATRIX
 from tests.support.sampling import draw
@@ -102,9 +104,14 @@ def serve(
 
     @cache
     def outcome(config: str) -> Start | EngineFailed:
-        start = Start(ENGINE, checkpoint(MATRIX[config].checkpoint), CONFIGS[config], runs(config), root / config)
+        case, chosen = MATRIX[config], CONFIGS[config]
+        directory = checkpoint(case.checkpoint)
+        if case.drafts != "mtp":
+            drafts = FLAGS[ENGINE](case.drafts, chosen.draft_tokens, directory)
+            chosen = replace(chosen, flags=(*chosen.flags, *drafts))
+        start = Start(ENGINE, directory, chosen, runs(config), root / config)
         try:
-            with warm.forking() if may_be_forked(CONFIGS[config]) else nullcontext():
+            with warm.forking() if may_be_forked(chosen) else nullcontext():
                 start.run(timeout=600)
         except EngineFailed as e:
             return e

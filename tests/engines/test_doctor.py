@@ -20,7 +20,11 @@ NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.sr
 DRAFT = {"vllm": mtp_flags("vllm", 2), "sglang": []}
 ANOTHER_DRAFT = {
     "vllm": ["--speculative-config", '{"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'],
-    "sglang": ["--speculative-algorithm", "NGRAM"],
+    "sglang": ["--speculative-algorithm", "STANDALONE"],
+}
+REFUSED = {
+    "vllm": "the model's own MTP draft only",
+    "sglang": "STANDALONE found without a model to draft with",
 }
 REPLACED = {
     "vllm": "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
@@ -96,7 +100,7 @@ def test_names_the_draft_and_the_kernels_that_then_serve(described, serve):
 def test_refuses_what_the_constructor_refuses_before_anything_is_replaced(checkpoint):
     status, report = doctor(str(checkpoint("tiny")), *ANOTHER_DRAFT[ENGINE])
     assert (status, report["serves"], report["replacements"]) == (1, False, [])
-    assert any("the model's own MTP draft only" in error for error in report["errors"]), report["errors"]
+    assert any(REFUSED[ENGINE] in error for error in report["errors"]), report["errors"]
 
 
 def test_names_the_native_class_when_disabled():

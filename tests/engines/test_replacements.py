@@ -30,7 +30,7 @@ used = dict(lora_config=1, speculative_config=1, parallel_config=parallel, cache
 compat.lacks_bfloat16 = lambda: True
 apply = lambda: [compat.apply(SimpleNamespace(**used, use_v2_model_runner=v2)) for v2 in (False, True)]
 """,
-    "sglang": "apply = lambda: compat.apply(compat.Uses(model=True, drafts=True, adapters=True, quantization=True))",
+    "sglang": "apply = lambda: compat.apply(compat.Uses(model=True, drafts='NGRAM', adapters=True, quantization=True))",
 }
 TWICE = """
 from qnext_plugin.replacements import IN_FORCE, resolve

@@ -72,8 +72,8 @@ CASES = [
     ),
     pytest.param(
         nothing,
-        ["--speculative-algorithm", "NGRAM"],
-        ["speculative algorithm 'NGRAM'", "expected NEXTN", "QNEXT_DISABLE=1"],
+        ["--speculative-algorithm", "NGRAM", "--speculative-ngram-max-bfs-breadth", "1"],
+        ["--speculative-ngram-max-bfs-breadth 1 found, expected 2 or more"],
         id="another-draft",
     ),
 ]

@@ -130,6 +130,11 @@ MUTANTS = [
     Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
     Mutant(tree_verified_as_a_chain, "drafts_in_every_pattern", "mtp3-tree"),
     Mutant(state_kept_one_step_late, "multi_turn", "mtp3-tree"),
+    Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "ngram"),
+    Mutant(tree_verified_as_a_chain, "drafts_in_every_pattern", "ngram"),
+    Mutant(state_kept_one_step_late, "multi_turn", "ngram"),
+    Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "standalone"),
+    Mutant(verify_commits_one_step_early, "drafts_in_every_pattern", "eagle3"),
     Mutant(unused_slots_poisoned, "prefix_aba", harmless=True),
     Mutant(unused_slots_poisoned, "drafts_in_every_pattern", "mtp3", harmless=True),
 ]

@@ -46,6 +46,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     },
     # As if the trunk's experts were pruned and the draft's not; no rank holds as many ids as another.
     "wide-draft": _SMALL | {"vocab_size": 331, "num_nextn_predict_layers": 0},
+    "without-draft": _SMALL,
 }
 WIDE = 13  # experts of that draft; the trunk's layers have eight
 DIALECTS = {"odd-d": "transformers5", "odd-c": "transformers5"}
@@ -69,7 +70,16 @@ def write_checkpoint(directory: Path, name: str) -> Path:
     )
     if name == "wide-draft":
         widen_draft(target)
+    if name == "without-draft":
+        drop_draft(target)
     return target
+
+
+def drop_draft(directory: Path) -> None:
+    """Leave a checkpoint without a draft, as most of Qwen3-Coder-Next are."""
+    file = directory / "model.safetensors"
+    trunk = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("mtp.")}
+    save_file(trunk, file, metadata={"format": "pt"})
 
 
 def widen_draft(directory: Path) -> None:

@@ -40,6 +40,7 @@ class Case:
     scenarios: tuple[str, ...]
     checkpoint: str = "tiny"
     engines: tuple[str, ...] = ("vllm",)
+    drafts: str = "mtp"  # vLLM's name of who drafts
 
 
 def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "tiny", **sizes: Any) -> Case:
@@ -49,9 +50,11 @@ def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "ti
 
 _DRAFTS = CASES["mtp3-compiled"].scenarios
 _PLAIN = ("mixed_lengths",)
+_OTHER_DRAFTS = (*_DRAFTS, "drafts_of_the_model", "arrivals", "sampled", "slot_reuse", "prefix_aba", "multi_turn")
 _BFLOAT16 = EngineConfig(dtype="bfloat16")
 _UNIT = ("--block-size", "128", "--prefix-match-unit", "32")
 _PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120)
+_DRAFTING = EngineConfig(draft_tokens=3, prefix_caching=True, token_budget=128)  # prompts come in pieces
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
     "compiled": _shared("compiled", ("vllm",), num_blocks=48),
@@ -84,6 +87,12 @@ MATRIX = {
         ENGINES,
     ),
     "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
+    **{
+        name: Case(
+            replace(_DRAFTING, overlap=name != "standalone"), _OTHER_DRAFTS, "without-draft", ("sglang",), drafts
+        )
+        for name, drafts in (("ngram", "ngram"), ("standalone", "draft_model"), ("eagle3", "eagle3"))
+    },
     "mtp3-compiled": _shared("mtp3-compiled", ("vllm",), num_blocks=64),
     "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, "wide-draft", ENGINES),
     "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),

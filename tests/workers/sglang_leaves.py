@@ -4,8 +4,11 @@ Trees are drafted as the engine drafts them: of every size up to the width teste
 """
 
 import itertools
+import sys
 from collections import Counter
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from sglang.kernels.ops.elementwise.elementwise import fused_sigmoid_mul
@@ -16,6 +19,7 @@ from sglang.srt.speculative.spec_utils import _select_top_k_tokens_first, _selec
 
 from sglang_ext.cpu import gated_delta_net as kernels
 from sglang_ext.cpu import speculation as ours
+from sglang_ext.cpu import trees
 
 N, VOCAB = 3, 11
 SHAPES = [(1, 1, 2), (1, 3, 4), (2, 1, 2), (2, 1, 3), (2, 3, 4), (2, 3, 9), (3, 4, 12)]  # topk, steps, tokens
@@ -56,6 +60,24 @@ def check_trees() -> None:
         actual = build(ours.build_tree_kernel_efficient_func, mode, drafts, *shape)
         assert all(torch.equal(a, b) for a, b in zip(actual, want, strict=True)), shape
         check_greedy(drafts[2], actual[2:], *shape)
+        check_links(actual, shape[2])
+
+
+def check_links(built: list[torch.Tensor], num_tokens: int) -> None:
+    """What NGRAM reads from the mask of a tree is what it was built with, and what SGLang's kernel reads."""
+    mask, lengths, size = built[0], torch.tensor([5, 1, 8]), N * num_tokens
+    kernels = ModuleType("sgl_kernel.speculative")
+    kernels.reconstruct_indices_from_tree_mask = None  # type: ignore[attr-defined]
+    with patch.dict(sys.modules, {"sgl_kernel": ModuleType("sgl_kernel"), kernels.__name__: kernels}):
+        from sglang.kernels.ops.speculative import reconstruct_tree
+    for function in (
+        reconstruct_tree.reconstruct_indices_from_tree_mask_triton,
+        trees.reconstruct_indices_from_tree_mask_func,
+    ):
+        links = list(torch.full((3, N, num_tokens), 77))
+        positions = torch.empty(size, dtype=torch.long)
+        function(mask, lengths, positions, *links, N, num_tokens)
+        assert all(torch.equal(a, b) for a, b in zip([positions, *links], built[1:], strict=True))
 
 
 def check_greedy(tokens: torch.Tensor, links: list[torch.Tensor], topk: int, steps: int, num_tokens: int) -> None:
