@@ -187,3 +187,24 @@ def test_prefix_cache_with_which_sglang_would_end_on_a_cpu(options, words):
     }
     with nullcontext() if words is None else pytest.raises(ValueError, match=words):
         check_prefix_cache(SimpleNamespace(**default | options))
+
+
+def test_a_request_has_room_for_all_slots_that_ngram_takes_after_its_last_token(monkeypatch):
+    """SGLang's own row is shorter: at the end of the context it would write to another request's."""
+    from sglang.srt.mem_cache import allocation_sizing
+
+    from sglang_ext.guards import extra_context_len
+
+    spec = SimpleNamespace(
+        speculative_algorithm="NGRAM",
+        speculative_num_steps=1,
+        speculative_eagle_topk=10,
+        speculative_num_draft_tokens=12,
+        speculative_adaptive=False,
+    )
+    monkeypatch.setattr(allocation_sizing, "get_spec", lambda: spec)
+    monkeypatch.setattr(allocation_sizing, "get_alloc_page_size", lambda: 1)
+    monkeypatch.setattr(allocation_sizing, "max_speculative_num_draft_tokens", lambda: 12)
+    sglangs = allocation_sizing.get_req_to_token_extra_context_len
+    reserve = allocation_sizing.get_alloc_reserve_per_decode()
+    assert sglangs() < reserve <= extra_context_len(sglangs)
