@@ -5,23 +5,29 @@ A ``Decoder`` turns a line of codes into vectors in registers. ``product`` is a 
 and summed in int32 within a part of a group; FP8 becomes float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from qnext_plugin.ops.cpu.packing import BLOCK, E2M1, LINE
+from qnext_plugin.ops.cpu.packing import BLOCK, CODES, E2M1, LINE, SCALES
 
 FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
 LANES = 16 if {"+avx512bw", "+avx512vl"} <= FEATURES else 8
 """32-bit numbers in a vector."""
+DOTS = ("+avxvnni" if LANES == 8 else "+avx512vnni") in FEATURES
+"""Whether one instruction multiplies pairs and adds."""
 VECTORS = range(BLOCK // LANES)
-TOGETHER = 4  # the most blocks that are read at once
+TOGETHER = 4  # blocks that are read at once for one row
+TOGETHER_FOR_ROWS = LANES // 8  # for more rows
+FEW_ROWS = 4  # the most rows that are computed at once from codes
+ROWS = 6 if LANES == 8 else 12  # from float32: sums fill 12 registers, weights and an input need others
+AHEAD = 2048  # bytes of a block that are fetched before they are read
 E2M1_OFFSET = 12  # makes twice an FP4 number positive
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -45,6 +51,9 @@ class Builder(ir.IRBuilder):
     def spread(self, address: Any, offset: int | Any, kind: Any) -> Any:
         """Load a number into every lane of a vector of ``kind``."""
         one = self.read(address, offset, kind.element)
+        return self.repeat(one, kind)
+
+    def repeat(self, one: Any, kind: Any) -> Any:
         first = self.insert_element(kind(ir.Undefined), one, I32(0))
         return self.shuffle_vector(first, kind(ir.Undefined), INTEGERS([0] * LANES))
 
@@ -55,9 +64,13 @@ class Builder(ir.IRBuilder):
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
         return self.intrinsic(f"llvm.fma.v{LANES}f32", FLOATS, a, b, c)
 
-    def multiply_pairs(self, a: Any, b: Any) -> Any:
+    def add_pairs(self, total: Any, a: Any, b: Any) -> Any:
+        """Add the products of pairs of int16 to int32."""
+        if DOTS:
+            words = [self.bitcast(pairs, INTEGERS) for pairs in (a, b)]
+            return self.intrinsic(f"llvm.x86.avx512.vpdpwssd.{32 * LANES}", INTEGERS, total, *words)
         name = "llvm.x86.avx2.pmadd.wd" if LANES == 8 else "llvm.x86.avx512.pmaddw.d.512"
-        return self.intrinsic(name, INTEGERS, a, b)
+        return self.add(total, self.intrinsic(name, INTEGERS, a, b))
 
     def prefetch(self, address: Any, offset: int) -> None:
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
@@ -82,6 +95,15 @@ class Builder(ir.IRBuilder):
         self.cbranch(self.icmp_signed("<", following, count), inside, after)
         self.position_at_end(after)
         return results
+
+
+@dataclass(frozen=True)
+class Function:
+    """A compiled function of ``arguments`` integers, whose code ``body`` builds."""
+
+    name: str
+    arguments: int
+    body: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -161,16 +183,16 @@ DECODERS = {
 }
 
 
-def product(decoder: Decoder, rows: int, together: int = 1) -> Any:
-    """Return an intrinsic that multiplies ``rows`` rows by ``together`` blocks and adds to ``out``. It computes::
+def product(decoder: Decoder, rows: int, together: int = 1) -> Function:
+    """Return a function that multiplies ``rows`` rows by ``together`` blocks and adds to ``out``. It computes::
 
         out[r, b] += sum_c (sum_i x[c, i, r] codes[b, c, i] - zeros[b, c] sums[c, r]) scales[b, c] factors[c, r]
 
-    ``c`` counts ``chunks``, parts of a group, ``i`` their inputs. In the compiled loop all arguments are integers:
-    ``weights`` is the address of a block's lines, the next block is ``apart`` bytes away, a chunk has ``lines``.
-    ``scales`` is float32 [together, chunks, 2, BLOCK] with scales and zero points, ``x`` [inputs, rows], float32 or
-    pairs of int16, ``factors`` float32 [chunks, 2, rows] with factors and sums, ``out`` float32 [rows, TOGETHER,
-    BLOCK]. The decoder ``f32`` has neither scales nor factors, and a single chunk.
+    ``c`` counts ``chunks``, parts of a group, ``i`` their inputs. All arguments are integers: ``weights`` is the
+    address of a block's lines, the next block is ``apart`` bytes away, a chunk has ``lines``. ``scales`` is float32
+    [together, chunks, 2, BLOCK] with scales and zero points, ``x`` [inputs, rows], float32 or pairs of int16,
+    ``factors`` float32 [chunks, 2, rows] with factors and sums, ``out`` float32 [rows, TOGETHER, BLOCK]. The decoder
+    ``f32`` has neither scales nor factors, and a single chunk.
     """
     scaled = decoder.name != "f32"
 
@@ -196,14 +218,15 @@ def product(decoder: Decoder, rows: int, together: int = 1) -> Any:
                     # Inputs are loaded again for each block: all of them and the sums would take too many registers.
                     address = b.call(same, [inputs]) if i else inputs
                     here = b.add(start, b.mul(at, I64(LINE)))
+                    if scaled:
+                        b.prefetch(here, AHEAD)
                     for s, step in enumerate(decoder.decode(b, here)):
                         for r in range(rows):
                             one = b.spread(address, 4 * (s * rows + r), number)
                             for v in VECTORS:
                                 k = (i * rows + r) * len(VECTORS) + v
                                 if decoder.pairs:
-                                    product = b.multiply_pairs(step[v], b.bitcast(one, HALVES))
-                                    totals[k] = b.add(totals[k], product)
+                                    totals[k] = b.add_pairs(totals[k], step[v], b.bitcast(one, HALVES))
                                 else:
                                     totals[k] = b.multiply_add(one, step[v], totals[k])
                 return totals
@@ -229,11 +252,11 @@ def product(decoder: Decoder, rows: int, together: int = 1) -> Any:
 
         b.loop(chunks, [], chunk)
 
-    return _function(f"product_{decoder.name}_{rows}_{together}", 8, body)
+    return Function(f"product_{decoder.name}_{rows}_{together}", 8, body)
 
 
-def tile(decoder: Decoder) -> Any:
-    """Return an intrinsic that stores a block's weights as float32 ``out`` [inputs, BLOCK].
+def tile(decoder: Decoder) -> Function:
+    """Return a function that stores a block's weights as float32 ``out`` [inputs, BLOCK].
 
     Its arguments are ``weights``, ``scales``, ``out``, ``chunks`` and ``lines``, as in ``product``.
     """
@@ -260,7 +283,7 @@ def tile(decoder: Decoder) -> Any:
 
         b.loop(chunks, [], chunk)
 
-    return _function(f"tile_{decoder.name}", 5, body)
+    return Function(f"tile_{decoder.name}", 5, body)
 
 
 def _floats(b: Builder, pairs: Any) -> list[Any]:
@@ -268,38 +291,112 @@ def _floats(b: Builder, pairs: Any) -> list[Any]:
     return [b.sitofp(b.ashr(word, sixteen), FLOATS) for word in (b.shl(words, sixteen), words)]
 
 
-def _function(name: str, arguments: int, body: Callable[..., None]) -> Any:
-    """Return an intrinsic of integers that calls ``body`` compiled as a function.
+def table(scales: torch.dtype) -> Function:
+    """Return a function that stores a block's scales and zero points as ``product`` takes them.
 
-    It is a separate function because LLVM groups the stores of several loops in one and spills the sums.
+    Its arguments are the addresses of the scales [groups, BLOCK], of zero points in int8 or 0, of outer factors, and
+    of ``out`` [groups, repeats, 2, BLOCK]; ``groups``, ``repeats``, and the bits of two float32: what scales are
+    multiplied by, and the zero point where none are stored.
+    """
+    half, zero_points = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(I8, LANES)
+    bits = 8 * scales.itemsize
+    stored = ir.VectorType(ir.IntType(bits), LANES)
+
+    def decode(b: Builder, number: Any) -> Any:
+        if scales == torch.float16:
+            return b.fpext(b.bitcast(number, half), FLOATS)
+        if scales == torch.float8_e4m3fn:
+            wide = b.sext(number, ir.VectorType(I16, LANES))
+            shifted = b.and_(b.shl(wide, wide.type([7] * LANES)), wide.type([0xBF80 - 0x10000] * LANES))
+            return b.fmul(b.fpext(b.bitcast(shifted, half), FLOATS), FLOATS([256.0] * LANES))
+        wide = number if bits == 32 else b.zext(number, INTEGERS)
+        if scales == torch.uint8:
+            denormal = b.icmp_unsigned("==", wide, INTEGERS([0] * LANES))
+            exponent = b.shl(wide, INTEGERS([23] * LANES))
+            wide = b.select(denormal, INTEGERS([1 << 22] * LANES), exponent)
+        return b.bitcast(b.shl(wide, INTEGERS([16] * LANES)) if bits == 16 else wide, FLOATS)
+
+    def body(
+        b: Builder, start: Any, zeros: Any, outer: Any, out: Any, groups: Any, repeats: Any, *numbers: Any
+    ) -> None:
+        factor, default = (b.repeat(b.bitcast(b.trunc(number, I32), ir.FloatType()), FLOATS) for number in numbers)
+        stores_zeros = b.icmp_signed("!=", zeros, I64(0))
+        factors = [factor] * len(VECTORS)
+        if scales == torch.float8_e4m3fn:
+            factors = [b.fmul(factor, b.read(outer, 4 * LANES * v, FLOATS)) for v in VECTORS]
+
+        def group(g: Any, _: list[Any]) -> list[Any]:
+            here, pair = b.mul(g, I64(BLOCK)), []
+            for v in VECTORS:
+                at = b.add(here, I64(LANES * v))
+                scale = decode(b, b.read(start, b.mul(at, I64(bits // 8)), stored))
+                zero = b.read(b.select(stores_zeros, zeros, start), at, zero_points)
+                pair.append((b.fmul(scale, factors[v]), b.select(stores_zeros, b.sitofp(zero, FLOATS), default)))
+
+            def repeat(i: Any, _: list[Any]) -> list[Any]:
+                to = b.mul(b.add(b.mul(g, repeats), i), I64(8 * BLOCK))
+                for v, (scale, zero) in enumerate(pair):
+                    b.write(scale, out, b.add(to, I64(4 * LANES * v)))
+                    b.write(zero, out, b.add(to, I64(4 * (BLOCK + LANES * v))))
+                return []
+
+            b.loop(repeats, [], repeat)
+            return []
+
+        b.loop(groups, [], group)
+
+    return Function(f"table_{str(scales).removeprefix('torch.')}", 8, body)
+
+
+def choice(functions: Sequence[Function]) -> Any:
+    """Return an intrinsic that calls one of ``functions``: its arguments are an index and theirs, all integers.
+
+    They are separate functions because LLVM groups the stores of several loops in one and spills the sums.
     """
 
-    def call(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
-        function.linkage = "internal"
-        function.attributes.add("noinline")
-        inside = Builder(function.append_basic_block())
-        body(inside, *function.args)
+    def define(module: Any, function: Function) -> Any:
+        if function.name in module.globals:
+            return module.globals[function.name]
+        kind = ir.FunctionType(ir.VoidType(), [I64] * function.arguments)
+        defined = ir.Function(module, kind, function.name)
+        defined.linkage = "internal"
+        defined.attributes.add("noinline")
+        inside = Builder(defined.append_basic_block())
+        function.body(inside, *defined.args)
         inside.ret_void()
-        builder.call(function, values)
+        return defined
+
+    def call(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        index, *arguments = values
+        after = builder.append_basic_block()
+        cases = builder.switch(index, after)
+        for i, function in enumerate(functions):
+            block = builder.append_basic_block()
+            cases.add_case(index.type(i), block)
+            builder.position_at_end(block)
+            builder.call(define(builder.module, function), arguments)
+            builder.branch(after)
+        builder.position_at_end(after)
         return context.get_dummy_value()
 
-    if arguments == 5:
+    def of_five(_: Any, index: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+        return types.void(types.int64, *[types.int64] * 5), call
 
-        def typed(_: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
-            return types.void(a, b, c, d, e), call
+    def of_eight(_: Any, index: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+        return types.void(types.int64, *[types.int64] * 8), call
 
-    else:
-
-        def typed(_: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
-            return types.void(a, b, c, d, e, f, g, h), call
-
-    return intrinsic(typed)
+    return intrinsic(of_five if functions[0].arguments == 5 else of_eight)
 
 
-def products_of(name: str) -> list[Any]:
-    """Return the loops of a decoder for 1, 2, 3 and 4 rows, and for one row and TOGETHER blocks."""
-    return [*(product(DECODERS[name], rows) for rows in range(1, 5)), product(DECODERS[name], 1, TOGETHER)]
-
-
-__all__ = ["DECODERS", "TOGETHER", "chain"]
+PRODUCTS = [
+    product(DECODERS[codes], rows, together)
+    for codes in CODES
+    for rows in range(1, FEW_ROWS + 1)
+    for together in (1, TOGETHER if rows == 1 else TOGETHER_FOR_ROWS)
+]
+"""Those for one block and for several, by number of rows and kind of codes; then those from float32."""
+FLOATS_AT = len(PRODUCTS) - ROWS // 2
+"""The index of the product from float32 of 0 rows; those of at least half of ROWS exist."""
+PRODUCTS += [product(DECODERS["f32"], rows) for rows in range(ROWS // 2, ROWS + 1)]
+TILES = [tile(DECODERS[codes]) for codes in CODES]
+TABLES = [table(scales) for scales in SCALES]

@@ -104,7 +104,7 @@ def pack(form: Form, codes: Tensor, scales: Tensor, zeros: Tensor | None = None,
 
 def unpack(form: Form, packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Undo ``pack``; returns ``codes`` in uint8, ``scales``, ``zeros`` and ``outer``."""
-    *batch, blocks, _ = packed.shape
+    *batch, _, _ = packed.shape
     outer_end, zeros_at, codes_at, _ = form.offsets
 
     def section(start: int, dtype: torch.dtype, groups: int) -> Tensor:

@@ -6,7 +6,7 @@ a part's largest input, which is less than that of bfloat16. For many rows a blo
 that stay in a core's cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -24,18 +24,16 @@ from qnext_plugin.ops.cpu.packing import BLOCK, CODES, LINE, MIDDLE, Form
 
 CHUNK = 128  # the most inputs that are rounded together, and summed in int32
 FEW = 12  # the most rows for which codes are decoded in registers
-FEW_ROWS = 4  # of those, rows computed at once
-ROWS = 6  # of more rows, those computed at once
 PARTS = 8  # parts of up to ROWS rows that stay in a core's cache while all weights are read
 TILE = 256  # the inputs of a tile
-TOGETHER = kernels.TOGETHER
+FEW_ROWS, ROWS, TOGETHER = kernels.FEW_ROWS, kernels.ROWS, kernels.TOGETHER
 SMALLEST = 27 << 23  # the bits of 2**-100: smaller inputs are taken for 0
 INFINITY = 255 << 23
-U4, E2M1, _I8, E4M3 = range(len(CODES))
+E4M3 = CODES.index("e4m3")
 
 FIELDS = (
     *("matrices", "blocks", "k", "padded_k", "groups", "chunk", "num_rows"),
-    *("codes", "scales", "has_zeros", "per_line", "scales_at", "zeros_at", "codes_at", "block_bytes"),
+    *("codes", "scales", "has_zeros", "per_line", "factor", "zero", "scales_at", "zeros_at", "codes_at", "block_bytes"),
     *("row_at", "factors_at", "tables_at", "tile_at", "sums_at", "per_thread"),
     *("packed", "x", "rows", "out", "scratch", "x_bytes", "out_bytes"),
 )
@@ -73,7 +71,7 @@ def products(
     sections = _sections(form, chunk)
     scratch = torch.empty(torch.get_num_threads(), sections[-1], dtype=torch.int32)
     sizes = (len(counts), packed.shape[-2], form.k, form.padded_k, form.groups, chunk, num_rows)
-    coding = (form.codes, form.scales, form.has_zeros, form.per_line, *form.offsets)
+    coding = (form.codes, form.scales, form.has_zeros, form.per_line, *_code(form), *form.offsets)
     addresses = (packed.data_ptr(), x.data_ptr(), 0 if rows is None else rows.data_ptr(), out.data_ptr())
     header = (*sizes, *coding, *sections, *addresses, scratch.data_ptr(), x.element_size(), out.element_size())
     run = in_parallel(_region)
@@ -90,6 +88,14 @@ def linear(form: Form, x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -
 
 
 @cache
+def _code(form: Form) -> tuple[int, int]:
+    """Return the bits of the value of a code that ``kernels`` decodes to 1, and of the one that it decodes 0 to."""
+    numbers = {"u4": (1, MIDDLE), "e2m1": (0.5, kernels.E2M1_OFFSET), "i8": (1, 0), "e4m3": (256, 0)}[CODES[form.codes]]
+    factor, zero = np.array(numbers, np.float32).view(np.int32).tolist()
+    return factor, zero
+
+
+@cache
 def _chunk(form: Form) -> int:
     """Return how many inputs, whole lines, make a part of a group."""
     size = form.group if form.groups > 1 else form.padded_k
@@ -100,8 +106,8 @@ def _chunk(form: Form) -> int:
 def _sections(form: Form, chunk: int) -> tuple[int, ...]:
     """Return where a thread's scratch has its parts, in numbers of 4 bytes, and how large it is. They are::
 
-        inputs [PARTS, k, ROWS], one row of inputs [2, k], factors [chunks, 2, FEW], scales [TOGETHER, chunks, 2, BLOCK],
-        a tile [TILE, BLOCK], sums [PARTS, ROWS, TOGETHER, BLOCK]
+    inputs [PARTS, k, ROWS], one row of inputs [2, k], factors [chunks, 2, FEW], scales [TOGETHER, chunks, 2, BLOCK],
+    a tile [TILE, BLOCK], sums [PARTS, ROWS, TOGETHER, BLOCK]
     """
     k, chunks = form.padded_k, form.padded_k // chunk
     sizes = (PARTS * ROWS * k, 2 * k, 2 * chunks * FEW, 2 * TOGETHER * chunks * BLOCK, TILE * BLOCK)
@@ -115,12 +121,11 @@ def _region(data: Any) -> None:
     used, counts = lists[0], lists[1]
     total = 0
     for count in counts:
-        total += h.blocks * _parts(count) * _cost(count)
+        total += h.blocks * _jobs(count) * _cost(count)
     first, last = share(total)
     row = 0
     for which, count in zip(used, counts):  # noqa: B905
-        parts, cost = _parts(count), _cost(count)
-        jobs = h.blocks * parts
+        jobs, cost = h.blocks * _jobs(count), _cost(count)
         job, stop = max(-(-first // cost), 0), min(-(-last // cost), jobs)
         if job < stop:
             weights = h.packed + h.block_bytes * h.blocks * which
@@ -139,14 +144,20 @@ def _parts(count: Any) -> Any:
 
 
 @njit
+def _jobs(count: Any) -> Any:
+    """Return how many jobs a block is."""
+    return min(count, 1) if count <= FEW else _parts(count)
+
+
+@njit
 def _cost(count: Any) -> Any:
-    """Return what a part costs, in rows: decoding counts for two."""
-    return count // max(_parts(count), 1) + 2
+    """Return what a job costs, in rows: decoding counts for two."""
+    return count // max(_jobs(count), 1) + 2
 
 
 @njit
 def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> None:
-    """Multiply ``count`` rows from ``row`` on by one matrix; a job is a block and a part of the rows."""
+    """Multiply ``count`` rows from ``row`` on by one matrix; a job is a block."""
     own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
     inputs, factors = 4 * FEW_ROWS * h.padded_k, own + 4 * h.factors_at
     per_part = 8 * FEW_ROWS * chunks
@@ -154,39 +165,29 @@ def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> Non
     for part in range(parts):
         begin, end = bounds(row, count, parts, part)
         _read_inputs(h, begin, end, own + inputs * part, factors + per_part * part)
-    prepared = -1
+    lines, size = h.chunk // h.per_line, count * TOGETHER * BLOCK
+    sums = carray(pointer(sums_at), size, np.float32)
     while job < stop:
-        block, part = job // parts, job % parts
-        begin, end = bounds(row, count, parts, part)
-        together = TOGETHER if count == 1 and job + TOGETHER <= stop else 1
-        at = weights + h.block_bytes * block
-        if block != prepared:
-            prepared = block
-            for b in range(together):
-                _read_scales(h, at + h.block_bytes * b, scales + 8 * BLOCK * chunks * b)
-        sums = carray(pointer(sums_at), (end - begin) * TOGETHER * BLOCK, np.float32)
-        for j in range((end - begin) * TOGETHER * BLOCK):
+        together = 4 if count == 1 else kernels.TOGETHER_FOR_ROWS
+        together = together if job + together <= stop else 1
+        at = weights + h.block_bytes * job
+        for b in range(together):
+            _read_scales(h, at + h.block_bytes * b, scales + 8 * BLOCK * chunks * b)
+        for j in range(size):
             sums[j] = 0
-        _product(
-            h.codes,
-            end - begin,
-            together,
-            at + h.codes_at,
-            h.block_bytes,
-            scales,
-            own + inputs * part,
-            factors + per_part * part,
-            sums_at,
-            chunks,
-            h.chunk // h.per_line,
-        )
-        _write(h, begin, end, block, together, sums_at)
+        for part in range(parts):
+            begin, end = bounds(row, count, parts, part)
+            kernel = (h.codes * FEW_ROWS + end - begin - 1) * 2 + (together > 1)
+            x, out = own + inputs * part, sums_at + 4 * TOGETHER * BLOCK * (begin - row)
+            codes = at + h.codes_at
+            _product(kernel, codes, h.block_bytes, scales, x, factors + per_part * part, out, chunks, lines)
+        _write(h, row, row + count, job, together, sums_at)
         job += together
 
 
 @njit
 def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> None:
-    """Do the same with blocks that are decoded for up to PARTS parts of the rows."""
+    """Do the same with blocks that are decoded for up to PARTS parts of the rows; a job is a block and a part."""
     own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
     inputs, per_part = 4 * ROWS * h.padded_k, 4 * ROWS * TOGETHER * BLOCK
     scales, tile, sums_at = own + 4 * h.tables_at, own + 4 * h.tile_at, own + 4 * h.sums_at
@@ -215,7 +216,8 @@ def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> No
             for i in range(part, end_part):
                 begin, end = bounds(row, count, parts, group * PARTS + i)
                 x = own + inputs * i + 4 * (end - begin) * k
-                _float_product(end - begin, tile, x, sums_at + per_part * i, now * h.chunk)
+                kernel, out = kernels.FLOATS_AT + end - begin, sums_at + per_part * i
+                _product(kernel, tile, 0, 0, x, 0, out, 1, now * h.chunk)
             c += now
         for i in range(part, end_part):
             begin, end = bounds(row, count, parts, group * PARTS + i)
@@ -302,65 +304,9 @@ def _round(bits: Any, x: Any, to: Any, size: Any) -> Any:
 @njit
 def _read_scales(h: Any, at: Any, to: Any) -> None:
     """Store a block's scales and zero points as ``kernels.product`` takes them."""
-    per_group = h.padded_k // h.chunk // h.groups
-    table = carray(pointer(to), (h.groups, per_group, 2, BLOCK), np.float32)
-    outer = carray(pointer(at), BLOCK, np.float32)
-    zeros = carray(pointer(at + h.zeros_at), (h.groups, BLOCK), np.int8)
-    start, kind, factor = at + h.scales_at, h.scales, _code_factor(h.codes)
-    f32, x16 = (
-        carray(pointer(start), (h.groups, BLOCK), np.float32),
-        carray(pointer(start), (h.groups, BLOCK), np.uint16),
-    )
-    x8 = carray(pointer(start), (h.groups, BLOCK), np.uint8)
-    for g in range(h.groups):
-        scale = table[g, 0, 0]
-        if kind == 0:
-            for j in range(BLOCK):
-                scale[j] = f32[g, j]
-        elif kind == 1:
-            for j in range(BLOCK):
-                scale[j] = _float(np.uint32(np.uint32(x16[g, j]) << np.uint32(16)))
-        elif kind == 2:
-            for j in range(BLOCK):
-                scale[j] = _shifted(np.uint32(x16[g, j]), 15, 13) * np.float32(2.0**112)
-        elif kind == 3:
-            for j in range(BLOCK):
-                exponent = np.uint32(x8[g, j])
-                scale[j] = _float(np.uint32(exponent << np.uint32(23) if exponent else 1 << 22))
-        else:
-            for j in range(BLOCK):
-                scale[j] = _shifted(np.uint32(x8[g, j]), 7, 20) * np.float32(2.0**120) * outer[j]
-        for j in range(BLOCK):
-            scale[j] *= factor
-        zero = table[g, 0, 1]
-        if h.has_zeros:
-            for j in range(BLOCK):
-                zero[j] = zeros[g, j]
-        else:
-            for j in range(BLOCK):
-                zero[j] = _code_zero(h.codes)
-        for i in range(1, per_group):
-            for which in range(2):
-                for j in range(BLOCK):
-                    table[g, i, which, j] = table[g, 0, which, j]
-
-
-@njit
-def _shifted(bits: Any, sign: Any, up: Any) -> Any:
-    """Return a short float, whose sign is bit ``sign`` and whose other bits move ``up``, in float32's exponents."""
-    magnitude = (bits & np.uint32((1 << sign) - 1)) << np.uint32(up)
-    return _float(np.uint32(magnitude | (bits >> np.uint32(sign)) << np.uint32(31)))
-
-
-@njit
-def _code_factor(codes: Any) -> Any:
-    """Return the value of a code that ``kernels`` decodes to 1."""
-    return np.float32(0.5) if codes == E2M1 else np.float32(256) if codes == E4M3 else np.float32(1)
-
-
-@njit
-def _code_zero(codes: Any) -> Any:
-    return np.float32(MIDDLE if codes == U4 else kernels.E2M1_OFFSET if codes == E2M1 else 0)
+    zeros = at + h.zeros_at if h.has_zeros else 0
+    repeats = h.padded_k // h.chunk // h.groups
+    _table(h.scales, at + h.scales_at, zeros, at, to, h.groups, repeats, h.factor, h.zero)
 
 
 @njit
@@ -390,64 +336,4 @@ def _float(_: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-def _rows_of(name: str) -> Callable[..., None]:
-    one, two, three, four, blocks = kernels.products_of(name)
-
-    @njit
-    def multiply(rows: Any, together: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> None:
-        if together == TOGETHER:
-            blocks(a, b, c, d, e, f, g, h)
-        elif rows == 1:
-            one(a, b, c, d, e, f, g, h)
-        elif rows == 2:
-            two(a, b, c, d, e, f, g, h)
-        elif rows == 3:
-            three(a, b, c, d, e, f, g, h)
-        else:
-            four(a, b, c, d, e, f, g, h)
-
-    return multiply
-
-
-_u4, _e2m1, _i8, _e4m3 = (_rows_of(name) for name in CODES)
-_u4_tile, _e2m1_tile, _i8_tile, _e4m3_tile = (kernels.tile(kernels.DECODERS[name]) for name in CODES)
-_rows_3, _rows_4, _rows_5, _rows_6 = (kernels.product(kernels.DECODERS["f32"], rows) for rows in range(3, ROWS + 1))
-
-
-@njit
-def _product(
-    codes: Any, rows: Any, together: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
-) -> None:
-    if codes == U4:
-        _u4(rows, together, a, b, c, d, e, f, g, h)
-    elif codes == E2M1:
-        _e2m1(rows, together, a, b, c, d, e, f, g, h)
-    elif codes == E4M3:
-        _e4m3(rows, together, a, b, c, d, e, f, g, h)
-    else:
-        _i8(rows, together, a, b, c, d, e, f, g, h)
-
-
-@njit
-def _tile(codes: Any, weights: Any, scales: Any, out: Any, chunks: Any, lines: Any) -> None:
-    if codes == U4:
-        _u4_tile(weights, scales, out, chunks, lines)
-    elif codes == E2M1:
-        _e2m1_tile(weights, scales, out, chunks, lines)
-    elif codes == E4M3:
-        _e4m3_tile(weights, scales, out, chunks, lines)
-    else:
-        _i8_tile(weights, scales, out, chunks, lines)
-
-
-@njit
-def _float_product(rows: Any, tile: Any, x: Any, out: Any, k: Any) -> None:
-    """Multiply ``rows`` rows by a tile of ``k`` inputs; more than FEW rows in parts of ROWS are at least 3 each."""
-    if rows == 3:
-        _rows_3(tile, 0, 0, x, 0, out, 1, k)
-    elif rows == 4:
-        _rows_4(tile, 0, 0, x, 0, out, 1, k)
-    elif rows == 5:
-        _rows_5(tile, 0, 0, x, 0, out, 1, k)
-    else:
-        _rows_6(tile, 0, 0, x, 0, out, 1, k)
+_product, _tile, _table = (kernels.choice(functions) for functions in (kernels.PRODUCTS, kernels.TILES, kernels.TABLES))
