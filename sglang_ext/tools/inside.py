@@ -45,7 +45,8 @@ def run_scheduler(*args: Any, **kwargs: Any) -> Any:
                 control = control_ngram
                 if self.draft_worker.draft_worker is not None:
                     draft, control = self.draft_worker.draft_worker.draft_runner, control_draft
-                    models.append(draft.model)
+                    if self.spec_algorithm.name == "EAGLE":  # the checkpoint's own draft, which is ours too
+                        models.append(draft.model)
                 if changes.get("record"):
                     counts["draft_steps"] = []
                 if wanted["count"]:
