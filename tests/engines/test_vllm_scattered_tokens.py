@@ -58,7 +58,12 @@ def trunk(rank, scattered):
 def run(rank, port, queue):
     os.environ["VLLM_DIST_IDENT"] = f"scattered-{port}"  # as vLLM's executor does
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import get_tp_group, init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        get_tp_group,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
 
     from vllm_ext import model
 
@@ -83,6 +88,7 @@ def run(rank, port, queue):
             out, aux = model.Qwen3NextModel.forward(trunk(rank, scattered), None, torch.arange(n), inputs_embeds=x)
             found[n, scattered] = [each.tolist() for each in (out, *aux)], dict(counts)
     queue.put((rank, found))
+    cleanup_dist_env_and_memory()
 
 
 def test_each_rank_has_all_tokens_in_the_end_with_fewer_bytes_on_the_way():
@@ -94,7 +100,7 @@ def test_each_rank_has_all_tokens_in_the_end_with_fewer_bytes_on_the_way():
     for process in processes:
         process.start()
     try:
-        results = dict(queue.get(timeout=120) for _ in range(RANKS))
+        results = dict(queue.get(timeout=300) for _ in range(RANKS))
     finally:
         for process in processes:
             process.join(20)

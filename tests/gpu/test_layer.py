@@ -169,6 +169,24 @@ def test_flashinfer_reads_and_writes_states_in_the_cache(
 
 
 @pytest.mark.interpreted
+def test_heads_that_flashinfer_does_not_take(make: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """vLLM's metadata then lacks what its own kernels need; it is computed once in a step, not in each layer."""
+    from tests.gpu import flashinfer_stub
+    from vllm_ext import gpu_prefill
+
+    if device != "cpu":
+        pytest.skip("a GPU may choose another backend")
+    flashinfer_stub.install(monkeypatch)
+    computed, prepare = [], gpu_prefill.prepare_chunk_indices
+    monkeypatch.setattr(gpu_prefill, "prepare_chunk_indices", lambda *args: computed.append(args) or prepare(*args))
+    layer = make((SMALL_UNDER_32, BF16, "float32", False))
+    reason = "FlashInfer takes heads of 128, not 20 and 24"
+    assert layer.layer.kernels.describe()["prefill"] == ("triton, triton", reason)
+    layer.step([Turn(layer.request(), 5), Turn(layer.request(), 67)])
+    assert len(computed) == 1
+
+
+@pytest.mark.interpreted
 def test_the_gate_is_not_copied(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_ext import gpu_kernels
 
