@@ -15,7 +15,7 @@ from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.runner import Start, passes
 from qnext_plugin.verify.scenarios import Scenario, scenarios, tokens
 from qnext_plugin.verify.starts import CASES, FULL_SET, plan
-from qnext_plugin.verify.verification import judge
+from qnext_plugin.verify.verification import gpu_environment, judge
 from tests.support.checkpoints import write_checkpoint
 
 PROMPT, LENGTH = tokens(9, seed=1), 5
@@ -155,3 +155,14 @@ def test_engine_that_is_not_installed_is_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("qnext_plugin.cli.verify.find_spec", lambda name: None)
     assert main(["verify", str(tmp_path), "--engine", "sglang"]) == 2
     assert "sglang is not installed in this environment" in capsys.readouterr().err
+
+
+def test_on_a_gpu_drafts_can_be_set_and_products_are_exact(monkeypatch):
+    for name in ("TRITON_F32_DEFAULT", "VLLM_USE_V2_MODEL_RUNNER"):
+        monkeypatch.delenv(name, raising=False)
+    exact, first_runner = {"TRITON_F32_DEFAULT": "ieee"}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    assert gpu_environment("vllm", EngineConfig(draft_tokens=2)) == exact | first_runner
+    assert gpu_environment("vllm", EngineConfig()) == gpu_environment("sglang", EngineConfig(draft_tokens=2)) == exact
+    assert gpu_environment("vllm", EngineConfig(dtype="bfloat16")) == {}
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # as the user wants it
+    assert gpu_environment("vllm", EngineConfig(draft_tokens=2)) == exact
