@@ -8,6 +8,7 @@ from torch import nn
 
 from qnext_plugin.checkpoint.guard import LoadGuard, Role
 from qnext_plugin.checkpoint.merged import layer_name
+from qnext_plugin.checkpoint.quantized_layers import check_update
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
 
@@ -46,6 +47,7 @@ class Loading(LoadGuard):
         """
         if checkpoint is not None and checkpoint.headers is not None:
             checkpoint.check(self.config, self.mtp)
+            check_update(self._model.checkpoint, checkpoint, dict(self._model.named_modules()))
         self._runner, self._changed = runner, False
 
 

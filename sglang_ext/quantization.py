@@ -24,8 +24,10 @@ from torch import nn
 from qnext_plugin.checkpoint import quantized_layers
 from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache
 from qnext_plugin.checkpoint.formats import Leaves, stored_format
+from qnext_plugin.checkpoint.headers import Shape
 from qnext_plugin.checkpoint.quantization import is_quantized
 from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
+from qnext_plugin.checkpoint.schema import weight_shapes
 from qnext_plugin.checkpoint.stored import MODELOPT_FILE, Checkpoint, read_served
 from qnext_plugin.config import QNextConfig
 from sglang_ext.compat import ON_CPU, uses_expert_location
@@ -108,6 +110,7 @@ def layer_quantization(
         ByCheckpoint,
         checkpoint=checkpoint,
         config_of_model=config,
+        shapes=weight_shapes(config),
         engine_config=without_exclusions(quant_config),
     )
 
@@ -117,6 +120,7 @@ class ByCheckpoint:
 
     checkpoint: Checkpoint
     config_of_model: QNextConfig
+    shapes: Mapping[str, Shape]
     engine_config: QuantizationConfig
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -128,20 +132,40 @@ class ByCheckpoint:
         parts = self.checkpoint.parts(prefix, self.config_of_model.num_experts)
         if not parts:
             return plain_method(layer)
+        reason = None
+        if ON_CPU:
+            try:
+                return self.method_of_codes(layer, parts, prefix)
+            except ValueError as e:
+                reason = str(e)
+        else:
+            reason = missing_method(parts) or self.checkpoint.obstacle(
+                parts, self.config_of_model, self.tp_size(prefix)
+            )
         return choose_method(
             SGLANG,
             layer,
-            self.obstacle(parts, prefix),
+            reason,
             partial(self.engine_config.get_quant_method, layer, prefix),
             quantization=self.engine_config.get_name(),
             must_be_stored=isinstance(layer, FusedMoE) and not ON_CPU,
         )
 
-    def obstacle(self, parts: Mapping[str, Leaves], prefix: str) -> str | None:
-        if ON_CPU:
-            return "SGLang has no kernel for it on this CPU"
-        tp_size = get_parallel().tp_size if ".mlp." in prefix else get_parallel().attn_tp_size
-        return missing_method(parts) or self.checkpoint.obstacle(parts, self.config_of_model, tp_size)
+    def method_of_codes(self, layer: nn.Module, parts: Mapping[str, Leaves], prefix: str) -> QuantizeMethodBase:
+        """Return the method for a layer that is served in codes; raise ``ValueError`` if it cannot be."""
+        from qnext_plugin.ops.cpu import stored  # it imports Numba, which only CPUs need
+        from sglang_ext.cpu.stored import StoredExpertsMethod, StoredLinearMethod
+
+        if not stored.serves():
+            raise ValueError("SGLang has no kernel for it on this CPU")
+        if torch.get_default_dtype() != torch.bfloat16:
+            raise ValueError("the compiled products compute in bfloat16")
+        if isinstance(layer, FusedMoE):
+            return StoredExpertsMethod(self.checkpoint.codes(parts, self.shapes, layer.moe_tp_size))
+        return StoredLinearMethod(self.checkpoint.codes(parts, self.shapes, self.tp_size(prefix)))
+
+    def tp_size(self, prefix: str) -> int:
+        return get_parallel().tp_size if ".mlp." in prefix else get_parallel().attn_tp_size
 
 
 def missing_method(parts: Mapping[str, Leaves]) -> str | None:
@@ -202,10 +226,10 @@ def report(model: nn.Module, checkpoint: Checkpoint, *, draft: bool) -> None:
         logger.info(line)
 
 
-def dequantized(
+def converted(
     weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module, checkpoint: Checkpoint
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """Turn a module's stored tensors into one weight where its layer in ``model`` is plain; pass the others on."""
+    """Turn a module's stored tensors into those that its layer in ``model`` holds; pass the others on."""
 
     def has_expert(experts: nn.Module, expert: int) -> bool:
         location = get_global_expert_location_metadata()
@@ -218,4 +242,4 @@ def dequantized(
         return any(first <= copy < first + experts.num_local_experts for copy in copies)
 
     layers, dtype = dict(model.named_modules()), torch.get_default_dtype()
-    return quantized_layers.dequantized(weights, checkpoint, layers, is_plain, has_expert, dtype)
+    return quantized_layers.converted(weights, checkpoint, layers, is_plain, has_expert, dtype)

@@ -10,10 +10,11 @@ from qnext_plugin.checkpoint.cache_scales import for_attention
 from qnext_plugin.checkpoint.layouts import KINDS, section_sizes, ungroup
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.merged import EXPERTS, PARTS, layer_name
+from qnext_plugin.checkpoint.quantized_layers import holds_codes
 from qnext_plugin.checkpoint.schema import RefusedUpdate
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
-from sglang_ext.quantization import dequantized, is_plain
+from sglang_ext.quantization import converted, is_plain
 
 SHARED_WITH_TRUNK = {"model.embed_tokens.weight", "lm_head.weight"}
 
@@ -31,7 +32,7 @@ def load_weights(
     ``complete`` means that the stream holds all tensors: a parameter without a value then raises ``ValueError``.
     """
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name, config))
-    plain = dequantized(for_attention(trunk), model, checkpoint)
+    plain = converted(for_attention(trunk), model, checkpoint)
     return _load(model, config, checkpoint, plain, complete, set())
 
 
@@ -45,7 +46,7 @@ def load_draft_weights(
 ) -> set[str]:
     """Load ``mtp.*`` in the same way; SGLang gives the draft the trunk's embedding and head."""
     draft = ((name, tensor) for name, tensor in weights if name.split(".")[0] == "mtp")
-    plain = dequantized(for_attention(draft), model, checkpoint)
+    plain = converted(for_attention(draft), model, checkpoint)
     renamed = ((f"model.{name.removeprefix('mtp.')}", tensor) for name, tensor in plain)
     return _load(model, config, checkpoint, renamed, complete, SHARED_WITH_TRUNK)
 
@@ -76,8 +77,12 @@ def _load(
     for layer in () if complete else scaled:
         # It copies scales to where the kernels read them; SGLang does not call it for updates from tensors.
         layers[layer].quant_method.process_weights_after_loading(layers[layer])
-    # A quantized layer has parameters that only some checkpoints store.
-    missing = {name for name in params.keys() - loaded - optional if is_plain(layers[name.rpartition(".")[0]])}
+    # A layer that the engine quantizes has parameters that only some checkpoints store.
+    missing = {
+        name
+        for name in params.keys() - loaded - optional
+        if is_plain(layer := layers[name.rpartition(".")[0]]) or holds_codes(layer)
+    }
     if complete and missing:
         raise ValueError(f"the checkpoint leaves parameters without a value: {', '.join(collapse(sorted(missing)))}")
     return loaded

@@ -16,6 +16,7 @@ from qnext_plugin.checkpoint.make_random import PRESETS, write_random_checkpoint
 from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.ops import instructions
 from qnext_plugin.plan.caches import DEVICES, Device, SglangCache, VllmCache
 from qnext_plugin.plan.cpu import Decoding
 from qnext_plugin.plan.sizes import Serving
@@ -287,13 +288,20 @@ def test_a_machine_that_is_too_small_for_loading_or_for_the_context(capsys, publ
     assert "To make it fit\n  --context-length 65536\n  a machine with 192 GiB\n" in text
 
 
-def test_a_quantized_checkpoint_is_counted_as_a_cpu_holds_it(capsys, tmp_path):
-    write_random_checkpoint(tmp_path / "model", format="w4a16", overrides={"num_hidden_layers": 4})
-    _, gpu = plan(capsys, str(tmp_path / "model"))
-    _, cpu = plan(capsys, str(tmp_path / "model"), "--device", "cpu")
+@pytest.mark.parametrize("form", ["w4a16", "fp8-block", "awq", "nvfp4"])
+def test_a_quantized_checkpoint_is_counted_as_a_cpu_holds_it(capsys, tmp_path, monkeypatch, form):
+    overrides = {"num_hidden_layers": 4, "moe_intermediate_size": 128, "hidden_size": 256}
+    write_random_checkpoint(tmp_path / "model", format=form, overrides=overrides)
+    arguments = str(tmp_path / "model"), "--device", "cpu"
     plain = Serving(QNextConfig.from_pretrained(tmp_path / "model")).weights()
-    assert cpu["weights"] == plain and cpu["cpu"]["stored"] == sum(gpu["weights"].values())
-    assert gpu["weights"]["experts"] < plain["experts"] / 3
+    monkeypatch.setattr(instructions, "multiplies_codes", lambda: False)
+    _, found = plan(capsys, *arguments)
+    assert found["weights"] == plain and found["cpu"]["stored"] < 0.7 * sum(plain.values())
+    monkeypatch.setattr(instructions, "multiplies_codes", lambda: True)
+    _, found = plan(capsys, *arguments)
+    assert 0.95 < sum(found["weights"].values()) / found["cpu"]["stored"] < 1.05
+    _, found = plan(capsys, *arguments, "--dtype", "float32")
+    assert found["weights"]["experts"] == 2 * plain["experts"]
 
 
 # The hub: a stand-in that answers as huggingface.co does, and counts

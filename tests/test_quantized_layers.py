@@ -14,7 +14,7 @@ from qnext_plugin.checkpoint.merged import MERGED, layer_name, layer_of, modules
 from qnext_plugin.checkpoint.quantized_layers import (
     Engine,
     choose_method,
-    dequantized,
+    converted,
     reports,
     view_of,
     without_exclusions,
@@ -120,7 +120,7 @@ def stream(checkpoint, plain, has_expert, left_out=()):
     del model.get_submodule("model.layers.0.linear_attn.in_proj_qkvz").is_plain
     tensors = {n: t for n, t in load_file(checkpoint / "model.safetensors").items() if n not in left_out}
     stored, layers = read_checkpoint(str(checkpoint)), dict(model.named_modules())
-    return dict(dequantized(tensors.items(), stored, layers, is_plain, has_expert, torch.bfloat16))
+    return dict(converted(tensors.items(), stored, layers, is_plain, has_expert, torch.bfloat16))
 
 
 def test_only_plain_layers_are_dequantized_and_only_experts_of_this_rank(checkpoint):

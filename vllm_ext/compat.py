@@ -17,6 +17,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import gdn_attn
 
+from qnext_plugin.ops.instructions import multiplies_codes
 from qnext_plugin.replacements import Feature, Replacement, install
 
 
@@ -140,7 +141,7 @@ MTP_ON_V2 = Feature("MTP", lambda config: MTP.is_used(config) and config.use_v2_
 LORA_ON_CPU = on_cpu("LoRA", LORA.is_used)
 REQUESTS_ON_CPU = on_cpu("requests with a seed")
 UPDATES_ON_CPU = on_cpu("weight updates")
-PRODUCTS_ON_CPU = on_cpu("compiled matrix products", lambda config: lacks_bfloat16())
+PRODUCTS_ON_CPU = on_cpu("compiled matrix products", lambda config: lacks_bfloat16() or multiplies_codes())
 EXPERTS_ON_CPU = on_cpu("expert parallelism", lambda config: config.parallel_config.enable_expert_parallel)
 RANKS_ON_CPU = on_cpu("data parallelism", lambda config: config.parallel_config.data_parallel_size > 1)
 STAGES_ON_CPU = on_cpu("pipeline parallelism", lambda config: config.parallel_config.pipeline_parallel_size > 1)

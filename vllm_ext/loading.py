@@ -11,10 +11,11 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from qnext_plugin.checkpoint.guard import Copy, LoadGuard, Role, Weights, listed
+from qnext_plugin.checkpoint.quantized_layers import check_update
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
 from vllm_ext.compat import ReloadSession
-from vllm_ext.quantization import read_checkpoint
+from vllm_ext.quantization import quantizable, read_checkpoint
 from vllm_ext.weights import check_checkpoint, is_draft, is_trunk, unit
 
 
@@ -67,6 +68,7 @@ class Loading(LoadGuard):
             if not isinstance(weights, list | tuple):
                 self.checkpoint = read_checkpoint(self._vllm_config)
                 check_checkpoint(self.checkpoint, self.config, self._vllm_config, self.mtp)
+                check_update(served, self.checkpoint, quantizable(self._model))
             checked = self.checked(weights, track=opened_here or session.is_open)
             if opened_here:
                 if isinstance(weights, list | tuple):

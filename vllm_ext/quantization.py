@@ -25,8 +25,10 @@ from vllm.platforms import current_platform
 
 from qnext_plugin.checkpoint import quantized_layers
 from qnext_plugin.checkpoint.formats import FORMATS, Leaves, stored_format
+from qnext_plugin.checkpoint.headers import Shape
 from qnext_plugin.checkpoint.quantization import is_quantized
 from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
+from qnext_plugin.checkpoint.schema import weight_shapes
 from qnext_plugin.checkpoint.stored import Checkpoint, read_served
 from qnext_plugin.config import QNextConfig
 from vllm_ext.compat import has_cpu_wna16
@@ -55,6 +57,8 @@ def layer_quantization(
         checkpoint=checkpoint,
         config_of_model=config,
         tp_size=vllm_config.parallel_config.tensor_parallel_size,
+        dtype=vllm_config.model_config.dtype,
+        shapes=weight_shapes(config),
         engine_config=without_exclusions(engine_config),
         # vLLM would apply this (quantization by flags) to every answer of ours. ``engine_config`` keeps it, so that it
         # applies only to layers that are served as stored.
@@ -70,6 +74,8 @@ class ByCheckpoint:
     checkpoint: Checkpoint
     config_of_model: QNextConfig
     tp_size: int
+    dtype: torch.dtype
+    shapes: Mapping[str, Shape]
     engine_config: QuantizationConfig
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -81,14 +87,37 @@ class ByCheckpoint:
         parts = self.checkpoint.parts(prefix, self.config_of_model.num_experts)
         if not parts:
             return plain_method(layer)
+        reason = self.checkpoint.obstacle(parts, self.config_of_model, self.tp_size) or missing_kernel(parts)
+        if takes_codes(self.dtype):
+            try:
+                return self.method_of_codes(layer, parts)
+            except ValueError as e:
+                reason = str(e)
         return choose_method(
             VLLM,
             layer,
-            self.checkpoint.obstacle(parts, self.config_of_model, self.tp_size) or missing_kernel(parts),
+            reason,
             partial(engine_method, self.engine_config, layer, prefix),
             quantization=self.engine_config.get_name(),
             must_be_stored=isinstance(layer, RoutedExperts) and not current_platform.is_cpu(),
         )
+
+    def method_of_codes(self, layer: nn.Module, parts: Mapping[str, Leaves]) -> QuantizeMethodBase:
+        """Return the method for a layer that is served in codes; raise ``ValueError`` if it cannot be."""
+        from vllm_ext.cpu.stored import StoredExpertsMethod, StoredLinearMethod  # they import Numba
+
+        experts = isinstance(layer, RoutedExperts)
+        codes = self.checkpoint.codes(parts, self.shapes, layer.moe_config.tp_size if experts else self.tp_size)
+        return StoredExpertsMethod(layer.moe_config, codes) if experts else StoredLinearMethod(codes)
+
+
+def takes_codes(dtype: torch.dtype) -> bool:
+    """Return whether quantized weights of a model in ``dtype`` are for the products compiled for CPUs."""
+    if not current_platform.is_cpu() or dtype != torch.bfloat16:
+        return False
+    from qnext_plugin.ops.cpu import stored  # it imports Numba, which only CPUs need
+
+    return stored.serves()
 
 
 def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
@@ -135,10 +164,10 @@ def report(model: nn.Module, checkpoint: Checkpoint, *, draft: bool) -> None:
         logger.info(line)
 
 
-def dequantized(
+def converted(
     weights: Iterable[tuple[str, torch.Tensor]], model: nn.Module, checkpoint: Checkpoint, vllm_config: VllmConfig
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """Turn a module's stored tensors into one weight where its layer in ``model`` is plain; pass the others on."""
+    """Turn a module's stored tensors into those that its layer in ``model`` holds; pass the others on."""
     redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
 
     def has_expert(experts: nn.Module, expert: int) -> bool:
@@ -146,4 +175,4 @@ def dequantized(
         return experts.expert_map is None or any(experts.expert_map[copy] >= 0 for copy in copies)
 
     dtype = vllm_config.model_config.dtype
-    return quantized_layers.dequantized(weights, checkpoint, quantizable(model), is_plain, has_expert, dtype)
+    return quantized_layers.converted(weights, checkpoint, quantizable(model), is_plain, has_expert, dtype)

@@ -15,7 +15,7 @@ from qnext_plugin.checkpoint.layouts import KINDS, ungroup
 from qnext_plugin.checkpoint.merged import MERGED, layer_name, layer_of
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
-from vllm_ext.quantization import dequantized
+from vllm_ext.quantization import converted
 
 # Patterns start and end with a dot, so that they match only whole segments.
 STACKED = WeightsMapper(
@@ -58,7 +58,7 @@ def load_weights(
     """Load the trunk's tensors from a stream with checkpoint names; return the names of the loaded parameters."""
     layers = {name for name, _ in model.named_modules()}
     trunk = ((name, tensor) for name, tensor in weights if is_trunk(name) and is_here(name, layers))
-    plain = dequantized(for_attention(trunk), model, checkpoint, vllm_config)
+    plain = converted(for_attention(trunk), model, checkpoint, vllm_config)
     return _load(model, config, flatten(plain, config))
 
 
@@ -71,7 +71,7 @@ def load_draft_weights(
 ) -> set[str]:
     """Load ``mtp.*``, and the embedding and head, which the draft shares with the trunk or holds a copy of."""
     draft = ((name, tensor) for name, tensor in weights if is_draft(name))
-    plain = dequantized(for_attention(draft), model, checkpoint, vllm_config)
+    plain = converted(for_attention(draft), model, checkpoint, vllm_config)
     return _load(model, config, ((re.sub(r"^mtp\.", "model.", name), tensor) for name, tensor in plain))
 
 

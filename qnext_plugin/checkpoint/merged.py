@@ -79,3 +79,8 @@ def modules_of(layer: str, num_experts: int) -> list[str]:
         return [f"{layer}.{i}.{projection}" for i in range(num_experts) for projection in EXPERTS]
     names = [last, *MERGED[last].parts] if last in MERGED else [last]
     return [f"{outer}.{name}" if outer else name for name in names]
+
+
+def parameter_of(module: str) -> str:
+    """Return what a layer's parameters for a module begin with: ``w13`` or ``w2`` for an expert, else nothing."""
+    return EXPERTS[module.rpartition(".")[2]][0] if ".experts." in module else ""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from qnext_plugin.checkpoint.headers import describe
+from qnext_plugin.checkpoint.layer_codes import to_codes
 from qnext_plugin.checkpoint.listing import collapse
-from qnext_plugin.checkpoint.merged import layer_name
-from qnext_plugin.checkpoint.quantization import is_quantized
-from qnext_plugin.checkpoint.schema import FLOAT_DTYPES
+from qnext_plugin.checkpoint.merged import layer_name, parameter_of
+from qnext_plugin.checkpoint.quantization import is_quantized, of_one_row, stored_modules
+from qnext_plugin.checkpoint.schema import FLOAT_DTYPES, RefusedUpdate
 from qnext_plugin.checkpoint.stored import Checkpoint
 
 Config = TypeVar("Config")
@@ -171,7 +172,12 @@ def reports(
     return [f"dequantized while loading: {'; '.join(collapse(names))} ({why})" for why, names in found.items()]
 
 
-def dequantized(
+def holds_codes(layer: nn.Module) -> bool:
+    """Return whether a layer's weight is served as the codes of ``codes.py``."""
+    return hasattr(getattr(layer, "quant_method", None), "codes")
+
+
+def converted(
     weights: Iterable[tuple[str, Tensor]],
     checkpoint: Checkpoint,
     layers: Mapping[str, nn.Module],
@@ -179,18 +185,23 @@ def dequantized(
     has_expert: Callable[[nn.Module, int], bool],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Turn the stored tensors of each module whose layer ``is_plain`` into one weight, and yield all others unchanged.
+    """Turn the stored tensors of a module into those that its layer holds, and yield all others unchanged.
 
-    Experts that this rank's layer does not have (``has_expert``) are left out. Raises ``ValueError`` at the end if only
-    a part of a module arrived.
+    A layer that ``is_plain`` holds one weight, dequantized; one of compiled products holds codes; others hold what is
+    stored. Experts that this rank's layer does not have (``has_expert``) are left out. Raises ``ValueError`` at the end
+    if only a part of a module arrived, and for a plain weight whose layer holds codes.
     """
     stored = checkpoint.quantized or {}
     held: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights:
         module, _, leaf = name.rpartition(".")
-        plain_already = leaf == "weight" and describe(tensor).dtype in FLOAT_DTYPES
         leaves, layer = stored.get(module, {}), layers.get(layer_name(module))
-        if plain_already or leaf not in leaves or not is_quantized(leaves) or layer is None or not is_plain(layer):
+        plain_already = leaf == "weight" and describe(tensor).dtype in FLOAT_DTYPES
+        is_part = leaf in leaves and is_quantized(leaves) and not plain_already
+        holds = layer is not None and leaf != "bias" and holds_codes(layer)
+        if holds and not is_part:
+            raise ValueError(f"{name} found, expected the tensors of a quantized weight: start again with new formats")
+        if not is_part or layer is None or not (holds or is_plain(layer)):
             yield name, tensor
             continue
         expert = re.search(r"\.experts\.(\d+)\.", module)
@@ -198,7 +209,31 @@ def dequantized(
             continue
         parts = held.setdefault(module, {})
         parts[leaf] = tensor
-        if len(parts) == len(leaves):
-            yield f"{module}.weight", checkpoint.dequantize(held.pop(module)).to(dtype)
+        if len(parts) < len(leaves):
+            continue
+        whole = held.pop(module)
+        if not holds:
+            yield f"{module}.weight", checkpoint.dequantize(whole).to(dtype)
+        else:
+            codes: Any = layer.quant_method.codes
+            as_codes = to_codes(whole, codes[parameter_of(module)], checkpoint.quantization or {})
+            for held_leaf, value in as_codes.items():
+                yield f"{module}.{held_leaf}", value
     if held:
         raise ValueError(f"tensors are missing of quantized modules: {'; '.join(collapse(held))}; send them together")
+
+
+def check_update(served: Checkpoint, new: Checkpoint, layers: Mapping[str, nn.Module]) -> None:
+    """Raise ``RefusedUpdate`` if a layer that holds codes would get a weight that is stored in another way."""
+    old, found = served.quantized or {}, new.quantized if new.headers is None else stored_modules(new.headers)
+    other = [
+        module
+        for module, leaves in old.items()
+        if (layer := layers.get(layer_name(module))) is not None and holds_codes(layer) and is_quantized(leaves)
+        if found is not None and (module not in found or of_one_row(found[module]) != of_one_row(leaves))
+    ]
+    if other:
+        raise RefusedUpdate(
+            f"new weights of {'; '.join(collapse(other)[:8])} are not stored as those that are served, and a CPU serves"
+            " them as they are stored: start with the new checkpoint"
+        )

@@ -17,14 +17,16 @@ from qnext_plugin.checkpoint.formats import Leaves, dequantize
 from qnext_plugin.checkpoint.headers import (
     INDEX_FILE,
     Both,
+    Shape,
     TensorInfo,
     check_distinct,
     index_advice,
     read_directory,
 )
 from qnext_plugin.checkpoint.kinds import check_kind
+from qnext_plugin.checkpoint.layer_codes import Codes, common, stored_codes
 from qnext_plugin.checkpoint.layouts import FP8_BLOCK, KINDS, can_ungroup
-from qnext_plugin.checkpoint.merged import MERGED, modules_of
+from qnext_plugin.checkpoint.merged import MERGED, modules_of, parameter_of
 from qnext_plugin.checkpoint.quantization import (
     SCALES,
     WEIGHTS,
@@ -136,6 +138,24 @@ class Checkpoint:
                         f"a block or group with one scale would be split among {tp_size} ranks or joined with another's"
                     )
         return None
+
+    def codes(self, parts: Mapping[str, Leaves], shapes: Mapping[str, Shape], ranks: int) -> dict[str, Codes]:
+        """Return the codes that hold a layer's ``parts``, by ``parameter_of`` them.
+
+        ``shapes`` are those of the weights by name; ``ranks`` share the inputs of row-parallel layers. Raises
+        ``ValueError`` with the reason if the compiled products cannot take the layer.
+        """
+        found: dict[str, list[Codes]] = {}
+        for name, leaves in parts.items():
+            last = name.rpartition(".")[2]
+            if last == "embed_tokens" or (last == "lm_head" and self.config.get("tie_word_embeddings")):
+                raise ValueError("rows of an embedding are looked up")
+            if not is_quantized(leaves):
+                raise ValueError("its parts are stored in different ways")
+            inputs_among = ranks if last in _ROW_PARALLEL else 1
+            part = stored_codes(leaves, shapes[f"{name}.weight"], self.quantization or {}, inputs_among)
+            found.setdefault(parameter_of(name), []).append(part)
+        return {parameter: common(parts) for parameter, parts in found.items()}
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Compute a quantized module's weight, float32 ``[rows, in]``, from its tensors by the names' last segment."""

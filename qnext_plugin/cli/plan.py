@@ -62,6 +62,8 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
     import torch
 
     from qnext_plugin.config import QNextConfig
+    from qnext_plugin.ops.instructions import multiplies_codes
+    from qnext_plugin.plan.cpu import held
     from qnext_plugin.plan.sizes import Serving
 
     _check(args)
@@ -75,8 +77,9 @@ def make_plan(args: argparse.Namespace, metadata: Any) -> dict[str, Any]:
         args.mtp,
         getattr(torch, named),
     )
-    # On a CPU quantized weights are dequantized while loading.
-    headers = None if args.device == "cpu" and metadata.quantized else metadata.headers
+    headers = metadata.headers
+    if args.device == "cpu":
+        headers = held(metadata, serving, in_codes=multiplies_codes())
     weights = serving.weights(headers)
     plan: dict[str, Any] = {
         "model": args.model,

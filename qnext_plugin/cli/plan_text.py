@@ -46,7 +46,7 @@ def _cpu_text(args: argparse.Namespace, plan: Mapping[str, Any]) -> list[str]:
     ]
     if plan["quantized"]:
         dequantized = sum(plan["weights"].values()) > 1.1 * cpu["stored"]
-        why = "   (dequantized while loading on a CPU)" * dequantized
+        why = "   (this CPU cannot multiply all of it as stored)" * dequantized
         lines.append(f"  in the checkpoint    {cpu['stored'] / GIB:9.2f} GiB{why}")
     rate = cpu["memory_bandwidth"]
     lines += ["", "Decoding, at most" if rate else "Decoding (give --memory-bandwidth for tokens per second)"]

@@ -8,8 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qnext_plugin.checkpoint.headers import TensorInfo
-from qnext_plugin.checkpoint.merged import layer_of
+import torch
+
+from qnext_plugin.checkpoint.headers import TensorInfo, describe
+from qnext_plugin.checkpoint.merged import layer_of, parameter_of
+from qnext_plugin.checkpoint.quantization import is_quantized
+from qnext_plugin.checkpoint.schema import weight_shapes
+from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.plan.sizes import Serving
 
 RESERVE = 4.0
@@ -19,6 +24,35 @@ RESERVE = 4.0
 def installed_memory() -> int:
     """Return the bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def held(checkpoint: Checkpoint, serving: Serving, *, in_codes: bool) -> Mapping[str, TensorInfo] | None:
+    """Return the headers of the tensors that a CPU holds; None without headers.
+
+    Quantized weights are held ``in_codes``, except those that the compiled products cannot take; all others plain.
+    """
+    if checkpoint.quantized is None or checkpoint.headers is None:
+        return checkpoint.headers
+    shapes, layers = weight_shapes(serving.config) | weight_shapes(serving.config.draft), {}
+    for module, leaves in checkpoint.quantized.items():
+        layers.setdefault(layer_of(module), {})[module] = leaves
+    found = dict(checkpoint.headers)
+    for parts in layers.values():
+        quantized = [module for module, leaves in parts.items() if is_quantized(leaves)]
+        try:
+            if not in_codes or serving.dtype != torch.bfloat16:
+                raise ValueError
+            codes = checkpoint.codes(parts, shapes, serving.tp_size) if quantized else {}
+        except ValueError:
+            codes = {}
+        for module in quantized:
+            for leaf in parts[module]:
+                del found[f"{module}.{leaf}"]
+            shape = shapes[f"{module}.weight"]
+            one = codes.get(parameter_of(module))
+            tensors = one.zeros(*shape) if one else {"weight": torch.empty(shape, dtype=serving.dtype)}
+            found |= {f"{module}.{leaf}": describe(tensor) for leaf, tensor in tensors.items()}
+    return found
 
 
 def largest_layer(serving: Serving, headers: Mapping[str, TensorInfo] | None) -> int:
@@ -33,7 +67,7 @@ def largest_layer(serving: Serving, headers: Mapping[str, TensorInfo] | None) ->
 class Decoding:
     """The memory traffic of decoding steps of a model on all ranks of one machine, in bytes.
 
-    ``state_bytes`` are those of one sequence's state in all Gated
+    ``headers`` are those of the tensors that are held. ``state_bytes`` are those of one sequence's state in all Gated
     DeltaNet layers of a rank.
     """
 

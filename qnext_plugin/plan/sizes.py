@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qnext_plugin.checkpoint.headers import TensorInfo
-from qnext_plugin.checkpoint.schema import FLOAT_DTYPES, expected_tensors
+from qnext_plugin.checkpoint.schema import FLOAT_DTYPES, QUANT_COMPANIONS, expected_tensors
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
 from qnext_plugin.plan.state import StateSpec
 
@@ -65,7 +65,9 @@ class Serving:
             return
         for name, info in headers.items():
             if self.num_draft_tokens or name.split(".")[0] != "mtp":
-                width = bits if info.dtype in FLOAT_DTYPES else _BITS.get(info.dtype, 8)
+                # Of floating-point tensors all but scales are converted.
+                is_scale = name.rpartition(".")[2] in QUANT_COMPANIONS
+                width = bits if info.dtype in FLOAT_DTYPES and not is_scale else _BITS.get(info.dtype, 8)
                 yield name, self._rank_elements(name, info.shape) * width / 8
 
     def weights(self, headers: Mapping[str, TensorInfo] | None = None) -> dict[str, int]:

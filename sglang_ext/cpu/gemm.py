@@ -26,6 +26,7 @@ from qnext_plugin.ops.cpu import gemm_avx2 as avx2
 from qnext_plugin.ops.cpu import gemm_avx512bf16
 from qnext_plugin.ops.cpu.experts import routed_experts
 from sglang_ext.compat import ON_CPU
+from sglang_ext.cpu.stored import Weight
 
 FOR_AVX2: bool = ON_CPU and avx2.available()
 """True if bfloat16 weights are packed for a CPU without bfloat16 instructions."""
@@ -107,6 +108,8 @@ class Plain:
 @contextmanager
 def plain_weights(model: nn.Module) -> Iterator[None]:
     """Give ``model``'s weights their declared form inside this context, to load some or all; pack them afterwards."""
+    for weight in stored_weights(model):
+        weight.unpack()
     for param in model.parameters():
         if packed := param.__dict__.pop("packed", None):
             param.data = packed.plain().view(param.plain_shape)
@@ -116,7 +119,14 @@ def plain_weights(model: nn.Module) -> Iterator[None]:
         _pack_all(model)
 
 
+def stored_weights(model: nn.Module) -> Iterator[Weight]:
+    for module in model.modules():
+        yield from getattr(getattr(module, "quant_method", None), "weights", ())
+
+
 def _pack_all(model: nn.Module) -> None:
+    for weight in stored_weights(model):
+        weight.pack()
     for module in model.modules() if PACKS else ():
         method = type(getattr(module, "quant_method", None))
         if method is UnquantizedFusedMoEMethod:

@@ -63,6 +63,14 @@ def test_each_rank_holds_its_shard_on_a_cpu(loaded, name):
     assert name == "plain" or len(loaded(name)[f"{name}-mixed"]) == len(OUTER_RANKS)
 
 
+@pytest.mark.parametrize("name", in_groups(FORMATS))
+def test_each_rank_holds_its_shard_in_codes_where_compiled_products_take_them(loaded, name):
+    """Of every format every layer, also those whose blocks are wider than a rank's part; compared when loaded."""
+    assert len(loaded(name)[f"{name}, codes"]) == 2
+    for rank, held in loaded(name)[f"{name}, codes"].items():
+        assert set(held) >= LAYERS | SHARED, rank
+
+
 @pytest.mark.parametrize("name", in_groups(ON_GPU))
 def test_each_rank_holds_its_shard_as_stored(loaded, record_property, name):
     ranks = loaded(name)[f"{name}, as on a GPU"]

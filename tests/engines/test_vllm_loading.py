@@ -74,6 +74,18 @@ def test_each_rank_holds_its_shard_of_a_quantized_checkpoint(loaded, record_prop
 
 
 @pytest.mark.parametrize("name", in_groups(FORMATS))
+def test_each_rank_holds_its_shard_in_codes_where_compiled_products_take_them(loaded, name):
+    """Of every format every layer, also those whose blocks are wider than a rank's part; compared when loaded."""
+    assert len(loaded(name)[f"{name}, codes"]) == 2
+    for rank, held in loaded(name)[f"{name}, codes"].items():
+        layers = {layer.split(".", 1)[1].removesuffix("weight").rstrip("._") for layer in held if TARGET in layer}
+        shared = {f"{SHARED}.gate_up_proj", f"{SHARED}.down_proj"}
+        assert layers >= LAYERS | shared | {f"model.layers.0.mlp.experts.routed_experts.{w}" for w in ("w13", "w2")}, (
+            rank
+        )
+
+
+@pytest.mark.parametrize("name", in_groups(FORMATS))
 def test_what_is_quantized_is_what_the_headers_say(loaded, name):
     """Not the exclude lists, which match nothing here; `k_proj`, the draft's experts and more are bfloat16."""
     assert len(loaded(name)[f"{name}-mixed"]) == 1 + 2 + 4 + 8

@@ -11,7 +11,11 @@ from functools import cache
 import pytest
 import torch
 
+from qnext_plugin.checkpoint.headers import read_headers
+from qnext_plugin.checkpoint.merged import layer_of
+from qnext_plugin.checkpoint.quantization import is_quantized, stored_modules
 from qnext_plugin.engines.config import EngineConfig
+from qnext_plugin.ops.instructions import multiplies_codes
 from qnext_plugin.verify.comparison import check_conditions, compare, rounding
 from qnext_plugin.verify.reference import Whole
 from tests.support.quantized import FORMS, SCENARIO, dequantized, write
@@ -77,6 +81,7 @@ def rounded_to(dtype):
 def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
     check(served("one process")[form], checkpoints, form)
     how = "as stored: all but the experts" if AS_STORED.get(form) else "dequantized while loading"
+    how = "as stored" if multiplies_codes() else how
     record_property("matrix", f"{form} | vLLM | one process, MTP | end to end on CPU, {how}")
 
 
@@ -91,8 +96,12 @@ def test_a_quantized_checkpoint_is_served_by_two_processes(served, checkpoints, 
 def check(served, checkpoints, form):
     assert "error" not in served, served["error"]
     assert served["modules"] == ["vllm_ext.model", "vllm_ext.mtp"]
-    as_stored, plain = (served["layers"][how] for how in ("as stored", "dequantized"))
-    if not torch.cpu._is_amx_tile_supported():
+    as_stored, plain, codes = (served["layers"][how] for how in ("as stored", "dequantized", "codes"))
+    if multiplies_codes():
+        modules = stored_modules(read_headers(checkpoints / form))
+        assert codes.keys() == {layer_of(name) for name, leaves in modules.items() if is_quantized(leaves)}, plain
+        assert not as_stored and not plain
+    elif not torch.cpu._is_amx_tile_supported():
         assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED.get(form, set()), plain
     result = served["results"][0]
     check_conditions(SCENARIO, ALONE, result)

@@ -14,7 +14,9 @@ from qnext_plugin.checkpoint.formats import dequantize
 from qnext_plugin.checkpoint.layouts import ungroup
 from qnext_plugin.checkpoint.make_quantized import IGNORE, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.quantized_layers import holds_codes
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
+from qnext_plugin.ops.cpu import packing, stored
 from tests.support.cache_scales import FORM_OF_SCALES, add_cache_scales
 from tests.support.dequantized import dequantized
 
@@ -113,6 +115,13 @@ def weights_of(model: nn.Module, name: str, quantization: dict[str, Any]) -> tup
     plain = leaves.get("weight")
     if plain is not None and plain.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return plain, False
+    if holds_codes(layer):
+        codes = layer.quant_method.codes[kind.removesuffix("_")]
+        for weight in getattr(layer.quant_method, "weights", ()):  # SGLang's are packed by now
+            if weight.codes is codes and weight.params["weight"] is held[f"{kind}weight"]:
+                form = packing.Form(*weight.form)
+                return packing.dequantize(form, weight.params["weight"].data, weight.rows), True
+        return packing.dequantize(*stored.pack(codes, leaves), leaves["weight"].shape[-2]), True
     if not kind:
         if "weight_shape" in leaves:  # of the whole weight
             rows, words = leaves["weight_packed"].shape

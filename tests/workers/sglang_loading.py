@@ -5,7 +5,7 @@ SGLang would on a GPU of compute capability 9, where layers are served as stored
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.config import QNextConfig
+from qnext_plugin.ops.cpu import stored as stored_codes
 from tests.support.cache_scales import FORM_OF_SCALES, SETTINGS, scale
 from tests.support.dequantized import dequantized
 from tests.support.reads import Reads
@@ -57,12 +59,16 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def load(
-    directory: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], moe_runner: str = "auto"
+    directory: Path,
+    tensors: dict[str, Tensor],
+    quantization: dict[str, Any],
+    moe_runner: str = "auto",
+    ranks: Sequence[tuple[int, int]] = (),
 ) -> dict[str, list[str]]:
     """Check every rank's parameters, target and draft; by rank, the layers that are served as stored."""
     config, as_stored = QNextConfig.from_pretrained(directory), {}
     stored = list(load_file(directory / "model.safetensors").items())
-    for tp, rank in OUTER_RANKS if directory.name.endswith("-mixed") else RANKS:
+    for tp, rank in ranks or (OUTER_RANKS if directory.name.endswith("-mixed") else RANKS):
         names = {}
         for draft in (False, True):
             with rank_of(directory, tp, rank, moe_runner_backend=moe_runner):
@@ -197,9 +203,13 @@ def check(root: str) -> dict[str, Any]:
     load_plugins()
     for directory, tensors, quantization in checkpoints(Path(root)):
         torch.set_default_dtype(torch.bfloat16 if quantization else torch.float32)
-        if directory.name in READ:
-            found[f"read {directory.name}"] = read(directory, bool(quantization))
-        found[directory.name] = load(directory, tensors, quantization)
+        with patch.object(stored_codes, "serves", lambda: False):
+            if directory.name in READ:
+                found[f"read {directory.name}"] = read(directory, bool(quantization))
+            found[directory.name] = load(directory, tensors, quantization)
+        if directory.name in FORMATS:
+            with patch.object(stored_codes, "serves", lambda: True):
+                found[f"{directory.name}, codes"] = load(directory, tensors, quantization, ranks=[(1, 0), (8, 7)])
         if quantization:
             method = quantization["quant_method"]
             # These store scales in float16, which SGLang converts to the type it serves in.

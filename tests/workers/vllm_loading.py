@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.engines.config import mtp_arguments
+from qnext_plugin.ops.cpu import stored as stored_codes
 from tests.support.adapters import added
 from tests.support.cache_scales import FORM_OF_SCALES, NAMES, SETTINGS, scale
 from tests.support.dequantized import dequantized
@@ -250,6 +252,7 @@ def check(root: str) -> dict[str, Any]:
         found[f"read {name}"] = read(directory, name != "plain")
     # As on a CPU that has every kernel of vLLM's: what is loaded is what counts here, nothing runs.
     with (
+        patch.object(stored_codes, "multiplies_codes", lambda: False),
         patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True),
         patch.object(_custom_ops, "_supports_cpu_fp8_w8a16", True),
     ):
@@ -261,6 +264,11 @@ def check(root: str) -> dict[str, Any]:
             torch.set_default_dtype(half if quantization else torch.float32)
             ranks = OUTER_RANKS if directory.name == "auto-round" else RANKS
             found[directory.name] = load(directory, tensors, quantization, ranks)
+            if directory.name in FORMATS:
+                torch.set_default_dtype(torch.bfloat16)
+                with patch.object(stored_codes, "serves", lambda: True):
+                    found[f"{directory.name}, codes"] = load(directory, tensors, quantization, ranks=[(1, 0), (8, 7)])
+                torch.set_default_dtype(half)
             if directory.name in ("fp8-channel", "nvfp4"):
                 found[f"{directory.name}, no FP8 cache"] = without_fp8_cache(directory)
             if directory.name in WORDS:

@@ -11,19 +11,22 @@ from qnext_plugin.verify.scenarios import Scenario
 from vllm_ext.tools.engine import Engine
 
 
-def layers(worker: Any) -> dict[str, list[str]]:
+def layers(worker: Any) -> dict[str, Any]:
     """Names of the layers of model and draft, in the checkpoint's terms, by how they are served."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase
 
+    from qnext_plugin.checkpoint.quantized_layers import holds_codes
     from vllm_ext.quantization import is_plain
 
-    runner, found = worker.model_runner, {"as stored": [], "dequantized": []}
+    runner, found = worker.model_runner, {"codes": {}, "as stored": [], "dequantized": []}
     draft = getattr(getattr(runner, "drafter", None), "model", None)
     for model, rename in ((runner.model, "model."), (draft, "mtp.")):
         for name, layer in model.named_modules() if model is not None else ():
             name = rename + name.removeprefix("model.").removesuffix(".routed_experts")
-            if hasattr(layer, "dequantized"):
+            if holds_codes(layer):
+                found["codes"][name] = sorted({codes.kind for codes in layer.quant_method.codes.values()})
+            elif hasattr(layer, "dequantized"):
                 found["dequantized"].append(name)
             elif isinstance(layer, LinearBase | RoutedExperts) and not is_plain(layer):
                 found["as stored"].append(name)

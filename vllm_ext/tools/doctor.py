@@ -84,6 +84,7 @@ def products(config: Any, vllm_config: Any) -> dict[str, tuple[str, str]]:
     from vllm.utils.network_utils import get_open_port
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    from qnext_plugin.checkpoint.quantized_layers import holds_codes
     from vllm_ext.kernels import choose_draft_head, choose_gemms
     from vllm_ext.quantization import is_plain, layer_quantization, read_checkpoint
     from vllm_ext.sparse_moe import SparseMoeBlock
@@ -95,6 +96,9 @@ def products(config: Any, vllm_config: Any) -> dict[str, tuple[str, str]]:
     initialize_model_parallel()
 
     def held(layer: Any, vllms: str) -> tuple[str, str]:
+        if holds_codes(layer):
+            kinds = sorted({codes.kind for codes in layer.quant_method.codes.values()})
+            return f"compiled, as stored ({', '.join(kinds)})", ""
         reason = getattr(layer, "dequantized", "")
         return ("dequantized while loading", reason) if reason or is_plain(layer) else (vllms, "")
 
