@@ -4,6 +4,8 @@ It imports nothing else of this package: strings name our functions, which are i
 """
 
 import copy
+import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -136,21 +138,31 @@ PARTIAL_HITS = {
     )
     for runner, v2 in (("gpu_model_runner", False), ("gpu.model_runner", True))
 }
-MTP = Feature("MTP", lambda config: config.speculative_config is not None)
-MTP_ON_V2 = Feature("MTP", lambda config: MTP.is_used(config) and config.use_v2_model_runner)
+DRAFTS = Feature("speculation", lambda config: config.speculative_config is not None)
+DRAFTS_ON_V2 = Feature("speculation", lambda config: DRAFTS.is_used(config) and config.use_v2_model_runner)
 LORA_ON_CPU = on_cpu("LoRA", LORA.is_used)
 REQUESTS_ON_CPU = on_cpu("requests with a seed")
 UPDATES_ON_CPU = on_cpu("weight updates")
-PRODUCTS_ON_CPU = on_cpu("compiled matrix products", lambda config: lacks_bfloat16() or multiplies_codes())
+# Our products are compiled by Numba, and vLLM finds n-grams with it.
+NUMBA_ON_CPU = on_cpu("Numba", lambda config: "llvmlite" in sys.modules or lacks_bfloat16() or multiplies_codes())
 EXPERTS_ON_CPU = on_cpu("expert parallelism", lambda config: config.parallel_config.enable_expert_parallel)
 RANKS_ON_CPU = on_cpu("data parallelism", lambda config: config.parallel_config.data_parallel_size > 1)
 STAGES_ON_CPU = on_cpu("pipeline parallelism", lambda config: config.parallel_config.pipeline_parallel_size > 1)
 MTP_STAGES_ON_CPU = on_cpu(
-    "MTP with pipeline parallelism", lambda config: MTP.is_used(config) and STAGES_ON_CPU.is_used(config)
+    "MTP with pipeline parallelism", lambda config: DRAFTS.is_used(config) and STAGES_ON_CPU.is_used(config)
 )
 # The user gives the executor as a class or by its name.
 RAY_ON_CPU = on_cpu("Ray", lambda config: "CpuRayExecutor" in str(config.parallel_config.distributed_executor_backend))
 
+KERNEL_LOOKUP = Replacement(
+    NUMBA_ON_CPU,
+    target="llvmlite.binding.ffi:lib._fntab[__dict__]",
+    ours="vllm_ext.cpu.repairs:NO_ATTRIBUTES",
+    why="to register kernels vLLM asks every object for its __dict__, which llvmlite's library takes for a function of "
+    "its own: no kernel can be registered, and no second engine starts in the process",
+    until="either knows better",
+    kind="set",
+)
 REPLACEMENTS = (
     Replacement(
         LORA,
@@ -221,12 +233,12 @@ REPLACEMENTS = (
             parameters=parameters,
         )
         for feature, method, ours, parameters in (
-            (MTP, "build", "build_metadata", ("common_attn_metadata",)),
-            (MTP_ON_V2, "update_block_table", "update_block_table", ("metadata",)),
+            (DRAFTS, "build", "build_metadata", ("common_attn_metadata",)),
+            (DRAFTS_ON_V2, "update_block_table", "update_block_table", ("metadata",)),
         )
     ),
     Replacement(
-        MTP_ON_V2,
+        DRAFTS_ON_V2,
         target="vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState.prepare_attn",
         ours="vllm_ext.placeholders:prepare_attn",
         why="a prompt of one token that joins others is computed with the placeholders for its drafts",
@@ -234,15 +246,7 @@ REPLACEMENTS = (
         kind="around",
         parameters=("input_batch",),
     ),
-    Replacement(
-        PRODUCTS_ON_CPU,
-        target="llvmlite.binding.ffi:lib._fntab[__dict__]",
-        ours="vllm_ext.cpu.repairs:NO_ATTRIBUTES",
-        why="to register kernels vLLM asks every object for its __dict__, which llvmlite's library takes for a "
-        "function of its own, and no second engine starts in the process",
-        until="either knows better",
-        kind="set",
-    ),
+    KERNEL_LOOKUP,
     Replacement(
         EXPERTS_ON_CPU,
         target="vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.apply",
@@ -317,3 +321,15 @@ REPLACEMENTS = (
 def apply(vllm_config: VllmConfig) -> None:
     """Install the replacements that this configuration needs; idempotent. Raise ``RuntimeError`` if one fails."""
     install(REPLACEMENTS, vllm_config, "vLLM", vllm.__version__)
+
+
+def prepare_numba(vllm_config: VllmConfig) -> None:
+    """Prepare for Numba before vLLM's workers start, when our model is not built yet; idempotent.
+
+    With OpenMP's threads, which it takes by default, Numba would set their number to that of all cores, for torch as
+    well: more than are bound to a worker. So n-grams are found by threads of its own.
+    """
+    if getattr(vllm_config.speculative_config, "method", None) == "ngram" and current_platform.is_cpu():
+        os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
+    if "llvmlite" in sys.modules:
+        install((KERNEL_LOOKUP,), vllm_config, "vLLM", vllm.__version__)

@@ -12,9 +12,9 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache
-from qnext_plugin.checkpoint.stored import refuse_quantizing
+from qnext_plugin.checkpoint.stored import read_served, refuse_quantizing
 from qnext_plugin.config import KEYS, QNextConfig
-from vllm_ext.compat import KeepsBlockSize
+from vllm_ext.compat import KeepsBlockSize, prepare_numba
 
 logger = init_logger("vllm.qnext_plugin")
 
@@ -80,6 +80,7 @@ class CheckedConfig(KeepsBlockSize):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         check_draft(vllm_config)
+        prepare_numba(vllm_config)
         choose_cache_dtype(vllm_config)
         KeepsBlockSize.verify_and_update_config(vllm_config)
 
@@ -138,22 +139,58 @@ def scatters_tokens(config: QNextConfig, vllm_config: VllmConfig) -> bool:
     )
 
 
+SPECULATIVE_METHODS = ("mtp", "ngram", "suffix")
+"""The methods with which states are tested to go on from the last accepted token, whatever was drafted."""
+_TESTED_OPTIONS = {
+    "rejection_sample_method": "standard",
+    "draft_sample_method": "greedy",
+    "num_speculative_tokens_per_batch_size": None,
+}
+
+
+def uses_mtp(vllm_config: VllmConfig) -> bool:
+    """Return whether the checkpoint's own ``mtp.*`` layers draft."""
+    return vllm_config.speculative_config is not None and vllm_config.speculative_config.method == "mtp"
+
+
 def check_draft(vllm_config: VllmConfig) -> None:
-    """Raise ``ValueError`` for any draft except the model's own."""
+    """Raise ``ValueError`` for a way to draft, or to verify drafts, that is not tested with this model."""
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in ("mtp", "qwen3_next_mtp"):
+    if speculative is None:
+        return
+    if speculative.method not in SPECULATIVE_METHODS:
         raise ValueError(
-            f"speculative method {speculative.method!r} found, expected 'qwen3_next_mtp': the state of a Gated "
-            "DeltaNet layer is kept right with the model's own MTP draft only; change or drop --speculative-config"
+            f"speculative method {speculative.method!r} found, expected one of {', '.join(_possible(vllm_config))}: "
+            "only with these are the states of Gated DeltaNet layers tested; change or drop --speculative-config"
         )
+    for key, tested in _TESTED_OPTIONS.items():
+        found = getattr(speculative, key)
+        if found != tested:
+            raise ValueError(
+                f"{key} {found!r} found in --speculative-config, expected {tested!r}: nothing else is tested with this "
+                f"model; drop {key}"
+            )
+
+
+def _possible(vllm_config: VllmConfig) -> list[str]:
+    """Return the methods that can draft for this checkpoint, which may have no ``mtp.*``."""
+    model, loading = vllm_config.model_config, vllm_config.load_config
+    headers = read_served(model.model, model.revision, loading.load_format, loading.download_dir).headers
+    has_mtp = headers is None or any(name.startswith("mtp.") for name in headers)
+    return [method for method in SPECULATIVE_METHODS if has_mtp or method != "mtp"]
 
 
 def check_speculation(vllm_config: VllmConfig) -> None:
-    """Raise ``ValueError`` for any draft except the model's own, and for flags that would make it serve wrongly."""
+    """Raise ``ValueError`` for drafts that are not tested with this model, and for flags that would serve wrongly."""
     check_draft(vllm_config)
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if vllm_config.speculative_config is None or stages == 1 or not current_platform.is_cpu():
+    speculative, stages = vllm_config.speculative_config, vllm_config.parallel_config.pipeline_parallel_size
+    if speculative is None or stages == 1 or not current_platform.is_cpu():
         return
+    if speculative.method != "mtp":
+        raise ValueError(
+            f"pipeline parallelism with speculative method {speculative.method!r} found; on CPU stages before the last "
+            "follow only the drafts of MTP: drop one of the two"
+        )
     if vllm_config.cache_config.enable_prefix_caching:
         raise ValueError(
             "pipeline parallelism with MTP and prefix caching found; on CPU vLLM carries the states of cached "

@@ -15,6 +15,7 @@ from qnext_plugin.checkpoint.quantized_layers import check_update
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
 from vllm_ext.compat import ReloadSession
+from vllm_ext.config import uses_mtp
 from vllm_ext.quantization import quantizable, read_checkpoint
 from vllm_ext.weights import check_checkpoint, is_draft, is_trunk, unit
 
@@ -30,7 +31,8 @@ class Loading(LoadGuard):
         self.checkpoint = checkpoint  # the one that serves or is being loaded
         # The loader may pass on only this rank's experts.
         self._some_experts = vllm_config.parallel_config.enable_ep_weight_filter
-        self.check_first = not (check_checkpoint(checkpoint, config, vllm_config, self.mtp) or self._some_experts)
+        drafts = "required" if uses_mtp(vllm_config) else "optional"
+        self.check_first = not (check_checkpoint(checkpoint, config, vllm_config, drafts) or self._some_experts)
         self._served_path = vllm_config.model_config.model
         self._before: list[str] = []  # modules that were incomplete before the open session
 

@@ -19,11 +19,11 @@ COMMAND = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
 NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.srt.models.qwen3_next."}
 DRAFT = {"vllm": mtp_flags("vllm", 2), "sglang": []}
 ANOTHER_DRAFT = {
-    "vllm": ["--speculative-config", '{"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'],
+    "vllm": ["--speculative-config", '{"method":"ngram_gpu","num_speculative_tokens":2,"prompt_lookup_max":3}'],
     "sglang": ["--speculative-algorithm", "STANDALONE"],
 }
 REFUSED = {
-    "vllm": "the model's own MTP draft only",
+    "vllm": "speculative method 'ngram_gpu' found",
     "sglang": "STANDALONE found without a model to draft with",
 }
 REPLACED = {

@@ -15,6 +15,7 @@ from tests.support.workers import call
 
 SMALL = {"num_hidden_layers": 4, "num_experts": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24}
 MTP = mtp_arguments("vllm", 1)
+NGRAM_GPU = {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}
 MIXER = "model.layers.0.linear_attn"
 
 
@@ -189,8 +190,25 @@ CASES = {
     ),
     "another kind of speculation": (
         lambda directory: None,
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-        ["speculative method 'ngram' found, expected 'qwen3_next_mtp'"],
+        NGRAM_GPU,
+        ["speculative method 'ngram_gpu' found, expected one of mtp, ngram, suffix:"],
+    ),
+    "another kind of speculation, and no draft": (
+        _tensors(_remove_draft),
+        NGRAM_GPU,
+        ["speculative method 'ngram_gpu' found, expected one of ngram, suffix:"],
+    ),
+    "drafts accepted that the model would not choose": (
+        lambda directory: None,
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_length": 2,
+            }
+        },
+        ["rejection_sample_method 'synthetic' found in --speculative-config, expected 'standard'"],
     ),
 }
 

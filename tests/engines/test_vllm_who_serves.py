@@ -26,8 +26,25 @@ json.dump(found, open(sys.argv[1], "w"))
 ANOTHER_DRAFT = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
-draft = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+draft = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, speculative_config=draft).create_engine_config()
+"""
+NGRAMS = """
+import sys
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+def configure():
+    draft = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    return EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, speculative_config=draft).create_engine_config()
+
+config, before = configure(), torch.get_num_threads()
+from vllm.v1.spec_decode.ngram_proposer import NgramProposer  # it imports Numba
+NgramProposer(config)
+configure()
+current_platform.register_triton_kernel_overrides()
+print("threads of torch:", before, torch.get_num_threads())
 """
 BLOCK_SIZE = """
 import sys
@@ -94,4 +111,11 @@ def test_native_class_on_an_accelerator_that_ours_does_not_know(registry, tmp_pa
 def test_another_draft_is_refused_before_a_process_starts(checkpoint, tmp_path):
     log = tmp_path / "log"
     assert process.run(["-c", ANOTHER_DRAFT, str(checkpoint("tiny"))], log) != 0
-    assert "speculative method 'ngram' found, expected 'qwen3_next_mtp'" in log.read_text(), process.tail(log)
+    assert "speculative method 'ngram_gpu' found, expected one of mtp, ngram" in log.read_text(), process.tail(log)
+
+
+def test_numba_leaves_the_number_of_threads_and_the_next_engine_alone(checkpoint, tmp_path):
+    log = tmp_path / "log"
+    status = process.run(["-c", NGRAMS, str(checkpoint("tiny"))], log, {"OMP_NUM_THREADS": "1"})
+    assert status == 0, process.tail(log)
+    assert "threads of torch: 1 1\n" in log.read_text()

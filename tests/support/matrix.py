@@ -1,5 +1,6 @@
 """The engine starts that tests share, and the scenarios that each answers: those of ``qnext verify`` and more."""
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +56,8 @@ _BFLOAT16 = EngineConfig(dtype="bfloat16")
 _UNIT = ("--block-size", "128", "--prefix-match-unit", "32")
 _PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120)
 _DRAFTING = EngineConfig(draft_tokens=3, prefix_caching=True, token_budget=128)  # prompts come in pieces
+_NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+_NGRAMS = ("--speculative-config", json.dumps(_NGRAM))
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
     "compiled": _shared("compiled", ("vllm",), num_blocks=48),
@@ -94,6 +97,11 @@ MATRIX = {
         for name, drafts in (("ngram", "ngram"), ("standalone", "draft_model"), ("eagle3", "eagle3"))
     },
     "mtp3-compiled": _shared("mtp3-compiled", ("vllm",), num_blocks=64),
+    "ngram3": Case(
+        EngineConfig(draft_tokens=3, prefix_caching=True, num_blocks=640, flags=_NGRAMS),
+        ("arrivals", *_DRAFTS, "drafts_of_the_model", "prefix_aba", "multi_turn"),
+    ),
+    "ngram3-starved": _shared("mtp2-starved", ("vllm",), draft_tokens=3, num_blocks=52, flags=_NGRAMS),
     "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, "wide-draft", ENGINES),
     "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),
     "pp2-mtp2": Case(

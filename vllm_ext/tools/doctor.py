@@ -41,13 +41,13 @@ def serving_classes() -> dict[str, str]:
 def check(vllm_config: Any) -> None:
     """Check a configuration as the model does before it reads a weight."""
     from vllm_ext import compat
-    from vllm_ext.config import check_speculation, qnext_config
+    from vllm_ext.config import check_speculation, qnext_config, uses_mtp
     from vllm_ext.quantization import read_checkpoint
     from vllm_ext.weights import check_checkpoint
 
     check_speculation(vllm_config)
     compat.apply(vllm_config)
-    mtp = "required" if vllm_config.speculative_config is not None else "optional"
+    mtp = "required" if uses_mtp(vllm_config) else "optional"
     checkpoint = read_checkpoint(vllm_config)
     check_checkpoint(checkpoint, checkpoint.complete(qnext_config(vllm_config)), vllm_config, mtp=mtp)
 
@@ -85,6 +85,7 @@ def products(config: Any, vllm_config: Any) -> dict[str, tuple[str, str]]:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     from qnext_plugin.checkpoint.quantized_layers import holds_codes
+    from vllm_ext.config import uses_mtp
     from vllm_ext.kernels import choose_draft_head, choose_gemms
     from vllm_ext.quantization import is_plain, layer_quantization, read_checkpoint
     from vllm_ext.sparse_moe import SparseMoeBlock
@@ -116,7 +117,7 @@ def products(config: Any, vllm_config: Any) -> dict[str, tuple[str, str]]:
             choose_gemms(block, config, vllm_config)
             method = block.experts.routed_experts.quant_method
             found["experts"] = (str(vars(method.experts_cls).get("name", method.unquantized_backend.value)), "")
-        if vllm_config.speculative_config is not None:
+        if uses_mtp(vllm_config):
             head = ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quantization, prefix="lm_head")
             if choose_draft_head(head, config, vllm_config):
                 found["draft head"] = ("int8", "")
