@@ -139,7 +139,7 @@ def scatters_tokens(config: QNextConfig, vllm_config: VllmConfig) -> bool:
     )
 
 
-SPECULATIVE_METHODS = ("mtp", "ngram", "suffix")
+SPECULATIVE_METHODS = ("mtp", "ngram", "suffix", "eagle3", "dflash")
 """The methods with which states are tested to go on from the last accepted token, whatever was drafted."""
 _TESTED_OPTIONS = {
     "rejection_sample_method": "standard",
@@ -162,6 +162,11 @@ def check_draft(vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"speculative method {speculative.method!r} found, expected one of {', '.join(_possible(vllm_config))}: "
             "only with these are the states of Gated DeltaNet layers tested; change or drop --speculative-config"
+        )
+    if speculative.parallel_drafting and speculative.method != "dflash":  # which vLLM always runs so
+        raise ValueError(
+            f"parallel_drafting found in --speculative-config with {speculative.method!r}: it is tested with 'dflash' "
+            "only; drop parallel_drafting"
         )
     for key, tested in _TESTED_OPTIONS.items():
         found = getattr(speculative, key)

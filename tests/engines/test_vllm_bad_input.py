@@ -191,12 +191,12 @@ CASES = {
     "another kind of speculation": (
         lambda directory: None,
         NGRAM_GPU,
-        ["speculative method 'ngram_gpu' found, expected one of mtp, ngram, suffix:"],
+        ["speculative method 'ngram_gpu' found, expected one of mtp, ngram, suffix, eagle3, dflash:"],
     ),
     "another kind of speculation, and no draft": (
         _tensors(_remove_draft),
         NGRAM_GPU,
-        ["speculative method 'ngram_gpu' found, expected one of ngram, suffix:"],
+        ["speculative method 'ngram_gpu' found, expected one of ngram, suffix, eagle3, dflash:"],
     ),
     "drafts accepted that the model would not choose": (
         lambda directory: None,

@@ -79,16 +79,24 @@ def state_in_the_wrong_slot(worker: Any) -> AbstractContextManager[Any]:
     return _drafts(slots=lambda drafts: drafts.slots.roll(1, dims=1))
 
 
-def steps_without_drafts_are_decodes(worker: Any) -> AbstractContextManager[Any]:
-    """A sequence for which nothing was drafted goes on from its first slot, where the state may be an older one."""
+def accepted_tokens_forgotten_without_drafts(worker: Any) -> AbstractContextManager[Any]:
+    """A step for which nothing was drafted goes on from the first token of the last step."""
     from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 
     build = GDNAttentionMetadataBuilder.build
 
-    def broken(self: Any, *args: Any, num_decode_draft_tokens_cpu: Any = None, **kwargs: Any) -> Any:
+    def broken(
+        self: Any, *args: Any, num_accepted_tokens: Any = None, num_decode_draft_tokens_cpu: Any = None, **kwargs: Any
+    ) -> Any:
         if num_decode_draft_tokens_cpu is not None:
-            num_decode_draft_tokens_cpu = num_decode_draft_tokens_cpu.masked_fill(num_decode_draft_tokens_cpu == 0, -1)
-        return build(self, *args, num_decode_draft_tokens_cpu=num_decode_draft_tokens_cpu, **kwargs)
+            num_accepted_tokens = num_accepted_tokens.masked_fill(num_decode_draft_tokens_cpu == 0, 1)
+        return build(
+            self,
+            *args,
+            num_accepted_tokens=num_accepted_tokens,
+            num_decode_draft_tokens_cpu=num_decode_draft_tokens_cpu,
+            **kwargs,
+        )
 
     return patch.object(GDNAttentionMetadataBuilder, "build", broken)
 
@@ -182,7 +190,7 @@ MUTANTS = [
     Mutant(state_copy_ignores_accepted_drafts, "multi_turn", "mtp2"),
     Mutant(state_not_copied_between_blocks, "multi_turn", "mtp2"),
     Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
-    Mutant(steps_without_drafts_are_decodes, "drafts_in_every_pattern", "ngram3"),
+    Mutant(accepted_tokens_forgotten_without_drafts, "drafts_in_every_pattern", "ngram3"),
     Mutant(verify_commits_one_step_early, "drafts_of_the_model", "ngram3"),
     Mutant(conv_window_not_rolled_back, "arrivals", "ngram3"),
     Mutant(state_copy_ignores_accepted_drafts, "multi_turn", "ngram3"),

@@ -35,13 +35,13 @@ SCENARIOS = scenarios() | {
 
 @dataclass(frozen=True)
 class Case:
-    """One start of each of ``engines``."""
+    """One start of each of ``engines``; ``drafts`` is vLLM's name of who drafts."""
 
     config: EngineConfig
     scenarios: tuple[str, ...]
     checkpoint: str = "tiny"
     engines: tuple[str, ...] = ("vllm",)
-    drafts: str = "mtp"  # vLLM's name of who drafts
+    drafts: str = "mtp"
 
 
 def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "tiny", **sizes: Any) -> Case:
@@ -56,8 +56,6 @@ _BFLOAT16 = EngineConfig(dtype="bfloat16")
 _UNIT = ("--block-size", "128", "--prefix-match-unit", "32")
 _PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120)
 _DRAFTING = EngineConfig(draft_tokens=3, prefix_caching=True, token_budget=128)  # prompts come in pieces
-_NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-_NGRAMS = ("--speculative-config", json.dumps(_NGRAM))
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
     "compiled": _shared("compiled", ("vllm",), num_blocks=48),
@@ -92,16 +90,26 @@ MATRIX = {
     "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
     **{
         name: Case(
-            replace(_DRAFTING, overlap=name != "standalone"), _OTHER_DRAFTS, "without-draft", ("sglang",), drafts
+            replace(_DRAFTING, overlap=name != "standalone"), _OTHER_DRAFTS, "without-draft", engines, drafts
         )
-        for name, drafts in (("ngram", "ngram"), ("standalone", "draft_model"), ("eagle3", "eagle3"))
+        for name, drafts, engines in (
+            ("ngram", "ngram", ("sglang",)),
+            ("standalone", "draft_model", ("sglang",)),
+            ("eagle3", "eagle3", ENGINES),
+        )
     },
     "mtp3-compiled": _shared("mtp3-compiled", ("vllm",), num_blocks=64),
     "ngram3": Case(
-        EngineConfig(draft_tokens=3, prefix_caching=True, num_blocks=640, flags=_NGRAMS),
+        EngineConfig(draft_tokens=3, prefix_caching=True, num_blocks=640),
         ("arrivals", *_DRAFTS, "drafts_of_the_model", "prefix_aba", "multi_turn"),
+        drafts="ngram",
     ),
-    "ngram3-starved": _shared("mtp2-starved", ("vllm",), draft_tokens=3, num_blocks=52, flags=_NGRAMS),
+    "dflash": Case(
+        EngineConfig(draft_tokens=2, prefix_caching=True, num_blocks=640),
+        ("drafts_in_every_pattern", "prefix_aba"),
+        drafts="dflash",
+    ),
+    "ngram3-starved": replace(_shared("mtp2-starved", ("vllm",), draft_tokens=3, num_blocks=52), drafts="ngram"),
     "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, "wide-draft", ENGINES),
     "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),
     "pp2-mtp2": Case(
