@@ -78,7 +78,7 @@ def check_coverage(
     if mtp == "required" and not has_draft:
         raise ValueError(
             "drafts are requested, and the checkpoint has no mtp.* tensors to draft with; take a checkpoint that has "
-            "them, draft with n-grams, a draft model or an EAGLE3 head, or drop the flags that turn on speculation"
+            "them, draft with n-grams or an EAGLE3 head, or drop the flags that turn on speculation"
         )
     _check_routers(config, headers)
     layers = len({n.split(".")[2] for n in names if n.startswith("mtp.layers.")})
