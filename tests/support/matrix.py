@@ -1,6 +1,5 @@
 """The engine starts that tests share, and the scenarios that each answers: those of ``qnext verify`` and more."""
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
