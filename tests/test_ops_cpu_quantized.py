@@ -1,6 +1,9 @@
 """Products with packed quantized weights against float64, whichever rows go to whichever matrices."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -213,3 +216,14 @@ def test_nan_in_a_checkpoint_is_refused():
 def test_groups_are_whole_lines():
     with pytest.raises(ValueError, match="multiple of 8"):
         packing.form("u4", BFLOAT, 120, 12)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(os.environ.get("NUMBA_CPU_NAME") is not None, reason="is what this test starts")
+def test_with_the_instructions_of_avx2_alone():
+    """On a CPU that has more, all of the above again with what LLVM makes for an older one."""
+    features = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2,+popcnt"
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]

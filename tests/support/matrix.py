@@ -88,9 +88,7 @@ MATRIX = {
     ),
     "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
     **{
-        name: Case(
-            replace(_DRAFTING, overlap=name != "standalone"), _OTHER_DRAFTS, "without-draft", engines, drafts
-        )
+        name: Case(replace(_DRAFTING, overlap=name != "standalone"), _OTHER_DRAFTS, "without-draft", engines, drafts)
         for name, drafts, engines in (
             ("ngram", "ngram", ("sglang",)),
             ("standalone", "draft_model", ("sglang",)),

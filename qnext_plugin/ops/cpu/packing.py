@@ -86,7 +86,7 @@ def pack(form: Form, codes: Tensor, scales: Tensor, zeros: Tensor | None = None,
     """
     *batch, n, k = codes.shape
     assert k == form.k and scales.dtype == SCALES[form.scales] and scales.shape == (*batch, n, form.groups)
-    assert (zeros is not None) == form.has_zeros
+    assert (zeros is not None) == (form.has_zeros == 1)
     assert (outer is not None) == (scales.dtype == torch.float8_e4m3fn)
     as_bytes = codes.contiguous().view(torch.uint8)
     if CODES[form.codes] == "e4m3" and bool(((as_bytes & 127) == 127).any()):

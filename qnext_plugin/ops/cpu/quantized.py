@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from qnext_plugin.ops.cpu import kernels
+from qnext_plugin.ops.cpu.decoders import E2M1_OFFSET, FEATURES
 from qnext_plugin.ops.cpu.jit import bounds, in_parallel, pointer, rounded, share, thread_num
 from qnext_plugin.ops.cpu.packing import BLOCK, CODES, LINE, MIDDLE, Form
 
@@ -30,6 +31,9 @@ FEW_ROWS, ROWS, TOGETHER = kernels.FEW_ROWS, kernels.ROWS, kernels.TOGETHER
 SMALLEST = 27 << 23  # the bits of 2**-100: smaller inputs are taken for 0
 INFINITY = 255 << 23
 E4M3 = CODES.index("e4m3")
+
+ONCE = njit(inline="always")
+"""For functions with the loops in them, which LLVM would otherwise optimize again in each that calls them."""
 
 FIELDS = (
     *("matrices", "blocks", "k", "padded_k", "groups", "chunk", "num_rows"),
@@ -43,7 +47,7 @@ HEADER = np.dtype([(field, np.int64) for field in FIELDS])
 @cache
 def available() -> bool:
     """Return whether these products can run here; the first call compiles them."""
-    return {"+avx2", "+fma", "+f16c"} <= kernels.FEATURES and in_parallel(_region) is not None
+    return {"+avx2", "+fma", "+f16c"} <= FEATURES and in_parallel(_region) is not None
 
 
 def products(
@@ -90,7 +94,7 @@ def linear(form: Form, x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -
 @cache
 def _code(form: Form) -> tuple[int, int]:
     """Return the bits of the value of a code that ``kernels`` decodes to 1, and of the one that it decodes 0 to."""
-    numbers = {"u4": (1, MIDDLE), "e2m1": (0.5, kernels.E2M1_OFFSET), "i8": (1, 0), "e4m3": (256, 0)}[CODES[form.codes]]
+    numbers = {"u4": (1, MIDDLE), "e2m1": (0.5, E2M1_OFFSET), "i8": (1, 0), "e4m3": (256, 0)}[CODES[form.codes]]
     factor, zero = np.array(numbers, np.float32).view(np.int32).tolist()
     return factor, zero
 
@@ -155,7 +159,7 @@ def _cost(count: Any) -> Any:
     return count // max(_jobs(count), 1) + 2
 
 
-@njit
+@ONCE
 def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> None:
     """Multiply ``count`` rows from ``row`` on by one matrix; a job is a block."""
     own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
@@ -185,7 +189,7 @@ def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> Non
         job += together
 
 
-@njit
+@ONCE
 def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> None:
     """Do the same with blocks that are decoded for up to PARTS parts of the rows; a job is a block and a part."""
     own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
@@ -281,13 +285,20 @@ def _read_inputs(h: Any, begin: Any, end: Any, to: Any, factors_at: Any) -> None
 
 
 @njit
-def _round(bits: Any, x: Any, to: Any, size: Any) -> Any:
-    """Round ``size`` inputs to int16; returns the factor that undoes it, and the sum of the integers."""
-    largest_bits = np.uint32(0)
+def _largest(bits: Any, size: Any) -> Any:
+    """Return the bits of the largest magnitude; those of infinity and NaN are larger than any number's."""
+    found = np.uint32(0)
     for j in range(size):
         magnitude = np.uint32(bits[j] & np.uint32(0x7FFFFFFF))
-        if magnitude > largest_bits:
-            largest_bits = magnitude
+        if magnitude > found:
+            found = magnitude
+    return found
+
+
+@njit
+def _round(bits: Any, x: Any, to: Any, size: Any) -> Any:
+    """Round ``size`` inputs to int16; returns the factor that undoes it, and the sum of the integers."""
+    largest_bits = _largest(bits, size)
     if largest_bits >= INFINITY:
         to[:size] = 0
         return np.float32(np.nan), np.float32(0)
