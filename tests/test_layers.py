@@ -13,8 +13,9 @@ BELOW = {
     "mutants": {"mutants"},
     "workers": {"workers", "support"},
 }
-GPU_CHECK = {"test_gpu_check.py": {"gpu"}}
-"""``scripts/gpu-check`` stands on what the tests for GPUs write down."""
+_WITHOUT_GPU = ("test_gpu_check.py", "engines/test_vllm_gpu_check.py")
+GPU_CHECK = {file: {"gpu"} for file in (*_WITHOUT_GPU, *(f"engines/test_{e}_dry_run.py" for e in ("vllm", "sglang")))}
+"""``scripts/gpu-check`` and what runs of it without a GPU stand on what the tests for GPUs write down."""
 FILES = sorted(file.relative_to(TESTS) for file in TESTS.rglob("*.py"))
 
 

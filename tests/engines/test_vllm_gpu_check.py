@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.gpu.cases import cases
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,6 +46,7 @@ def test_what_serves_is_found_in_either_model_runner_with_full_graphs(monkeypatc
     module = import_module(f"vllm.v1.worker.{runner}")
     made = module.GPUModelRunner.__new__(module.GPUModelRunner)
     made.model = Model()
+    made.vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(method="mtp"))
     if runner == "gpu_model_runner":
         made.model = CUDAGraphWrapper.__new__(CUDAGraphWrapper)
         made.model.runnable = Model()
@@ -64,7 +67,6 @@ def test_what_serves_is_found_in_either_model_runner_with_full_graphs(monkeypatc
 @pytest.mark.parametrize("drafts", [False, True])
 def test_a_start_on_a_gpu_is_what_vllm_serve_does(drafts):
     """In bfloat16 with prefix caching, graphs, the second runner and vLLM's own choice of kernels for prompts."""
-    from tests.gpu.test_engines import CASES
 
     def is_default(case):
         config, flags = case.config, " ".join(case.config.flags)
@@ -73,5 +75,5 @@ def test_a_start_on_a_gpu_is_what_vllm_serve_does(drafts):
 
     assert any(
         is_default(case) and case.config.dtype == "bfloat16" and bool(case.config.draft_tokens) == drafts
-        for case in CASES.values()
+        for case in cases("vllm").values()
     )

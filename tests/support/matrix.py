@@ -54,6 +54,8 @@ _OTHER_DRAFTS = (*_DRAFTS, "drafts_of_the_model", "arrivals", "sampled", "slot_r
 _BFLOAT16 = EngineConfig(dtype="bfloat16")
 _UNIT = ("--block-size", "128", "--prefix-match-unit", "32")
 _PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120)
+_WHOLE_CONTEXT = ("--context-length", str(MAX_MODEL_LEN))  # without the positions that NEXTN reserves
+_PAGES = ("--page-size", "16", "--mamba-track-interval", "128")
 _DRAFTING = EngineConfig(draft_tokens=3, prefix_caching=True, token_budget=128)  # prompts come in pieces
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
@@ -87,14 +89,15 @@ MATRIX = {
         ENGINES,
     ),
     "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
-    **{
-        name: Case(replace(_DRAFTING, overlap=name != "standalone"), _OTHER_DRAFTS, "without-draft", engines, drafts)
-        for name, drafts, engines in (
-            ("ngram", "ngram", ("sglang",)),
-            ("standalone", "draft_model", ("sglang",)),
-            ("eagle3", "eagle3", ENGINES),
-        )
-    },
+    "ngram": Case(
+        replace(_DRAFTING, overlap=True, flags=_WHOLE_CONTEXT),
+        (*_OTHER_DRAFTS, "drafts_to_the_last_position"),
+        "without-draft",
+        ("sglang",),
+        "ngram",
+    ),
+    "standalone": Case(replace(_DRAFTING, flags=_PAGES), _OTHER_DRAFTS, "without-draft", ("sglang",), "draft_model"),
+    "eagle3": Case(replace(_DRAFTING, overlap=True), _OTHER_DRAFTS, "without-draft", ENGINES, "eagle3"),
     "mtp3-compiled": _shared("mtp3-compiled", ("vllm",), num_blocks=64),
     "ngram3": Case(
         EngineConfig(draft_tokens=3, prefix_caching=True, num_blocks=640),
