@@ -4,7 +4,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 
 - starts ``compiled``, ``mtp3-compiled``: ``bfloat16-compiled``, and the compiled server of ``test_vllm_server``
 - ``mtp1``: ``mtp2`` and ``mtp3``; its aborts: ``mtp2-starved``
-- ``dflash``: ``eagle3``
+- ``dflash-head``: ``eagle3-head``
 - ``prefix-no-buffer``: ``mtp1-no-buffer``
 - ``tp2``, ``pp2``: ``tp2-mtp2``, ``pp2-mtp2``
 - ``ep2-mtp2``, ``bfloat16-ep2-mtp2``: experts in parallel in ``test_vllm_executors``
@@ -56,7 +56,7 @@ os.environ |= {
 EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "prefix-unit", "tp2", "pp2"} | {
     "ep2-mtp2",
     "bfloat16-ep2-mtp2",
-    "dflash",
+    "dflash-head",
 }
 
 # Files of tests that hold for one engine only carry its name.

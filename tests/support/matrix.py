@@ -97,19 +97,22 @@ MATRIX = {
         "ngram",
     ),
     "standalone": Case(replace(_DRAFTING, flags=_PAGES), _OTHER_DRAFTS, "without-draft", ("sglang",), "draft_model"),
-    "eagle3": Case(replace(_DRAFTING, overlap=True), _OTHER_DRAFTS, "without-draft", ENGINES, "eagle3"),
+    "eagle3": Case(replace(_DRAFTING, overlap=True), _OTHER_DRAFTS, "without-draft", ("sglang",), "eagle3"),
     "mtp3-compiled": _shared("mtp3-compiled", ("vllm",), num_blocks=64),
     "ngram3": Case(
         EngineConfig(draft_tokens=3, prefix_caching=True, num_blocks=640),
         ("arrivals", *_DRAFTS, "drafts_of_the_model", "prefix_aba", "multi_turn"),
         drafts="ngram",
     ),
-    "dflash": Case(
-        EngineConfig(draft_tokens=2, prefix_caching=True, num_blocks=640),
-        ("drafts_in_every_pattern", "prefix_aba"),
-        drafts="dflash",
-    ),
-    "ngram3-starved": replace(_shared("mtp2-starved", ("vllm",), draft_tokens=3, num_blocks=52), drafts="ngram"),
+    **{
+        f"{method}-head": Case(
+            EngineConfig(draft_tokens=2, prefix_caching=True, num_blocks=640),
+            ("drafts_in_every_pattern", "prefix_aba"),
+            drafts=method,
+        )
+        for method in ("eagle3", "dflash")
+    },
+    "ngram3-starved": replace(_shared("mtp2-starved", ("vllm",), draft_tokens=3, num_blocks=46), drafts="ngram"),
     "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, "wide-draft", ENGINES),
     "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),
     "pp2-mtp2": Case(
