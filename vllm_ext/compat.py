@@ -140,6 +140,7 @@ PARTIAL_HITS = {
 }
 DRAFTS = Feature("speculation", lambda config: config.speculative_config is not None)
 DRAFTS_ON_V2 = Feature("speculation", lambda config: DRAFTS.is_used(config) and config.use_v2_model_runner)
+DRAFTS_ON_CPU = on_cpu("speculation", DRAFTS.is_used)
 LORA_ON_CPU = on_cpu("LoRA", LORA.is_used)
 REQUESTS_ON_CPU = on_cpu("requests with a seed")
 UPDATES_ON_CPU = on_cpu("weight updates")
@@ -247,6 +248,15 @@ REPLACEMENTS = (
         parameters=("input_batch",),
     ),
     KERNEL_LOOKUP,
+    Replacement(
+        DRAFTS_ON_CPU,
+        target="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
+        ours="vllm_ext.cpu.repairs:apply_top_k_only",
+        why="it takes the largest k, which ends the engine in a step that had no room for drafts",
+        until="it takes logits of no rows",
+        kind="around",
+        parameters=("logits", "k"),
+    ),
     Replacement(
         EXPERTS_ON_CPU,
         target="vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.apply",

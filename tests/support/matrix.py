@@ -106,13 +106,17 @@ MATRIX = {
     ),
     **{
         f"{method}-head": Case(
-            EngineConfig(draft_tokens=2, prefix_caching=True, num_blocks=640),
-            ("drafts_in_every_pattern", "prefix_aba"),
+            EngineConfig(draft_tokens=2, prefix_caching=True, num_blocks=640, token_budget=128),  # prompts in pieces
+            ("drafts_in_every_pattern", "prefix_aba", "arrivals", "sampled"),
             drafts=method,
         )
         for method in ("eagle3", "dflash")
     },
-    "ngram3-starved": replace(_shared("mtp2-starved", ("vllm",), draft_tokens=3, num_blocks=46), drafts="ngram"),
+    "ngram3-starved": replace(
+        _shared("mtp2-starved", ("vllm",), draft_tokens=3, num_blocks=52),
+        scenarios=("aborts", "prefix_chunked"),
+        drafts="ngram",
+    ),
     "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, "wide-draft", ENGINES),
     "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),
     "pp2-mtp2": Case(

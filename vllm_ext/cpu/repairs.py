@@ -49,6 +49,11 @@ def shrink(original: Callable[..., None], wrapper: Any, y: Tensor, *args: Any) -
     y.masked_fill_((wrapper.token_lora_indices < 0)[:, None], 0)
 
 
+def apply_top_k_only(original: Callable[..., Tensor], logits: Tensor, k: Tensor) -> Tensor:
+    """Wrap ``apply_top_k_only``: leave logits of no rows as they are."""
+    return original(logits, k) if len(logits) else logits
+
+
 def apply_experts(original: Callable[..., None], experts: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap ``CPUUnquantizedExperts.apply``: pass it this rank's expert ids."""
     call = signature(original).bind(experts, *args, **kwargs).arguments
