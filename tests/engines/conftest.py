@@ -16,6 +16,8 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - ``test_lora``: its first test; what does not fit: ``test_sglang_lora_rows`` and ``tests/test_lora.py``
 - ``test_bench``: ``tests/test_bench.py``, and for the way to an engine ``test_verify``
 - what loads a checkpoint with packed words where vLLM lacks their operator: ``gptq`` of the same
+- ``test_*_dry_run``, a GPU path started without a GPU: ``test_*_gpu_check`` and ``test_sglang_gpu_branches``
+- ``test_vllm_scattered_tokens`` with two ranks: its other tests
 - ``test_package``: ``scripts/setup``, which builds and installs the package that all tests here import
 """
 

@@ -17,6 +17,7 @@ from qnext_plugin.checkpoint.make_random import PRESETS
 from tests.gpu.dry.report import ATTENTION, COPIES, DELTA_NET, EXPERTS, counts, layer_of, of_phase
 from tests.gpu.dry.trace import GPUS
 
+pytestmark = pytest.mark.exhaustive
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "gpu.md"
 STARTS = {
@@ -160,7 +161,6 @@ DEFECTS = {
 }
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defects_are_found(tmp_path, defect):
     options = ("--preset", "tiny", "--overrides", "{}", "--steps", "4", "--mutant", defect)
@@ -168,14 +168,12 @@ def test_defects_are_found(tmp_path, defect):
     assert failure and DEFECTS[defect] in failure
 
 
-@pytest.mark.exhaustive
 def test_one_copy_more_is_counted(tmp_path):
     options = ("--preset", "tiny", "--overrides", "{}", "--steps", "1", "--mutant", "one_copy_more")
     report = start(tmp_path / "out.json", *options)
     assert counts(of_phase(report["launches"], "^capture decode 4"))[DELTA_NET]["copies"] == 1, report["failure"]
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("capability", "flags"),
     [

@@ -18,7 +18,7 @@ BEGIN, END = "<!-- dry run: vllm -->\n", "<!-- end of dry run -->\n"
 TIMEOUT = 900
 DRAFTS = 2
 
-pytestmark = pytest.mark.only("vllm")
+pytestmark = [pytest.mark.only("vllm"), pytest.mark.exhaustive]
 
 # The kinds of batches that the start computes, by the pattern of a phase's name in its record.
 PHASES = {
@@ -109,7 +109,6 @@ def test_the_document_has_the_figures(records):
         pytest.fail(f"{DOCUMENT} had other figures; it has been written again")
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [

@@ -91,6 +91,7 @@ def run(rank, port, queue):
     cleanup_dist_env_and_memory()
 
 
+@pytest.mark.exhaustive
 def test_each_rank_has_all_tokens_in_the_end_with_fewer_bytes_on_the_way():
     from vllm.utils.network_utils import get_open_port
 

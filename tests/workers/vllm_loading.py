@@ -246,10 +246,11 @@ def check(root: str) -> dict[str, Any]:
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{root}/rendezvous", 0, "gloo")
         initialize_model_parallel()
-    for name in (name for name in READ if (Path(root) / name).exists()):
-        torch.set_default_dtype(torch.float32 if name == "plain" else torch.bfloat16)
-        directory = Path(root) / name
-        found[f"read {name}"] = read(directory, name != "plain")
+    with patch.object(stored_codes, "multiplies_codes", lambda: False):
+        for name in (name for name in READ if (Path(root) / name).exists()):
+            torch.set_default_dtype(torch.float32 if name == "plain" else torch.bfloat16)
+            directory = Path(root) / name
+            found[f"read {name}"] = read(directory, name != "plain")
     # As on a CPU that has every kernel of vLLM's: what is loaded is what counts here, nothing runs.
     with (
         patch.object(stored_codes, "multiplies_codes", lambda: False),
