@@ -80,7 +80,7 @@ def drafting(spec: Any, model: Any, checkpoint: Checkpoint, config: QNextConfig,
     if algorithm is None:
         return ""
     possible = "NGRAM, STANDALONE with a draft model or EAGLE3 with a draft head"
-    if has_draft(checkpoint):
+    if checkpoint.may_draft:
         possible = f"NEXTN without a draft model, {possible}"
     found = f"--speculative-algorithm {algorithm} found"
     if algorithm == "EAGLE" and draft in (None, model.model_path) and not spec.enable_multi_layer_eagle:
@@ -107,12 +107,6 @@ def drafting(spec: Any, model: Any, checkpoint: Checkpoint, config: QNextConfig,
     if ON_CPU and spec.speculative_adaptive:
         raise ValueError("--speculative-adaptive found, expected none: it is not tested on a CPU; drop it")
     return algorithm
-
-
-def has_draft(checkpoint: Checkpoint) -> bool:
-    """Return whether the checkpoint has ``mtp.*``, also in files that its index does not name, or may have it."""
-    headers = checkpoint.headers
-    return headers is None or any(name.startswith("mtp.") for name in (*headers, *checkpoint.unread))
 
 
 def check_draft(

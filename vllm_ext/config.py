@@ -180,9 +180,8 @@ def check_draft(vllm_config: VllmConfig) -> None:
 def _possible(vllm_config: VllmConfig) -> list[str]:
     """Return the methods that can draft for this checkpoint, which may have no ``mtp.*``."""
     model, loading = vllm_config.model_config, vllm_config.load_config
-    headers = read_served(model.model, model.revision, loading.load_format, loading.download_dir).headers
-    has_mtp = headers is None or any(name.startswith("mtp.") for name in headers)
-    return [method for method in SPECULATIVE_METHODS if has_mtp or method != "mtp"]
+    checkpoint = read_served(model.model, model.revision, loading.load_format, loading.download_dir)
+    return [method for method in SPECULATIVE_METHODS if checkpoint.may_draft or method != "mtp"]
 
 
 def check_speculation(vllm_config: VllmConfig) -> None:

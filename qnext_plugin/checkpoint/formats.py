@@ -30,7 +30,8 @@ from qnext_plugin.checkpoint.layouts import FP8_BLOCK
 from qnext_plugin.checkpoint.schema import FLOAT_DTYPES
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of the eight rows in an AWQ word
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The FP4 numbers, by code."""
 _EXPONENTS = ("U8", "F8_E8M0")
 _SCALES = ("weight_scale_inv", "weight_scale")
 
@@ -180,8 +181,7 @@ def _bytes(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
 def _fp4(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
     weight = tensors["weight"] if "weight" in tensors else tensors["weight_packed"]
     codes = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).long()
-    table = [*_E2M1, *(-value for value in _E2M1)]
-    return _scaled(torch.tensor(table, dtype=torch.float32, device=weight.device)[codes], 0.0, tensors)
+    return _scaled(torch.tensor(E2M1, dtype=torch.float32, device=weight.device)[codes], 0.0, tensors)
 
 
 def _packed(tensors: Stored, config: Mapping[str, Any]) -> Tensor:

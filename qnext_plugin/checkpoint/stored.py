@@ -74,6 +74,11 @@ class Checkpoint:
         """The stored scales for an FP8 cache, by the attention layer's name in both engines."""
         return cache_scales(self.headers or {})
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether there are ``mtp.*`` tensors, also in files that the index does not name, or no headers that tell."""
+        return self.headers is None or any(name.startswith("mtp.") for name in (*self.headers, *self.unread))
+
     def check(self, config: QNextConfig, mtp: Literal["required", "optional"] = "optional") -> None:
         """Raise ``ValueError`` if the headers do not fit the configuration or each other."""
         assert self.headers is not None

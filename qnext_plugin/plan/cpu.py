@@ -6,6 +6,7 @@ Decoding reads every weight that a step needs once, so the rate of memory bounds
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +40,10 @@ def held(checkpoint: Checkpoint, serving: Serving, *, in_codes: bool) -> Mapping
     found = dict(checkpoint.headers)
     for parts in layers.values():
         quantized = [module for module, leaves in parts.items() if is_quantized(leaves)]
-        try:
-            if not in_codes or serving.dtype != torch.bfloat16:
-                raise ValueError
-            codes = checkpoint.codes(parts, shapes, serving.tp_size) if quantized else {}
-        except ValueError:
-            codes = {}
+        codes = {}
+        if in_codes and quantized and serving.dtype == torch.bfloat16:
+            with suppress(ValueError):  # the products cannot take it
+                codes = checkpoint.codes(parts, shapes, serving.tp_size)
         for module in quantized:
             for leaf in parts[module]:
                 del found[f"{module}.{leaf}"]

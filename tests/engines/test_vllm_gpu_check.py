@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.gpu.cases import cases
+from tests.gpu.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,5 +75,5 @@ def test_a_start_on_a_gpu_is_what_vllm_serve_does(drafts):
 
     assert any(
         is_default(case) and case.config.dtype == "bfloat16" and bool(case.config.draft_tokens) == drafts
-        for case in cases("vllm").values()
+        for case in CASES["vllm"].values()
     )

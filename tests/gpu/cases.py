@@ -49,7 +49,7 @@ REAL = {"checkpoint": "80b", "dtype": "bfloat16"}
 TINY = {"checkpoint": "tiny", "dtype": "float32"}
 ASYNC = ("--async-scheduling",)
 FUSED = ("verify: triton, cuda fused with the norm",)
-_CASES: dict[str, dict[str, Case]] = {
+CASES: dict[str, dict[str, Case]] = {
     "vllm": dict(
         [
             vllm("defaults mtp 2", "mixed", "prefix_aba", v2=True, quick=True, kernels=FUSED, backend="auto",
@@ -76,8 +76,3 @@ _CASES: dict[str, dict[str, Case]] = {
     ),
     "sglang": {name: Case(**case) for name, case in sglang_cases.CASES.items()},
 }  # fmt: skip
-
-
-def cases(engine: str) -> dict[str, Case]:
-    """Return the starts of an engine by name."""
-    return _CASES[engine]

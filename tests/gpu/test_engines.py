@@ -20,14 +20,15 @@ from qnext_plugin.verify.comparison import check_conditions, compare, rounding
 from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.scenarios import Scenario, tokens
 from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, SERVED_LOGPROB_FLOAT32
-from tests.gpu.cases import Case, cases
+from tests.gpu import cases
+from tests.gpu.cases import Case
 from tests.gpu.results import deadline
 from tests.support.installed import ENGINE
 from tests.support.matrix import SCENARIOS
 
 pytestmark = pytest.mark.gpu
 
-CASES = cases(ENGINE)
+CASES = cases.CASES[ENGINE]
 AT_ONCE = 5  # engines that start beside each other; each wants a few cores and 8 GiB of the GPU
 TIMEOUT = 400.0
 

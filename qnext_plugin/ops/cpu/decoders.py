@@ -10,7 +10,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core.registry import cpu_target
 
-from qnext_plugin.ops.cpu.packing import BLOCK, E2M1
+from qnext_plugin.checkpoint.formats import E2M1
+from qnext_plugin.ops.cpu.packing import BLOCK
 
 FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
 LANES = 16 if {"+avx512bw", "+avx512vl"} <= FEATURES else 8

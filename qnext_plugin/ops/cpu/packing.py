@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qnext_plugin.checkpoint.formats import E2M1
+
 BLOCK = 16  # outputs of a block
 LINE = 64  # bytes of a line of codes: 4 bytes of each output, so 8 inputs in 4 bits or 4 inputs in 8
 CODES = ("u4", "e2m1", "i8", "e4m3")
@@ -140,9 +142,6 @@ def dequantize(form: Form, packed: Tensor, n: int) -> Tensor:
     if outer is not None:
         factors = factors * outer[..., None]
     return (values * factors[..., None]).flatten(-2)
-
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def _in_lines(size: int) -> int:

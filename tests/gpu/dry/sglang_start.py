@@ -11,23 +11,14 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.checkpoint import make_random
-from tests.gpu.dry.trace import TRACE, compact
+from tests.gpu.dry.start import record, write_checkpoint
+from tests.gpu.dry.trace import TRACE
 
 # Prompts that come in a step, by their lengths: alone, chunked, after a cached prefix, beside decode steps.
 SCRIPT = {0: [5, 70], 4: [300], 14: [300, 40], 20: [1]}
-
-
-def write_checkpoint(directory: Path, preset: str, overrides: dict[str, Any]) -> None:
-    """Write a configuration and a tokenizer; ``--load-format dummy`` needs no weights."""
-    keys = {name: value for name, value in overrides.items() if name != "quantization_config"}
-    config = make_random._raw_config(preset, "bfloat16", "published", keys) | overrides
-    make_random._write_tokenizer(directory, config["max_position_embeddings"])
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def serve(model: Path, drafts: int, flags: Sequence[str], steps: int) -> dict[str, Any]:
@@ -139,7 +130,7 @@ def label(drafts: int) -> None:
     around(s.Scheduler, "run_batch", batch)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", default="80b")
@@ -159,37 +150,19 @@ def main() -> int:
     jit.patch_sglang(nvcc=False)
     jit.patch_flashinfer()
     jit.patch_cute(options.capability)
-    served: dict[str, Any] = {}
-    failure = ""
-    with tempfile.TemporaryDirectory() as directory, mode:
-        try:
+
+    def serve_model() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as directory, mode:
             sglang_ops.guard_kernels()
             write_checkpoint(Path(directory), options.preset, options.overrides)
             if options.mutant:
                 from tests.gpu.dry import sglang_mutants
 
                 getattr(sglang_mutants, options.mutant)()
-            served = serve(Path(directory), options.drafts, flags, options.steps)
-        except BaseException as e:  # the report says why
-            error: BaseException | None = e
-            while error is not None:
-                failure += compact(error) + "\n"
-                error = error.__cause__ or error.__context__
-    print(failure)
-    report = {
-        "arguments": sys.argv[1:],
-        "failure": failure,
-        "served": served,
-        "kernels": list(TRACE.kernels.values()),
-        "launches": [asdict(launch) for launch in TRACE.launches],
-        "events": [asdict(event) for event in TRACE.events],
-    }
-    options.out.write_text(json.dumps(report))
-    return bool(failure)
+            return serve(Path(directory), options.drafts, flags, options.steps)
+
+    record(options.out, serve_model)
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # what CUDA libraries do at exit needs a driver
+    main()

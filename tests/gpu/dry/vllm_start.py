@@ -6,14 +6,12 @@ python -m tests.gpu.dry.vllm_start OUT.json [--native] [--drafts N] [--capabilit
 import argparse
 import json
 import os
-import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qnext_plugin.checkpoint import make_random
+from tests.gpu.dry.start import record, write_checkpoint
 
 # Prompts that arrive at a step, in tokens; each begins with the same tokens. They make batches of prompts, of decodes
 # beside a prompt, of a prompt in pieces, of a prefix from the cache beside one that is not in it, and of one token.
@@ -21,13 +19,6 @@ BUDGET = 1024
 SCRIPT = {0: [5, 70], 4: [1000], 14: [2500, 40], 22: [1]}
 STEPS = 40
 PROMPTS = (500, 1000, 2000, 4000)
-
-
-def write_checkpoint(directory: Path, preset: str, overrides: dict[str, Any]) -> None:
-    """Write a configuration and a tokenizer; ``load_format=dummy`` needs no weights."""
-    config = make_random._raw_config(preset, "bfloat16", "published", overrides)
-    make_random._write_tokenizer(directory, config["max_position_embeddings"])
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def first_chunks(scheduler: Any) -> dict[int, int]:
@@ -77,7 +68,7 @@ def serve(model: Path, drafts: int, more: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", default="80b")
@@ -102,42 +93,23 @@ def main() -> int:
         "HF_HUB_OFFLINE": "1",
     }
     from tests.gpu.dry import install, jit, vllm_ops, vllm_patches
-    from tests.gpu.dry.trace import TRACE, compact
 
     mode = install.install(options.capability, vllm_ops.FAKES, all_configs=options.all_configs)
     jit.patch_flashinfer()
     jit.patch_cute(options.capability)
-    served: dict[str, Any] = {}
-    failure = ""
-    with tempfile.TemporaryDirectory() as directory, mode:
-        try:
+
+    def serve_model() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as directory, mode:
             write_checkpoint(Path(directory), options.preset, options.overrides)
             vllm_patches.apply(options.capability)
             if options.mutant:
                 from tests.gpu.dry import vllm_mutants
 
                 getattr(vllm_mutants, options.mutant)()
-            served = serve(Path(directory), options.drafts, options.args)
-        except BaseException as e:  # the report says why
-            error: BaseException | None = e
-            while error is not None:
-                failure += compact(error) + "\n"
-                error = error.__cause__ or error.__context__
-    print(failure)
-    report = {
-        "arguments": sys.argv[1:],
-        "failure": failure,
-        "served": served,
-        "kernels": list(TRACE.kernels.values()),
-        "launches": [asdict(launch) for launch in TRACE.launches],
-        "events": [asdict(event) for event in TRACE.events],
-    }
-    options.out.write_text(json.dumps(report))
-    return bool(failure)
+            return serve(Path(directory), options.drafts, options.args)
+
+    record(options.out, serve_model)
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # what CUDA libraries do at exit needs a driver
+    main()
