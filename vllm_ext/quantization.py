@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from vllm._custom_ops import cpu_has_amx_fp8
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
@@ -124,12 +125,25 @@ def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
     """Return why quantized modules cannot be served as stored where vLLM would try, and fail after loading."""
     if not current_platform.is_cpu():
         return None
-    formats = {stored_format(leaves) for leaves in modules.values() if is_quantized(leaves)}
+    stored = {name: leaves for name, leaves in modules.items() if is_quantized(leaves)}
+    formats = {stored_format(leaves) for leaves in stored.values()}
+    if "fp8" in formats and not all(map(has_cpu_fp8, stored.values())):
+        return "vLLM has no compiled product of FP8 weights with such scales for this CPU"
     if formats & {"mxfp8", "mxfp4"}:
         return "vLLM has no kernel for exponents as scales on a CPU"
     if not has_cpu_wna16() and any(FORMATS[name].in_words for name in formats):
         return "vLLM's operators for this CPU lack cpu_gemm_wna16, which is built for AVX512 only"
     return None
+
+
+def has_cpu_fp8(leaves: Leaves) -> bool:
+    """Return whether vLLM multiplies a module stored in FP8 by compiled code on this CPU.
+
+    Otherwise it may take ``torch._scaled_mm``, which needs minutes for a product that takes milliseconds in bfloat16.
+    """
+    (scale,) = (info for leaf, info in leaves.items() if leaf in ("weight_scale", "weight_scale_inv"))
+    by_row = scale.shape[:1] == leaves["weight"].shape[:1]
+    return torch.cpu._is_amx_tile_supported() and (cpu_has_amx_fp8() or not by_row)
 
 
 def engine_method(quant_config: QuantizationConfig, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:

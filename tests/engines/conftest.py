@@ -13,7 +13,8 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - ``test_vllm_server``, YaRN in config.json: ``odd-a`` to ``odd-c``, and the case that overrides it
 - ``test_vllm_long_context``: the same for YaRN, ``chunked`` for prompts in pieces
 - ``test_vllm_executors``, experts sharded: experts in parallel there; Ray and ``test_nodes``: ``tp2-mtp2``
-- ``test_lora``: its first test; what does not fit: ``test_sglang_lora_rows`` and ``tests/test_lora.py``
+- ``test_lora`` without drafts: the same with them; what does not fit: ``test_sglang_lora_rows``, ``tests/test_lora.py``
+- ``test_verify``, an engine that does not start: ``test_*_bad_input``, ``tests/test_verify_judgement.py``
 - ``test_bench``: ``tests/test_bench.py``, and for the way to an engine ``test_verify``
 - what loads a checkpoint with packed words where vLLM lacks their operator: ``gptq`` of the same
 - ``test_*_dry_run``, a GPU path started without a GPU: ``test_*_gpu_check`` and ``test_sglang_gpu_branches``

@@ -1,6 +1,6 @@
 """LoRA adapters served several at a time, against `transformers` with each merged into the weights.
 
-Two servers: one that adapters come to and go from, and one with MTP on two ranks.
+With MTP on two ranks: the draft is the base's, and what is accepted is what the adapted model would say. And alone.
 """
 
 import json
@@ -110,10 +110,12 @@ def reference(root):
     return of
 
 
-@pytest.fixture(scope="module")
-def server(root):
-    flags = [*FLAGS, PATHS, f"everything={root / 'everything'}"]
-    with serving(ENGINE, root / "base", flags, root / "log", ENVIRONMENT) as server:
+@pytest.fixture(scope="module", params=["drafts", pytest.param("alone", marks=pytest.mark.exhaustive)])
+def server(root, request):
+    drafts, log = request.param == "drafts", root / f"{request.param}.log"
+    flags = [*FLAGS, *(WITH_MTP_ON_TWO_RANKS if drafts else []), PATHS, f"everything={root / 'everything'}"]
+    with serving(ENGINE, root / "base", flags, log, ENVIRONMENT) as server:
+        assert (f"is served by {ENGINE}_ext.mtp" in log.read_text()) == drafts
         yield server
 
 
@@ -292,13 +294,3 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_server_goes_on(server, 
     if IN_PLACE:
         assert load(server, "everything", directory, **IN_PLACE).status_code >= 400
     assert off(ask(server, ["everything", "m"], PROMPTS[:2]), reference) < TOLERANCE
-
-
-def test_drafts_without_an_adapter_leave_its_answers_as_they_are(root, reference):
-    """MTP on two ranks: the draft is the base's, and what is accepted is what the adapted model would say."""
-    modules = [f"{name}={root / name}" for name in ("everything", "mixers")]
-    flags = [*FLAGS, *WITH_MTP_ON_TWO_RANKS, PATHS, *modules]
-    with serving(ENGINE, root / "base", flags, root / "mtp.log", ENVIRONMENT) as server:
-        assert f"is served by {ENGINE}_ext.mtp" in server.log.read_text()
-        for _ in range(2):
-            assert off(ask(server, ["m", "everything", "mixers"]), reference) < TOLERANCE

@@ -19,7 +19,8 @@ load_plugins()
 imported = [name for name in ("sglang.srt.models.registry", "sglang_ext.model") if name in sys.modules]
 from sglang.srt.models.registry import ModelRegistry
 ModelRegistry.resolve_model_cls([sys.argv[2]])
-ModelRegistry._load_default_models()
+if sys.argv[3:]:
+    ModelRegistry._load_default_models()
 json.dump({
     "models": {name: cls.__module__ for name, cls in ModelRegistry.models.items()},
     "configs": {name: cls.__module__ for name, cls in common._CONFIG_REGISTRY.items()},
@@ -34,9 +35,9 @@ json.dump({
 def registry(tmp_path_factory):
     directory = tmp_path_factory.mktemp("registry")
 
-    def read(name, **env):
+    def read(name, *options, **env):
         out, log = directory / f"{name}.json", directory / f"{name}.log"
-        assert process.run(["-c", REGISTRY, str(out), ARCHITECTURE], log, env) == 0, process.tail(log)
+        assert process.run(["-c", REGISTRY, str(out), ARCHITECTURE, *options], log, env) == 0, process.tail(log)
         return json.loads(out.read_text())
 
     read.log = lambda name: (directory / f"{name}.log").read_text()
@@ -45,12 +46,12 @@ def registry(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(registry):
-    return registry("ours")
+    return registry("ours", "all models")
 
 
 @pytest.fixture(scope="module")
 def off(registry):
-    return registry("off", QNEXT_DISABLE="1")
+    return registry("off", "all models", QNEXT_DISABLE="1")
 
 
 @pytest.mark.parametrize(
@@ -73,9 +74,9 @@ def test_platform_is_ours_without_an_accelerator_only(ours, off):
     assert off["platform"].startswith("sglang.")
 
 
-@pytest.mark.parametrize("env", [{"QNEXT_DISABLE": "1"}, {"SGLANG_PLUGINS": "another_plugin"}], ids=["off", "another"])
-def test_native_class_when_told_so(registry, env):
-    assert registry("native", **env)["models"][ARCHITECTURE] == "sglang.srt.models.qwen3_next"
+def test_native_class_when_told_so(registry, off):
+    for served in (off, registry("another", SGLANG_PLUGINS="another_plugin")):
+        assert served["models"][ARCHITECTURE] == "sglang.srt.models.qwen3_next"
 
 
 def test_external_models_of_the_user_stay(registry, tmp_path):

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from qnext_plugin.engines import process
 from tests.support.installed import ENGINE
 
@@ -27,6 +29,7 @@ def test_quick(tmp_path, checkpoint):
     assert (tmp_path / "reference").exists()
 
 
+@pytest.mark.exhaustive
 def test_engine_that_does_not_start_is_said(tmp_path, checkpoint):
     status, printed, report = qnext_verify(tmp_path, checkpoint, "--no-such-flag")
     assert status == 1

@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+from vllm._custom_ops import cpu_has_amx_fp8
 
 from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.checkpoint.merged import layer_of
@@ -31,15 +32,13 @@ PARALLEL = {
 # Layers that vLLM's CPU kernels serve as stored, on a CPU without AMX; the experts of none are among them.
 PROJECTIONS = {"in_proj_qkvz", "out_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 AS_STORED = {
-    "fp8-channel": PROJECTIONS,
     "w8a8": PROJECTIONS,
     "w4a16": PROJECTIONS,
     "awq": PROJECTIONS,
     "gptq": PROJECTIONS,
-    "two-groups": PROJECTIONS - {"gate_up_proj", "down_proj"},
 }
-# Largest value of the format that inputs are rounded to, one scale for each token; None where they are not.
-INPUTS = {"fp8-channel": torch.float8_e4m3fn, "w8a8": torch.int8, "two-groups": torch.float8_e4m3fn}
+FP8_BY_ROW = {"fp8-channel", "two-groups"}  # vLLM has a product for CPUs with AMX-FP8 alone
+INT8_INPUTS = {"w8a8"}  # what vLLM's kernels for these round their inputs to
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -64,17 +63,11 @@ def served(checkpoints, warm):
     return start
 
 
-def rounded_to(dtype):
-    """A hook that rounds a layer's input as a kernel with inputs in ``dtype`` does, one scale for each token."""
-    info = torch.iinfo(dtype) if dtype == torch.int8 else torch.finfo(dtype)
-
-    def hook(module, args):
-        x = args[0].float()
-        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / info.max
-        values = (x / scale).round() if dtype == torch.int8 else (x / scale).to(dtype).float()
-        return ((values * scale).to(args[0].dtype), *args[1:])
-
-    return hook
+def round_input(module, args):
+    """A hook that rounds a layer's input as a kernel with int8 inputs does, one scale for each token."""
+    x = args[0].float()
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 127
+    return (((x / scale).round() * scale).to(args[0].dtype), *args[1:])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -101,7 +94,7 @@ def check(served, checkpoints, form):
         modules = stored_modules(read_headers(checkpoints / form))
         assert codes.keys() == {layer_of(name) for name, leaves in modules.items() if is_quantized(leaves)}, plain
         assert not as_stored and not plain
-    elif not torch.cpu._is_amx_tile_supported():
+    elif not torch.cpu._is_amx_tile_supported() or (form in FP8_BY_ROW and not cpu_has_amx_fp8()):
         assert {layer.rpartition(".")[2] for layer in as_stored} == AS_STORED.get(form, set()), plain
     result = served["results"][0]
     check_conditions(SCENARIO, ALONE, result)
@@ -110,12 +103,12 @@ def check(served, checkpoints, form):
     exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
     ours = compare(result, exact)
     with ExitStack() as hooks:
-        for layer in as_stored if form in INPUTS else ():
+        for layer in as_stored if form in INT8_INPUTS else ():
             outer, _, last = layer.rpartition(".")
             if layer.startswith("model."):
                 for part in PARTS.get(last, (last,)):
                     module = rounded.model.get_submodule(f"{outer}.{part}")
-                    hooks.callback(module.register_forward_pre_hook(rounded_to(INPUTS[form])).remove)
+                    hooks.callback(module.register_forward_pre_hook(round_input).remove)
         theirs = rounding(result, exact, rounded)
     print(f"{form}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}; as stored {len(as_stored)}")
     assert ours.usual <= LOGPROB_QUANTIZED_RATIO * theirs.usual, f"{ours.max:.3g} at {ours.worst}"

@@ -69,8 +69,13 @@ def registry(tmp_path_factory):
     return read
 
 
-def test_only_this_architecture_and_its_draft_change(registry):
-    ours, off = registry("ours"), registry("off", QNEXT_DISABLE="1")
+@pytest.fixture(scope="module")
+def off(registry):
+    return registry("off", QNEXT_DISABLE="1")
+
+
+def test_only_this_architecture_and_its_draft_change(registry, off):
+    ours = registry("ours")
     changed = {name for name in ours["models"] if ours["models"][name] != off["models"].get(name)}
     assert changed == {ARCHITECTURE, "Qwen3NextMTP"}
     assert all(ours["models"][name] == ["vllm_ext", name] for name in changed)
@@ -91,9 +96,9 @@ def test_blocks_keep_their_size_when_a_process_sets_up_again(checkpoint, tmp_pat
     assert f"blocks are {said}\n" in log.read_text()
 
 
-@pytest.mark.parametrize("env", [{"QNEXT_DISABLE": "1"}, {"VLLM_PLUGINS": "another_plugin"}], ids=["off", "another"])
-def test_native_class_when_told_so(registry, env):
-    assert registry("native", **env)["models"][ARCHITECTURE][0].startswith("vllm.")
+def test_native_class_when_told_so(registry, off):
+    for served in (off, registry("another", VLLM_PLUGINS="another_plugin")):
+        assert served["models"][ARCHITECTURE][0].startswith("vllm.")
 
 
 def test_native_class_on_an_accelerator_that_ours_does_not_know(registry, tmp_path):

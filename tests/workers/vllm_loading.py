@@ -256,6 +256,7 @@ def check(root: str) -> dict[str, Any]:
         patch.object(stored_codes, "multiplies_codes", lambda: False),
         patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True),
         patch.object(_custom_ops, "_supports_cpu_fp8_w8a16", True),
+        patch.object(vllm_ext.quantization, "cpu_has_amx_fp8", lambda: True),
     ):
         for directory, tensors, quantization in checkpoints(Path(root)):
             # GPTQ and AWQ store scales in float16, which vLLM converts to the type it serves in.

@@ -62,7 +62,9 @@ async def send(server: Server, made: list[Request], halfway: list[int]) -> list[
             halfway.append(server.resident_bytes())
         return answer
 
-    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=httpx.Limits(max_connections=64)) as client:
+    # A connection each: a server may close one that it has kept just when the next request is sent on it.
+    limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
         return await asyncio.gather(*(one(client, request) for request in made))
 
 
