@@ -81,10 +81,10 @@ def assert_gone(group: int) -> None:
 
 
 def test_plain(written, serve):
-    with serve(written / "bfloat16", "--tensor-parallel-size", "2", "--max-model-len", str(TRAINED_LENGTH)) as server:
+    """Compiled by Inductor, as by default. On one rank: each would compile the same."""
+    with serve(written / "bfloat16", "--max-model-len", str(TRAINED_LENGTH)) as server:
         registered = {("EngineCore", "Qwen3NextForCausalLM", "vllm_ext")}
-        workers = {(f"Worker_TP{i}", "Qwen3NextForCausalLM", "vllm_ext.model") for i in (0, 1)}
-        assert who_serves(server) >= registered | workers
+        assert who_serves(server) >= registered | {("Worker", "Qwen3NextForCausalLM", "vllm_ext.model")}
         ask(server)
 
 
