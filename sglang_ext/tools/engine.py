@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,13 @@ class Engine(Worker):
         from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
         class Controlled(SGLangEngine):
-            run_scheduler_process_func = staticmethod(run_scheduler)
+            # SGLang admits to a small cache only what it can finish there, so we make it take requests back.
+            run_scheduler_process_func = staticmethod(partial(run_scheduler, 20 if config.num_tokens else 0))
 
         self.config = config
         self.scratch = Path(tempfile.mkdtemp())
         os.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"  # those before temperature is applied
         self.controls = 0
-        if config.num_tokens:
-            # SGLang admits to a small cache only what it can finish there, so we make it take requests back.
-            os.environ["SGLANG_TEST_RETRACT"] = "1"
-            os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "20"
         if config.draft_tokens:
             os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
             os.environ["SGLANG_ENABLE_PP_SPEC"] = str(int(config.pipeline_parallel > 1))

@@ -21,9 +21,11 @@ import torch
 from qnext_plugin.kernel_log import KERNELS_RAN
 
 
-def run_scheduler(*args: Any, **kwargs: Any) -> Any:
+def run_scheduler(steps: int, *args: Any, **kwargs: Any) -> Any:
+    """Run SGLang's scheduler process, which takes requests back every ``steps`` steps, if 0 only when it has to."""
     from sglang.srt.managers import scheduler
 
+    scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = steps > 0, steps
     changed, wanted = ExitStack(), {"mutant": "", "drafts": {}, "record": False, "count": False}
     counts: dict[str, Any] = {"retractions": 0, "accepted": [], "draft_steps": []}
     retract_decode = scheduler.ScheduleBatch.retract_decode

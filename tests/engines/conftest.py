@@ -67,11 +67,8 @@ collect_ignore_glob = [f"*test_{engine}_*" for engine in ENGINES if engine != EN
 
 
 def may_be_forked(config: EngineConfig) -> bool:
-    """Whether a fork is like a start.
-
-    A compiler has threads, SGLang's ranks import it again, and it is told to take requests back when it is imported.
-    """
-    alone = config.tensor_parallel * config.pipeline_parallel == 1 and not config.num_tokens
+    """Whether a fork is like a start: a compiler has threads, and SGLang's ranks import it again."""
+    alone = config.tensor_parallel * config.pipeline_parallel == 1
     return not config.compiled and (ENGINE == "vllm" or alone)
 
 
