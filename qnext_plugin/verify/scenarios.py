@@ -109,8 +109,9 @@ def scenarios(vocab_size: int = VOCAB_SIZE, scale: float = 1, texts: Sequence[Pr
             hits=((1, 0), (2, 0), (3, 0)),
         ),
         "preemption": Scenario(
-            (tuple(some(260 + 17 * i, seed=100 + i) for i in range(4)),),
-            max_tokens=(60,),
+            # Each grows by more than it starts with, so more requests are taken in than have room at their end.
+            (tuple(some(60 + 5 * i, seed=100 + i) for i in range(8)),),
+            max_tokens=(length(128),),
             drafts="cycle",
             preempts=True,
         ),

@@ -112,7 +112,7 @@ def plan(
         if base.token_budget and base.prefix_caching:
             sizes["token_budget"] = max(base.token_budget, 2 * block)
         if "starved" in name and engine == "vllm":
-            sizes["num_blocks"] = _starving_blocks(cache(drafts), round(370 * scale), max_model_len)
+            sizes["num_blocks"] = _starving_blocks(cache(drafts), round(200 * scale), max_model_len)
         if base.tree:
             sizes["tree"] = 4 * draft_tokens - 2  # the full tree of this depth: two drafts, then four at each level
         chosen = replace(base, dtype=dtype, draft_tokens=drafts, flags=tuple(flags), **sizes)
@@ -136,5 +136,5 @@ def texts(checkpoint: Path) -> list[Prompt]:
 
 
 def _starving_blocks(cache: VllmCache, length: int, max_model_len: int) -> int:
-    """Return a number of blocks for two or three of four requests of ``length``, and for one of ``max_model_len``."""
+    """Return a number of blocks for two or three requests of ``length``, and for one of ``max_model_len``."""
     return max(cache.blocks(max_model_len) + 2, round(2.4 * cache.blocks(length)))

@@ -3,6 +3,7 @@
 Keys are ``config.json`` keys that differ from the tiny preset.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,12 @@ _TIED = {"tie_word_embeddings": True}
 _BIAS = {"attention_bias": True}
 _UNNORMALIZED = {"norm_topk_prob": False}
 _YARN = {"rope_scaling": YARN}
-_NULLS = {"decoder_sparse_step": None, "mlp_only_layers": None, "pad_token_id": None, "eos_token_id": [258, 256]}
 
 # Each unusual feature is in a different subset of a, b, c, d: which of them fail names the feature.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "tiny": _SMALL,
     "odd-a": _SMALL | _IRREGULAR | _MLP_ONLY | _EVERY_SECOND | _YARN,
-    "odd-b": _SMALL | _IRREGULAR | _TIED | _BIAS | _RATIO_1 | _YARN | _NULLS,
+    "odd-b": _SMALL | _IRREGULAR | _TIED | _BIAS | _RATIO_1 | _YARN,
     "odd-c": _SMALL | _MLP_ONLY | _TIED | _UNNORMALIZED | _RATIO_4 | _YARN,
     "odd-d": _SMALL | _EVERY_SECOND | _BIAS | _UNNORMALIZED,
     # The dimensions that vLLM's C++ kernels take; the wide attention keeps blocks at 96 tokens.
@@ -50,6 +50,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "without-draft": _SMALL | {"num_nextn_predict_layers": 0},
 }
 WIDE = 13  # experts of that draft; the trunk's layers have eight
+NULLS = {"mlp_only_layers": None, "pad_token_id": None, "eos_token_id": [258, 256]}
 DIALECTS = {"odd-d": "transformers5", "odd-c": "transformers5"}
 
 
@@ -69,6 +70,9 @@ def write_checkpoint(directory: Path, name: str) -> Path:
         dialect=DIALECTS.get(name, "published"),
         overrides=CHECKPOINTS[name],
     )
+    if name == "odd-b":
+        file = target / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | NULLS))
     if name == "wide-draft":
         widen_draft(target)
     if name == "without-draft":
