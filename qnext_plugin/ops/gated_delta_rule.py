@@ -16,6 +16,12 @@ from torch import Tensor
 
 from qnext_plugin.config import GatedDeltaNetDims
 
+VECTORS = 32
+"""Torch computes so many elements at once on CPUs, and what is left at the end of a tensor by another formula.
+
+A row whose length is a multiple of it gets the same bits in every batch.
+"""
+
 
 def split_heads(mixed: Tensor, dims: GatedDeltaNetDims) -> tuple[Tensor, Tensor, Tensor]:
     """Split the convolution's output ``[num_tokens, conv_dim]`` into views of its heads.
@@ -37,8 +43,12 @@ def gating(a: Tensor, b: Tensor, *, A_log: Tensor, dt_bias: Tensor) -> tuple[Ten
     (float64 for float64 inputs).
     """
     compute = torch.promote_types(a.dtype, torch.float32)
-    g = -A_log.to(compute).exp() * F.softplus(a.to(compute) + dt_bias.to(compute))
-    return g, b.to(compute).sigmoid()
+    heads = a.shape[-1]
+    a, b, A_log, dt_bias = (x.to(compute) for x in (a, b, A_log, dt_bias))
+    if heads % VECTORS:
+        a, b, A_log, dt_bias = (F.pad(x, (0, -heads % VECTORS)) for x in (a, b, A_log, dt_bias))
+    g = -A_log.exp() * F.softplus(a + dt_bias)
+    return g[..., :heads], b.sigmoid()[..., :heads]
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
