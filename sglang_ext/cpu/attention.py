@@ -1,6 +1,5 @@
 """Softmax attention over SGLang's paged cache on CPUs, with torch's own kernel."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,11 +82,11 @@ class CpuAttentionBackend(AttentionBackend):
         """
         size = seen.shape[1]
         groups: list[Group] = []
-        for some in alike(prefixes):
-            own = torch.arange(int(prefixes[some].max()) + size) - prefixes[some, None]
+        for some, columns in alike(prefixes + size, self.req_to_token.shape[1]):
+            own = torch.arange(columns) - prefixes[some, None]
             among = seen[some].gather(2, own.clamp(0, size - 1)[:, None].expand(-1, size, -1))
             mask = (own < 0)[:, None] | (among & (own < size)[:, None])
-            locations = self.req_to_token[requests[some], : own.shape[1]]
+            locations = self.req_to_token[requests[some], :columns]
             groups.append((tokens_of(some, size), locations, mask[:, None]))
         return groups
 
@@ -140,9 +139,10 @@ class CpuDraftBackend:
         branches = torch.arange(self.topk)[:, None]
         for backend in self.attn_backends:
             backend.groups = []
-        for some in alike(lengths):
-            own = (torch.arange(int(lengths[some].max()) + self.topk * self.num_steps) - lengths[some, None])[:, None]
-            locations = self.attn_backends[0].req_to_token[requests[some], : own.shape[2]]
+        req_to_token = self.attn_backends[0].req_to_token
+        for some, columns in alike(lengths + self.topk * self.num_steps, req_to_token.shape[1]):
+            own = (torch.arange(columns) - lengths[some, None])[:, None]
+            locations = req_to_token[requests[some], :columns]
             for step, backend in enumerate(self.attn_backends):
                 seen = (own < 0) | ((own // self.num_steps == branches) & (own % self.num_steps <= step))
                 backend.groups.append((tokens_of(some, self.topk), locations, seen[:, None]))
@@ -159,15 +159,19 @@ def create_draft_extend_backend(factory: Any) -> CpuAttentionBackend:
     return CpuAttentionBackend(factory.draft_model_runner)
 
 
-def alike(lengths: Tensor) -> Iterator[Tensor]:
-    """Split N sequences into groups of similar ``lengths`` to limit padding; yield the indices of each group."""
-    order = lengths.argsort()
-    ordered = lengths[order].tolist()
-    start = 0
-    for i, length in enumerate([*ordered, math.inf]):
-        if i > start and length > 2 * ordered[start] + 64:
-            yield order[start:i]
-            start = i
+def alike(lengths: Tensor, most: int) -> Iterator[tuple[Tensor, int]]:
+    """Split N sequences into groups; yield the indices of each group and how many keys it is computed with.
+
+    Torch's kernel sums over keys in an order that depends on that number, so it follows from a sequence's own length
+    alone, and a sequence gets the same bits in every batch. It is at most ``most``, and at most an eighth above the
+    length if that is over 256.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths.tolist()):
+        step = 1 << max(5, (length - 1).bit_length() - 4)
+        groups.setdefault(min(-(-length // step) * step, most), []).append(i)
+    for columns, some in sorted(groups.items()):
+        yield torch.tensor(some), columns
 
 
 def tokens_of(sequences: Tensor, size: int) -> Tensor:

@@ -60,3 +60,45 @@ def test_scales_keep_what_fp8_alone_cannot_hold():
     exact = attended(None, torch.float32, 1000.0)
     assert error(attended((1.0, 16.0), torch.float8_e4m3fn, 1000.0), exact) < 0.04
     assert 0.1 < error(attended(None, torch.float8_e4m3fn, 1000.0), exact) < 1
+
+
+def test_a_sequence_gets_the_same_bits_in_every_batch():
+    """Of a step that decodes, where others are shorter and longer."""
+    from sglang_ext.cpu.attention import CpuAttentionBackend, CpuKVPool
+
+    lengths = torch.tensor([1, 2, 31, 33, 37, 64, 65, 130, 250, 257, 300, 511, 513, 700])
+    starts = lengths.cumsum(0) - lengths
+    pool = CpuKVPool(
+        size=int(lengths.sum()),
+        page_size=1,
+        dtype=torch.bfloat16,
+        head_num=KV_HEADS,
+        head_dim=HEAD_DIM,
+        layer_num=1,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)))
+    backend = CpuAttentionBackend.__new__(CpuAttentionBackend)
+    backend.token_to_kv_pool, backend.req_to_token = pool, torch.zeros(len(lengths), 720, dtype=torch.int32)
+    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        backend.req_to_token[i, :length] = torch.arange(start, start + length)
+    layer = SimpleNamespace(
+        layer_id=0,
+        tp_q_head_num=4,
+        tp_k_head_num=KV_HEADS,
+        qk_head_dim=HEAD_DIM,
+        v_head_dim=HEAD_DIM,
+        scaling=HEAD_DIM**-0.5,
+    )
+    q = torch.randn(len(lengths), 4 * HEAD_DIM, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+    def rows(requests):
+        backend.groups = backend._uniform(requests, lengths[requests] - 1, torch.ones(len(requests), 1, 1).bool())
+        return backend.forward_decode(q[requests], None, None, layer, SimpleNamespace())
+
+    alone = torch.cat([rows(torch.tensor([i])) for i in range(len(lengths))])
+    for size in range(2, len(lengths) + 1):
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(size))[:size]
+        assert torch.equal(rows(order), alone[order]), f"{size} sequences"
