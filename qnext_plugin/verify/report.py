@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from qnext_plugin.verify.comparison import Difference
 
@@ -41,10 +42,14 @@ class Row:
         return found
 
 
-def table(rows: Sequence[Row]) -> str:
+class HasCells(Protocol):
+    def cells(self) -> list[str]: ...
+
+
+def table(rows: Sequence[HasCells], columns: Sequence[str] = COLUMNS) -> str:
     """Return the rows as a Markdown table, which is readable without rendering."""
-    cells = [list(COLUMNS), *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    cells = [list(columns), *(row.cells() for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
