@@ -37,11 +37,12 @@ SAMPLING = (
     ),
     Feature(
         "log-probabilities of answer and prompt, with drafts",
-        tested(ANSWERS, starts="eager mtp3"),
+        tested(ANSWERS, starts="eager mtp3", why="of the answer with drafts, of the prompt without"),
         tested(
             "test_sglang_server.test_logprobs_are_of_the_tokens_returned",
             ANSWERS,
             starts="eager mtp3",
+            why="of the answer with drafts, of the prompt without",
         ),
         "max-logprobs logprobs-mode return-sampling-mask",
     ),
