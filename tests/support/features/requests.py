@@ -62,11 +62,11 @@ SAMPLING = (
     ),
     Feature(
         "the same bits in every batch, on CPUs",
-        tested("test_ops_batch_invariance.test_products", "test_ops_batch_invariance.test_experts", why="see below"),
+        tested("test_ops_batch_invariance.test_products", "test_ops_batch_invariance.test_experts", why="see above"),
         tested(
             "test_ops_batch_invariance.test_products",
             "test_sglang_cpu_attention.test_a_sequence_gets_the_same_bits_in_every_batch",
-            why="see below",
+            why="see above",
         ),
     ),
     Feature(
