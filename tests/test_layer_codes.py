@@ -13,7 +13,8 @@ from qnext_plugin.checkpoint.layer_codes import Codes, common, stored_codes, to_
 from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.checkpoint.quantization import is_quantized, stored_modules
-from qnext_plugin.ops.cpu import packing, stored
+from qnext_plugin.ops.cpu import stored
+from tests.support.packed import dequantize as of_packed
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -69,7 +70,7 @@ def test_a_format_gives_the_weights_that_it_decodes_to(quantized, name, ranks):
             assert {k: t.shape for k, t in share.items()} == {k: t.shape for k, t in codes.zeros(rows, each).items()}
             form, packed = stored.pack(codes, share)
             part = expected[:, rank * each : (rank + 1) * each]
-            torch.testing.assert_close(packing.dequantize(form, packed, rows), part, rtol=1e-6, atol=0, msg=module)
+            torch.testing.assert_close(of_packed(form, packed, rows), part, rtol=1e-6, atol=0, msg=module)
             again = stored.unpack(form, packed, rows)
             assert again.keys() == share.keys()
             for leaf, tensor in share.items():
@@ -120,7 +121,7 @@ def test_zero_points_that_are_all_in_the_middle_are_not_held():
     codes = stored_codes(headers(tensors), (16, 64), config)
     assert codes == Codes("u4", torch.float16, 32)
     form, packed = stored.pack(codes, to_codes(tensors, codes, config))
-    assert torch.equal(packing.dequantize(form, packed, 16), dequantize(tensors, config))
+    assert torch.equal(of_packed(form, packed, 16), dequantize(tensors, config))
     other = stored_codes(headers(tensors), (16, 64), {**config, "sym": False})
     assert other == replace(codes, has_zero_point=True)
 

@@ -11,6 +11,7 @@ import torch
 from qnext_plugin.ops.cpu import packing, quantized
 from qnext_plugin.ops.cpu.experts import routed_experts
 from tests.support.forms import BFLOAT, EXPONENT, FORMS, FP8, IDS, weights
+from tests.support.packed import dequantize, each_in_a_byte, pack
 from tests.support.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="wants AVX2")
@@ -60,12 +61,13 @@ def poisoned():
 @pytest.mark.parametrize(("batch", "n"), [((), 33), ((3,), 16), ((2, 2), 47)])
 def test_packing_can_be_undone(form, batch, n):
     form, *parts = weights(*form, n, *batch)
-    packed = packing.pack(form, *parts)
+    packed = pack(form, *parts)
     assert packed.shape == (*batch, *form.packed_shape(n)) and packed.dtype == torch.uint8
-    for found, expected in zip(packing.unpack(form, packed, n), parts, strict=True):
+    codes, *rest = packing.unpack(form, packed, n)
+    for found, expected in zip((each_in_a_byte(form, codes), *rest), parts, strict=True):
         assert (found is None) == (expected is None)
         assert expected is None or (found.dtype == expected.dtype and torch.equal(found.float(), expected.float()))
-    assert_close(packing.dequantize(form, packed, n), plain(form, *parts), OPS[torch.float32])
+    assert_close(dequantize(form, packed, n), plain(form, *parts), OPS[torch.float32])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
@@ -82,7 +84,7 @@ def test_products(form, counts, n, num_threads):
 def check(form, parts, x, counts, n, num_threads=2, packed=None):
     used, rows = [4, 2, 0, 1, 3][: len(counts)], torch.randint(len(x), (sum(counts),))
     weight = plain(form, *parts)
-    packed = packing.pack(form, *parts) if packed is None else packed
+    packed = pack(form, *parts) if packed is None else packed
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -124,7 +126,7 @@ def test_what_is_wrong_in_one_place_is_noticed(mutant, counts):
     changed = [None if part is None else part.clone() for part in parts]
     mutant(form, *changed)
     with pytest.raises(AssertionError, match="matrix 2"):
-        check(form, parts, x, counts, 33, packed=packing.pack(form, *changed))
+        check(form, parts, x, counts, 33, packed=pack(form, *changed))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
@@ -134,7 +136,7 @@ def test_what_is_not_finite_is_not_hidden(form, count):
     for value in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(count, form.k)
         x[-1, form.k // 2] = value
-        found = quantized.products(form, x, packing.pack(form, *parts), dtype=torch.float32)
+        found = quantized.products(form, x, pack(form, *parts), dtype=torch.float32)
         assert bool(found[:-1].isfinite().all()) and not bool(found[-1].isfinite().any())
 
 
@@ -142,7 +144,7 @@ def test_what_is_not_finite_is_not_hidden(form, count):
 def test_one_matrix_takes_all_rows_and_a_bias(rows):
     form, *parts = weights("u4", BFLOAT, 128, 64, False, 33)
     bias, x = torch.randn(33).bfloat16(), torch.randn(rows, 128).bfloat16()
-    found = quantized.linear(form, x, packing.pack(form, *parts), bias, 33)
+    found = quantized.linear(form, x, pack(form, *parts), bias, 33)
     expected = torch.nn.functional.linear(x.double(), plain(form, *parts), bias.double())
     assert_close(found, expected, OPS[torch.bfloat16])
 
@@ -160,7 +162,7 @@ def test_routed_experts(num_tokens):
         expert = ids[token, k]
         gate, up = (w13[expert] @ x[token].double()).chunk(2)
         expected[token] += topk_weights[token, k] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
-    packed13, packed2 = packing.pack(form13, *parts13), packing.pack(form2, *parts2)
+    packed13, packed2 = pack(form13, *parts13), pack(form2, *parts2)
     found = routed_experts(
         x,
         topk_weights,
@@ -175,7 +177,7 @@ def test_nan_in_a_checkpoint_is_refused():
     form, codes, *rest = weights("e4m3", torch.float32, 128, 128, False, 16)
     codes[3, 7] = 0xFF
     with pytest.raises(ValueError, match="damaged"):
-        packing.pack(form, codes, *rest)
+        pack(form, codes, *rest)
 
 
 def test_groups_are_whole_lines():

@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_plugin.checkpoint.codes import coded
+from qnext_plugin.checkpoint.codes import PER_BYTE, coded
 from qnext_plugin.checkpoint.formats import Leaves, Stored, stored_format
 from qnext_plugin.checkpoint.headers import Shape
 from qnext_plugin.checkpoint.layouts import FP8_BLOCK
 
 WEIGHT, SCALE, ZERO_POINT, OUTER = "weight", "weight_scale", "weight_zero_point", "weight_scale_2"
-PER_BYTE = {"u4": 2, "e2m1": 2, "i8": 1, "e4m3": 1}
-"""How many codes of each kind a byte holds."""
 _KINDS = {"fp8": "e4m3", "mxfp8": "e4m3", "int8": "i8", "mxfp4": "e2m1", "nvfp4": "e2m1", "awq": "u4"}
 _MIDDLE = {"u4": 8, "i8": 0}
 _SCALES = {
@@ -127,8 +125,7 @@ def to_codes(tensors: Stored, codes: Codes, config: Mapping[str, Any]) -> dict[s
         if (zeros != _MIDDLE[codes.kind]).any():
             raise ValueError("zero points are not all in the middle, but quantization_config has sym: set it to false")
         zeros = None
-    values = found.codes[:, ::2] | found.codes[:, 1::2] << 4 if PER_BYTE[codes.kind] == 2 else found.codes
-    leaves = {WEIGHT: values, SCALE: _split(found.scales, split)}
+    leaves = {WEIGHT: found.codes, SCALE: _split(found.scales, split)}
     if zeros is not None:
         leaves[ZERO_POINT] = _split(zeros, split)
     if found.outer is not None:

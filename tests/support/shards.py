@@ -19,6 +19,7 @@ from qnext_plugin.config import FULL, LINEAR, QNextConfig
 from qnext_plugin.ops.cpu import packing, stored
 from tests.support.cache_scales import FORM_OF_SCALES, add_cache_scales
 from tests.support.dequantized import dequantized
+from tests.support.packed import dequantize as of_packed
 
 # Each FP8 block, packed word and group fits a rank of 8, but the shared expert's blocks, as in the 80B.
 WIDE = {
@@ -120,8 +121,8 @@ def weights_of(model: nn.Module, name: str, quantization: dict[str, Any]) -> tup
         for weight in getattr(layer.quant_method, "weights", ()):  # SGLang's are packed by now
             if weight.codes is codes and weight.params["weight"] is held[f"{kind}weight"]:
                 form = packing.Form(*weight.form)
-                return packing.dequantize(form, weight.params["weight"].data, weight.rows), True
-        return packing.dequantize(*stored.pack(codes, leaves), leaves["weight"].shape[-2]), True
+                return of_packed(form, weight.params["weight"].data, weight.rows), True
+        return of_packed(*stored.pack(codes, leaves), leaves["weight"].shape[-2]), True
     if not kind:
         if "weight_shape" in leaves:  # of the whole weight
             rows, words = leaves["weight_packed"].shape

@@ -5,13 +5,10 @@ inputs of one output, and ``outer`` belongs to an output. Blocks of BLOCK output
 its outer factors, its scales and its zero points, both ordered by group, and its codes, in lines of ``LINE`` bytes.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from qnext_plugin.checkpoint.formats import E2M1
 
 BLOCK = 16  # outputs of a block
 LINE = 64  # bytes of a line of codes: 4 bytes of each output, so 8 inputs in 4 bits or 4 inputs in 8
@@ -78,34 +75,8 @@ def form(codes: str, scales: torch.dtype, k: int, group: int, has_zeros: bool = 
     return found
 
 
-def pack(form: Form, codes: Tensor, scales: Tensor, zeros: Tensor | None = None, outer: Tensor | None = None) -> Tensor:
-    """Pack ``codes`` [..., n, k], a byte for each, for ``quantized.products``.
-
-    ``scales`` [..., n, groups] have the form's dtype, ``zeros`` [..., n, groups] are int8, ``outer`` [..., n] float32;
-    the last two are given if and only if the form has them. Outputs that fill the last block are 0. Returns uint8
-    [..., blocks, bytes]: matrices whose ``n`` is a multiple of BLOCK can be concatenated after packing, others before.
-    Raises ``ValueError`` for NaN among FP8 codes.
-    """
-    *batch, n, k = codes.shape
-    assert k == form.k and scales.dtype == SCALES[form.scales] and scales.shape == (*batch, n, form.groups)
-    assert (zeros is not None) == (form.has_zeros == 1)
-    assert (outer is not None) == (scales.dtype == torch.float8_e4m3fn)
-    as_bytes = codes.contiguous().view(torch.uint8)
-    if CODES[form.codes] == "e4m3" and bool(((as_bytes & 127) == 127).any()):
-        raise ValueError("an FP8 weight is NaN: the checkpoint is damaged")
-    sections = [] if outer is None else [_blocks(outer[..., None], n)]
-    sections += [_blocks(scales, n)] + ([] if zeros is None else [_blocks(zeros, n)])
-    lines = F.pad(as_bytes, (0, form.padded_k - k, 0, -n % BLOCK)).unflatten(-2, (-1, BLOCK))
-    if form.bits == 4:
-        lines = lines.unflatten(-1, (-1, 2, 2, 2))  # [..., line, byte, nibble, half]
-        lines = lines[..., 0, :] | lines[..., 1, :] << 4
-    else:
-        lines = lines.unflatten(-1, (-1, 2, 2))
-    return torch.cat([*sections, lines.permute(_order(form, len(batch))).flatten(-4)], -1)
-
-
 def unpack(form: Form, packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Undo ``pack``; returns ``codes`` in uint8, ``scales``, ``zeros`` and ``outer``."""
+    """Undo ``packer.pack``; returns its ``codes``, ``scales``, ``zeros`` and ``outer``."""
     *batch, _, _ = packed.shape
     outer_end, zeros_at, codes_at, _ = form.offsets
 
@@ -120,40 +91,14 @@ def unpack(form: Form, packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor |
     inner = [(BLOCK, form.padded_k // form.per_line, 2, 2)[i - len(batch) - 1] for i in order[len(batch) + 1 :]]
     lines = packed[..., codes_at:].unflatten(-1, inner).permute([order.index(i) for i in range(len(order))])
     if form.bits == 4:
-        lines = torch.stack([lines & 15, lines >> 4], -2)
+        first, second = lines.unbind(-1)
+        lines = torch.stack([first & 15 | second << 4, first >> 4 | second & 240], -1)
     codes = lines.flatten(len(batch) + 2).flatten(len(batch), len(batch) + 1)
-    return codes[..., :n, : form.k].contiguous(), scales, zeros, outer
-
-
-def dequantize(form: Form, packed: Tensor, n: int) -> Tensor:
-    """Return the float32 weights [..., n, k] of a packed matrix."""
-    codes, scales, zeros, outer = unpack(form, packed, n)
-    kind = CODES[form.codes]
-    if kind == "e2m1":
-        values = torch.tensor(E2M1, dtype=torch.float32)[codes.long()]
-    else:
-        values = codes.view({"u4": torch.uint8, "i8": torch.int8, "e4m3": torch.float8_e4m3fn}[kind]).float()
-    values = values.unflatten(-1, (form.groups, form.group))
-    if zeros is not None:
-        values = values - zeros.float()[..., None]
-    elif kind == "u4":
-        values = values - MIDDLE
-    factors = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
-    if outer is not None:
-        factors = factors * outer[..., None]
-    return (values * factors[..., None]).flatten(-2)
+    return codes[..., :n, : form.k * form.bits // 8].contiguous(), scales, zeros, outer
 
 
 def _in_lines(size: int) -> int:
     return -(-size // LINE) * LINE
-
-
-def _blocks(values: Tensor, n: int) -> Tensor:
-    """Return ``values`` [..., n, groups] as bytes [..., blocks, whole lines], ordered by block and group."""
-    size = values.dtype.itemsize
-    raw: Any = values.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size])
-    padded = F.pad(raw, (0, 0, 0, -n % BLOCK)).unflatten(-2, (-1, BLOCK)).mT.flatten(-2).contiguous().view(torch.uint8)
-    return F.pad(padded, (0, _in_lines(padded.shape[-1]) - padded.shape[-1]))
 
 
 def _order(form: Form, batch: int) -> list[int]:
