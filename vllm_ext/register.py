@@ -42,6 +42,7 @@ def register() -> None:
         return
     import vllm
 
+    logging.getLogger("qnext_plugin").parent = logger  # what is not below vLLM's own logger is not logged
     for architecture, target in ARCHITECTURES.items():
         vllm.ModelRegistry.register_model(architecture, target)
     from transformers import AutoConfig

@@ -1,14 +1,10 @@
 """The compiled delta rule of a decode step is that of ``qnext_plugin.ops``, and touches only the states it is given."""
 
-import numpy as np
 import pytest
 import torch
-from numba import carray
-from numba.core.caching import CacheImpl
 
 from qnext_plugin import ops
 from qnext_plugin.ops.cpu import delta_rule
-from qnext_plugin.ops.cpu.jit import in_parallel
 from tests.support.tolerances import OPS, assert_close
 
 SLOTS = 11
@@ -43,21 +39,3 @@ def test_decode(dtype, n, groups, heads, rows, columns, num_threads):
 @pytest.mark.parametrize("states", [torch.zeros(3, 2, 4, 4).bfloat16(), torch.zeros(3, 2, 4, 8)[..., :4]])
 def test_states_that_it_does_not_serve(states):
     assert not delta_rule.serves(states)
-
-
-def test_it_is_compiled_also_where_the_result_cannot_be_kept(monkeypatch):
-    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    seen = np.zeros(1, np.int64)
-    run = in_parallel.__wrapped__(add_one)
-    assert run is not None
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run(seen)
-    finally:
-        torch.set_num_threads(before)
-    assert seen.tolist() == [1]
-
-
-def add_one(data):
-    carray(data, 1, np.int64)[0] += 1

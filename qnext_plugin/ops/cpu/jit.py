@@ -5,16 +5,23 @@ OpenMP runtime that torch has loaded.
 """
 
 import ctypes
+import fcntl
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import cfunc, njit, types
+from numba import njit, types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
+
+logger = logging.getLogger(__name__)
 
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -25,8 +32,26 @@ def in_parallel(region: Callable[[Any], None]) -> Callable[[np.ndarray], None] |
     """Compile ``region`` and return a function that runs it on an array in each of torch's threads.
 
     ``region`` gets the address of the array. Returns None if torch includes no GNU OpenMP runtime; its packages on
-    PyPI do. A machine compiles a region only once: Numba keeps the result next to the code or in the user's cache.
+    PyPI do. A machine compiles a region only once, however many processes start: Numba keeps the result next to the
+    code or in the user's cache.
     """
+    library = openmp()
+    if library is None:
+        return None
+    compiled, folder = _Logged(region, ((types.voidptr,), types.void), {}, {}), _cache_folder(region)
+    if folder is None:
+        compiled.compile()
+    else:
+        compiled.enable_caching()
+        with open(folder / "qnext-plugin.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            compiled.compile()
+    return lambda data: library.GOMP_parallel(compiled.address, data.ctypes.data, torch.get_num_threads(), 0)
+
+
+@cache
+def openmp() -> ctypes.CDLL | None:
+    """Return the GNU OpenMP runtime that torch includes, or None."""
     file = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
     if file is None:
         return None
@@ -34,12 +59,35 @@ def in_parallel(region: Callable[[Any], None]) -> Callable[[np.ndarray], None] |
     library = ctypes.CDLL(str(file))
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
-    signature = types.void(types.voidptr)
+    return library
+
+
+class _Logged(CFunc):
+    """What Numba's decorator ``cfunc`` makes, with lines in the log about what is not read from a cache."""
+
+    def _compile_uncached(self) -> Any:
+        name, start = self._pyfunc.__module__, monotonic()
+        logger.info("compiling %s for this CPU, which takes some seconds", name)
+        compiled = super()._compile_uncached()
+        logger.info("compiled %s in %.1f s", name, monotonic() - start)
+        return compiled
+
+
+def _cache_folder(region: Callable[[Any], None]) -> Path | None:
+    """Return where Numba keeps a compiled ``region``, or None where it can write to no folder."""
     try:
-        compiled = cfunc(signature, cache=True)(region)
-    except RuntimeError:  # neither directory is writable
-        compiled = cfunc(signature)(region)
-    return lambda data: library.GOMP_parallel(compiled.address, data.ctypes.data, torch.get_num_threads(), 0)
+        return Path(FunctionCache(region).cache_path)
+    except RuntimeError:
+        _warn_of_no_cache()
+        return None
+
+
+@cache
+def _warn_of_no_cache() -> None:
+    logger.warning(
+        "loops compiled for this CPU cannot be kept, so each start compiles them again: no cache folder is writable; "
+        "let NUMBA_CACHE_DIR name one that is"
+    )
 
 
 @njit

@@ -31,6 +31,8 @@ FEW_ROWS, ROWS, TOGETHER = kernels.FEW_ROWS, kernels.ROWS, kernels.TOGETHER
 SMALLEST = 27 << 23  # the bits of 2**-100: smaller inputs are taken for 0
 INFINITY = 255 << 23
 E4M3 = CODES.index("e4m3")
+ZERO, ONE = np.int64(0), np.int64(1)
+"""Numba would compile functions again for a literal argument."""
 
 ONCE = njit(inline="always")
 """For functions with the loops in them, which LLVM would otherwise optimize again in each that calls them."""
@@ -123,11 +125,10 @@ def _region(data: Any) -> None:
     h = carray(data, 1, HEADER)[0]
     lists = carray(data, len(FIELDS) + 2 * h.matrices, np.int64)[len(FIELDS) :].reshape(2, h.matrices)
     used, counts = lists[0], lists[1]
-    total = 0
+    total, row = ZERO, ZERO
     for count in counts:
         total += h.blocks * _jobs(count) * _cost(count)
     first, last = share(total)
-    row = 0
     for which, count in zip(used, counts):  # noqa: B905
         jobs, cost = h.blocks * _jobs(count), _cost(count)
         job, stop = max(-(-first // cost), 0), min(-(-last // cost), jobs)
@@ -225,7 +226,7 @@ def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> No
             c += now
         for i in range(part, end_part):
             begin, end = bounds(row, count, parts, group * PARTS + i)
-            _write(h, begin, end, block, 1, sums_at + per_part * i)
+            _write(h, begin, end, block, ONE, sums_at + per_part * i)
         job += end_part - part
 
 
