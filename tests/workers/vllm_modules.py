@@ -55,6 +55,7 @@ def check(pairs: list[tuple[str, str]]) -> int:
     for old, new in pairs:
         (config, model), (_, other), (_, fresh) = load(old), load(old), load(new)
         assert not differences(model, other) and differences(model, fresh)
+        assert not hasattr(fresh.get_submodule("model.embed_tokens"), "cpu_linear"), "an embedding has a packed copy"
         with set_current_vllm_config(config):
             reload_weights(config, model, None, new, True)
         assert not differences(model, fresh), differences(model, fresh)

@@ -52,10 +52,14 @@ def compiled_products() -> Any:
 
 
 def choose_gemms(model: nn.Module, config: QNextConfig, vllm_config: VllmConfig) -> None:
-    """Make every layer of ``model`` that can be packed pack its weights after loading."""
-    for module in model.modules() if packs() else ():
+    """Make every layer of ``model`` that can be packed pack its weights after loading, and none copy an embedding."""
+    for module in model.modules():
         method = getattr(module, "quant_method", None)
         if type(module) is VocabParallelEmbedding:
+            if type(method) is UnquantizedEmbeddingMethod:
+                module.quant_method = LookUpMethod()
+            continue
+        if not packs():
             continue
         if type(module) is ParallelLMHead and not packs_head(config, vllm_config):
             continue
@@ -109,6 +113,13 @@ class PackedLinearMethod(UnquantizedLinearMethod):
 class PackedHeadMethod(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pack_linear(layer)
+
+
+class LookUpMethod(UnquantizedEmbeddingMethod):
+    """An embedding, of which vLLM would keep a second copy that is packed for products."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Do nothing: rows are only looked up."""
 
 
 class DraftHeadMethod(UnquantizedEmbeddingMethod):
