@@ -9,8 +9,7 @@ from torch import Tensor
 from qnext_plugin import ops
 from qnext_plugin.ops.cpu import delta_rule, gemm_avx2, quantized
 from qnext_plugin.ops.cpu.experts import routed_experts
-from qnext_plugin.ops.cpu.packing import pack
-from tests.support.forms import FORMS, IDS, weights
+from tests.support.packed import FORMS, IDS, pack, weights
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="wants AVX2")
 

@@ -10,8 +10,7 @@ import torch
 
 from qnext_plugin.ops.cpu import packing, quantized
 from qnext_plugin.ops.cpu.experts import routed_experts
-from tests.support.forms import BFLOAT, EXPONENT, FORMS, FP8, IDS, weights
-from tests.support.packed import dequantize, each_in_a_byte, pack
+from tests.support.packed import BFLOAT, EXPONENT, FORMS, FP8, IDS, dequantize, each_in_a_byte, pack, weights
 from tests.support.tolerances import OPS, assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="wants AVX2")

@@ -1,4 +1,4 @@
-"""Packed quantized weights, from a byte for each code and back to what the codes mean."""
+"""Packed quantized weights of every form, from a byte for each code and back to what the codes mean."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,42 @@ from torch import Tensor
 from qnext_plugin.checkpoint.formats import E2M1
 from qnext_plugin.ops.cpu import packer, packing
 from qnext_plugin.ops.cpu.packing import CODES, MIDDLE, Form
+
+BFLOAT, EXPONENT, FP8 = torch.bfloat16, torch.uint8, torch.float8_e4m3fn
+FORMS = [  # codes, dtype of scales, k, group, zeros
+    ("u4", BFLOAT, 256, 128, False),
+    ("u4", torch.float16, 192, 64, True),
+    ("u4", torch.float16, 384, 128, True),
+    ("u4", torch.float32, 96, 32, True),
+    ("u4", BFLOAT, 70, 70, False),
+    ("u4", BFLOAT, 1000, 1000, True),
+    ("u4", BFLOAT, 520, 104, False),
+    ("e2m1", EXPONENT, 160, 32, False),
+    ("e2m1", FP8, 48, 16, False),
+    ("i8", torch.float32, 300, 300, False),
+    ("i8", BFLOAT, 256, 128, True),
+    ("i8", torch.float16, 131, 131, True),
+    ("e4m3", torch.float32, 384, 128, False),
+    ("e4m3", BFLOAT, 70, 70, False),
+    ("e4m3", EXPONENT, 96, 32, False),
+]
+IDS = ["-".join(str(part).removeprefix("torch.") for part in form) for form in FORMS]
+
+
+def weights(kind, scales, k, group, has_zeros, n, *batch, seed=0):
+    """Return a form and what ``pack`` takes: codes of every value, and scales that differ by group."""
+    generator = torch.Generator().manual_seed(seed)
+    form = packing.form(kind, scales, k, group, has_zeros)
+    codes = torch.randint(16 if form.bits == 4 else 256, (*batch, n, k), generator=generator).to(torch.uint8)
+    if kind == "e4m3":
+        codes[(codes & 127) == 127] = 0
+    shape = (*batch, n, k // group)
+    scale = torch.rand(shape, generator=generator) + 0.5
+    if scales == EXPONENT:
+        scale = torch.randint(120, 134, shape, generator=generator)
+    zeros = torch.randint(-3, 16, shape, generator=generator).to(torch.int8) if has_zeros else None
+    outer = torch.rand(*batch, n, generator=generator) + 0.1 if scales == FP8 else None
+    return form, codes, scale.to(scales), zeros, outer
 
 
 def pack(form: Form, codes: Tensor, *rest: Tensor | None) -> Tensor:
