@@ -1,7 +1,7 @@
 """Whether a request gets the same answer in every bit alone and among others: ``qnext verify --batch-invariant``."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from qnext_plugin.config import QNextConfig
@@ -34,7 +34,7 @@ class Row:
     differ: int = 0
     max: float = 0.0
     first: str = ""
-    failure: str = field(default="", compare=False)
+    failure: str = ""
 
     def add(self, differences: Iterable[float], where: str) -> None:
         for difference in differences:
@@ -94,11 +94,11 @@ def alone(prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], ...]:
 
 def judge(starts: Sequence[Start], failures: dict[str, str]) -> list[Row]:
     """Return the rows of all starts; in those that failed the first has the reason."""
-    rows, reasons = [], dict(failures)
+    rows = []
     by_name = {start.name: start for start in starts}
     for start in starts:
         found = {what: Row(start.name, what) for run in start.runs for what in KINDS[run.key]}
-        next(iter(found.values())).failure = reasons.get(start.name, "")
+        next(iter(found.values())).failure = failures.get(start.name, "")
         for run in start.runs:
             if run.key not in start:
                 continue
