@@ -35,7 +35,7 @@ def sample(
         out["accepted"] = accepted(before, 1)
     for name in mutants:
         with engine.broken(name):
-            out[name] = draw(samples // 2, **SAMPLING)
+            out[name] = draw(samples, **SAMPLING)
     if drafts:
         engine.drafts_as("own", [])
         grammar = {"regex": regex, "max_new_tokens": 24, "temperature": 0}

@@ -11,8 +11,8 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1
 def sample(
     engine: Engine, prompt: list[int], samples: int, tokens: int, mutants: list[str], regex: str
 ) -> dict[str, Any]:
-    """Under ``""`` and each mutant, a ``module:function``, token ids ``[samples, tokens]``, half of them for a
-    mutant. With drafts also the share of first ones that were ``accepted``; ``regex`` is for the other engine."""
+    """Under ``""`` and each mutant, a ``module:function``, token ids ``[samples, tokens]``. With drafts also the share
+    of first ones that were ``accepted``; ``regex`` is for the other engine."""
     from vllm import SamplingParams
 
     def draw(samples: int, **sampling: float) -> list[list[int]]:
@@ -32,5 +32,5 @@ def sample(
         out["accepted"] = (after["num_accepted"][0] - before["num_accepted"][0]) / steps
     for name in mutants:
         with pkgutil.resolve_name(name)(engine.worker):
-            out[name] = draw(samples // 2, **SAMPLING)
+            out[name] = draw(samples, **SAMPLING)
     return out
