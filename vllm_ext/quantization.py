@@ -88,7 +88,7 @@ class ByCheckpoint:
         parts = self.checkpoint.parts(prefix, self.config_of_model.num_experts)
         if not parts:
             return plain_method(layer)
-        reason = self.checkpoint.obstacle(parts, self.config_of_model, self.tp_size) or missing_kernel(parts)
+        reason = self.checkpoint.obstacle(parts, self.config_of_model, self.tp_size) or missing_kernel(parts, layer)
         if takes_codes(self.dtype):
             try:
                 return self.method_of_codes(layer, parts)
@@ -121,11 +121,13 @@ def takes_codes(dtype: torch.dtype) -> bool:
     return stored.serves()
 
 
-def missing_kernel(modules: Mapping[str, Leaves]) -> str | None:
+def missing_kernel(modules: Mapping[str, Leaves], layer: nn.Module) -> str | None:
     """Return why quantized modules cannot be served as stored where vLLM would try, and fail after loading."""
     if not current_platform.is_cpu():
         return None
     stored = {name: leaves for name, leaves in modules.items() if is_quantized(leaves)}
+    if stored and isinstance(layer, RoutedExperts) and layer.moe_config.moe_parallel_config.use_ep:
+        return "vLLM's products of quantized experts fail on a CPU at the first token if a rank has a part of them"
     formats = {stored_format(leaves) for leaves in stored.values()}
     if "fp8" in formats and not all(map(has_cpu_fp8, stored.values())):
         return "vLLM has no compiled product of FP8 weights with such scales for this CPU"
