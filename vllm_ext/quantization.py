@@ -25,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 
 from qnext_plugin.checkpoint import quantized_layers
-from qnext_plugin.checkpoint.formats import FORMATS, Leaves, stored_format
+from qnext_plugin.checkpoint.formats import FORMATS, Leaves, scale_name, stored_format
 from qnext_plugin.checkpoint.headers import Shape
 from qnext_plugin.checkpoint.quantization import is_quantized
 from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions
@@ -122,7 +122,7 @@ def takes_codes(dtype: torch.dtype) -> bool:
 
 
 def missing_kernel(modules: Mapping[str, Leaves], layer: nn.Module) -> str | None:
-    """Return why quantized modules cannot be served as stored where vLLM would try, and fail after loading."""
+    """Return why quantized modules cannot be served as stored where vLLM would try, and fail later or take minutes."""
     if not current_platform.is_cpu():
         return None
     stored = {name: leaves for name, leaves in modules.items() if is_quantized(leaves)}
@@ -143,8 +143,7 @@ def has_cpu_fp8(leaves: Leaves) -> bool:
 
     Otherwise it may take ``torch._scaled_mm``, which needs minutes for a product that takes milliseconds in bfloat16.
     """
-    (scale,) = (info for leaf, info in leaves.items() if leaf in ("weight_scale", "weight_scale_inv"))
-    by_row = scale.shape[:1] == leaves["weight"].shape[:1]
+    by_row = leaves[scale_name(leaves)].shape[:1] == leaves["weight"].shape[:1]
     return torch.cpu._is_amx_tile_supported() and (cpu_has_amx_fp8() or not by_row)
 
 

@@ -65,7 +65,7 @@ def stored_format(leaves: Leaves) -> str:
         by_inputs = "scales" in leaves and leaves["qweight"].shape[-1:] == leaves["scales"].shape[-1:]
         return "gptq" if by_inputs else "awq"
     name = "weight" if "weight" in leaves else "weight_packed"
-    scale = leaves[_scale_name(leaves)].dtype if _scale_name(leaves) in leaves else None
+    scale = leaves[scale_name(leaves)].dtype if scale_name(leaves) in leaves else None
     dtype = leaves[name].dtype
     formats = {"F8_E4M3": "mxfp8" if scale in _EXPONENTS else "fp8", "I8": "int8"}
     formats = (formats if name == "weight" else {"I32": "packed"}) | {"U8": "nvfp4" if scale == "F8_E4M3" else "mxfp4"}
@@ -74,7 +74,7 @@ def stored_format(leaves: Leaves) -> str:
     return formats[dtype]
 
 
-def _scale_name(leaves: Container[str]) -> str:
+def scale_name(leaves: Container[str]) -> str:
     """Return the name of a module's scale, except in the formats of GPTQ and AWQ."""
     return "weight_scale_inv" if "weight_scale_inv" in leaves else "weight_scale"
 
@@ -115,7 +115,7 @@ def _scale_shapes(scale: Shape, rows: int, columns: int) -> list[Shape]:
 
 def _byte_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
     yield "weight", [(rows, columns)]
-    name = _scale_name(leaves)
+    name = scale_name(leaves)
     yield name, _scale_shapes(leaves[name].shape, rows, columns)
     if "weight_zero_point" in leaves:
         yield "weight_zero_point", [leaves[name].shape]
@@ -123,7 +123,7 @@ def _byte_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str,
 
 def _mxfp8_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
     yield "weight", [(rows, columns)]
-    yield _scale_name(leaves), _grouped(rows, columns, 32)
+    yield scale_name(leaves), _grouped(rows, columns, 32)
 
 
 def _mxfp4_shapes(leaves: Leaves, rows: int, columns: int) -> Iterator[tuple[str, list[Shape]]]:
@@ -257,7 +257,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 
 def _scaled(values: Tensor, zero: Tensor | float, tensors: Stored) -> Tensor:
     """Compute ``(values - zero) * scale`` in place."""
-    scale = tensors[_scale_name(tensors)]
+    scale = tensors[scale_name(tensors)]
     # float8_e8m0 holds the same bytes, but not every operation knows the dtype.
     is_exponent = scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
     scale = torch.exp2(scale.view(torch.uint8).float() - 127) if is_exponent else scale.float()
