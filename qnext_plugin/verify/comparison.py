@@ -18,6 +18,7 @@ from qnext_plugin.verify.scenarios import Prompt, Scenario
 
 # In float32, router logits of up to about 10 have errors of this size; a smaller margin between experts is a tie.
 EXPERT_TIE = 1e-5
+CACHE_UNKNOWN = "the server does not say what came from its prefix cache; vLLM does with --enable-prompt-tokens-details"
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Completion:
 
     ``ids`` and ``logprobs`` ``[positions, k]`` are the engine's most likely ids of each position and their
     log-probabilities. The last ``len(token_ids)`` positions belong to ``token_ids``; any earlier positions belong to
-    the end of the prompt.
+    the end of the prompt. ``num_cached_tokens`` of the prompt came from the prefix cache; None if that is not known.
     """
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
     ids: Tensor
     logprobs: Tensor
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = 0
 
     @property
     def query(self) -> Query:
@@ -46,11 +47,12 @@ class Result:
 
     ``num_accepted[i]`` of ``num_drafts`` steps accepted the i-th draft. ``draft_steps`` are the draft steps of a single
     request, if requested: each has the ``position`` of the last accepted token and the ``logits`` from which the drafts
-    are drawn. ``seeded`` tells whether the engine honors a request's seed.
+    are drawn. ``seeded`` tells whether the engine honors a request's seed. ``num_preemptions`` is None if it is not
+    known.
     """
 
     batches: list[list[Completion]]
-    num_preemptions: int
+    num_preemptions: int | None
     block_size: int
     num_drafts: int = 0
     num_accepted: list[int] = field(default_factory=list)
@@ -76,7 +78,7 @@ class Result:
             counts = json.loads(f.metadata()["counts"])
         tensors = load_file(file)
 
-        def completion(where: str, num_cached_tokens: int) -> Completion:
+        def completion(where: str, num_cached_tokens: int | None) -> Completion:
             prompt, token_ids = (tuple(tensors[f"{where}.{name}"].tolist()) for name in ("prompt", "token_ids"))
             ids, logprobs = tensors[f"{where}.ids"].long(), tensors[f"{where}.logprobs"]
             return Completion(prompt, token_ids, ids, logprobs, num_cached_tokens)
@@ -168,7 +170,7 @@ def compare(result: Result, reference: Reference, tolerance: float = math.inf, t
         first = len(completion.query.ids) - 1 - len(completion.ids)
         assert completion.logprobs.shape == completion.ids.shape and len(rows.ids) == len(completion.ids), where
         assert len(completion.ids) >= len(completion.token_ids), f"{where}: {len(completion.ids)} distributions"
-        exact = rows.gather(completion.ids)
+        exact = rows.closest(completion.ids, completion.logprobs)
         off = (completion.logprobs - exact).abs().nan_to_num(nan=math.inf, posinf=math.inf).amax(-1) > tolerance
         tie = off & (rows.margin < EXPERT_TIE)
         difference.ties += int(tie.sum())
@@ -205,8 +207,8 @@ class Unsteady(Exception):
 def check_conditions(scenario: Scenario, config: EngineConfig, result: Result) -> None:
     """Check that a scenario did its work.
 
-    Raises ``NotExercised`` if it lacks cache hits over several blocks, preemptions or the expected acceptance of
-    drafts, and ``Unsteady`` if the same seed gave two answers.
+    Raises ``NotExercised`` if it lacks cache hits over several blocks, preemptions, drafts or their expected
+    acceptance, or if that is not known, and ``Unsteady`` if the same seed gave two answers.
     """
     if config.draft_tokens and scenario.drafts != "own":
         rates = [accepted / max(1, result.num_drafts) for accepted in result.num_accepted]
@@ -214,11 +216,16 @@ def check_conditions(scenario: Scenario, config: EngineConfig, result: Result) -
         if len(rates) != config.draft_tokens or (rates[-1] <= 0.85 if scenario.drafts == "right" else not falling):
             raise NotExercised(f"acceptance of {scenario.drafts} drafts by position: {rates}")
     for i, j in scenario.hits:
-        hit = result.batches[i][j].num_cached_tokens
+        if (hit := result.batches[i][j].num_cached_tokens) is None:
+            raise NotExercised(CACHE_UNKNOWN)
         if hit < 2 * result.block_size:
             raise NotExercised(f"batch {i} request {j}: {hit} cached tokens, blocks of {result.block_size}")
+    if scenario.preempts and result.num_preemptions is None:
+        raise NotExercised("the server does not say whether requests were preempted")
     if scenario.preempts and not result.num_preemptions:
         raise NotExercised("no request was preempted")
+    if scenario.drafted and not result.num_drafts:
+        raise NotExercised("no token was drafted")
     if scenario.sampled and result.seeded:
         said: dict[Prompt, tuple[int, ...]] = {}
         for where, c in completions(result):
@@ -228,7 +235,10 @@ def check_conditions(scenario: Scenario, config: EngineConfig, result: Result) -
 
 def check_warm(result: Result) -> None:
     """Raise ``NotExercised`` if a second pass has long enough prompts and was not served from the prefix cache."""
-    hits = [c.num_cached_tokens for _, c in completions(result) if len(c.prompt) > 3 * result.block_size]
+    found = [c.num_cached_tokens for _, c in completions(result) if len(c.prompt) > 3 * result.block_size]
+    hits = [hit for hit in found if hit is not None]
+    if len(hits) < len(found):
+        raise NotExercised(CACHE_UNKNOWN)
     if hits and max(hits) < result.block_size:
         raise NotExercised(f"cached tokens {hits}, blocks of {result.block_size}")
 

@@ -7,6 +7,7 @@ from typing import Protocol
 from qnext_plugin.verify.comparison import Difference
 
 OK = "ok"
+NOT_EXERCISED = "not exercised"
 COLUMNS = ("start", "scenario", "positions", "max", "mean", "KL", "top-1", "worst position", "verdict")
 
 

@@ -39,9 +39,17 @@ class Rows:
 
         An id that is not kept gets the smallest log-probability that is kept, which is an upper bound.
         """
+        return self.closest(ids, torch.full((), torch.inf))
+
+    def closest(self, ids: Tensor, logprobs: Tensor) -> Tensor:
+        """Return what ``gather`` does, except for ids that are not kept.
+
+        Of what these can be, at most the smallest that is kept, they get what is closest to ``logprobs``, so that a
+        difference found is the least that there can be.
+        """
         at = torch.searchsorted(self.ids, ids.int()).clamp_max(self.ids.shape[-1] - 1)
         kept = self.ids.gather(-1, at) == ids
-        return torch.where(kept, self.logprobs.gather(-1, at), self.logprobs.amin(-1, keepdim=True))
+        return torch.where(kept, self.logprobs.gather(-1, at), self.logprobs.amin(-1, keepdim=True).minimum(logprobs))
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Start:
                     scenario=asdict(run.scenario),
                     mutant=run.mutant,
                     reset=run.reset,
-                    file=str(self._file(run.key)),
+                    file=str(self.file(run.key)),
                 )
                 note(run.key)
             self.serving = engine.serving(timeout)
@@ -97,10 +97,11 @@ class Start:
         return self.directory.name
 
     def __contains__(self, key: str) -> bool:
-        return self._file(key).exists()
+        return self.file(key).exists()
 
     def __getitem__(self, key: str) -> Result:
-        return Result.load(self._file(key))
+        return Result.load(self.file(key))
 
-    def _file(self, key: str) -> Path:
+    def file(self, key: str) -> Path:
+        """Return where the answers of a run are."""
         return self.directory / f"{[run.key for run in self.runs].index(key)}.safetensors"

@@ -21,7 +21,8 @@ class Scenario:
     they decode, long ones during their prefill.
     ``turns`` continue the first request: each is another batch, of all tokens so far and these.
     ``hits`` lists requests (batch, index) that must be served from the prefix cache, over several blocks. If
-    ``preempts``, the cache must run out meanwhile. Without these conditions such a scenario would prove nothing.
+    ``preempts``, the cache must run out meanwhile; if ``drafted``, there must be drafts. Without these conditions such
+    a scenario would prove nothing.
     """
 
     batches: tuple[tuple[Prompt, ...], ...]
@@ -34,6 +35,7 @@ class Scenario:
     turns: tuple[Prompt, ...] = ()
     hits: tuple[tuple[int, int], ...] = ()
     preempts: bool = False
+    drafted: bool = False
 
     @property
     def top_k(self) -> int:

@@ -60,7 +60,7 @@ FULL_SET = {
 }
 
 # The lengths in `scenarios` suit blocks of at most this many tokens.
-_BLOCK = 64
+BLOCK = 64
 
 TEXTS = (
     "The recurrence keeps one matrix per head. Each token first decays it, then writes the part of its value that the "
@@ -93,8 +93,8 @@ def plan(
             Serving(config, 1, drafts, served), state_dtype, DEVICES[device], user_block_size=VLLM_BLOCK_SIZE
         )
 
-    block = cache(draft_tokens).block_size if engine == "vllm" else _BLOCK
-    scale = max(1.0, block / _BLOCK)
+    block = cache(draft_tokens).block_size if engine == "vllm" else BLOCK
+    scale = max(1.0, block / BLOCK)
     found = scenarios(config.vocab_size, scale, texts(checkpoint))
     max_model_len = min(config.max_position_embeddings, max(1024, max(s.longest for s in found.values())))
     starts: dict[str, tuple[EngineConfig, list[Run]]] = {}

@@ -22,7 +22,8 @@ from qnext_plugin.verify.comparison import (
     rounding,
 )
 from qnext_plugin.verify.reference import Recorded
-from qnext_plugin.verify.report import OK, Row
+from qnext_plugin.verify.report import NOT_EXERCISED, OK, Row
+from qnext_plugin.verify.rows import Reference
 from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.starts import Plan
 from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, LOGPROB_FLOAT32
@@ -67,29 +68,63 @@ def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Record
     with that of `transformers` on the same tokens, and its largest error with the largest of `transformers` in any
     scenario. When a choice of experts flips, both are off by similar amounts, though not at the same positions.
     """
-    answered = [(start, run, start[run.key]) for start in starts for run in start.runs if run.key in start]
+    answered = _answered(starts)
     queries = [completion.query for _, _, result in answered for _, completion in completions(result)]
-    roundings: dict[int, Difference] = {}
+    roundings: dict[tuple[str, str], Difference] = {}
     exact = recorded.of(torch.float32)
     exact(queries)  # all at once, so that each layer is read only once
     for dtype in {start.config.dtype for start in starts} - {"float32"}:
         rounded = recorded.of(getattr(torch, dtype))
         rounded(queries)
-        roundings |= {id(r): rounding(r, exact, rounded) for s, _, r in answered if s.config.dtype == dtype}
+        lower = [(s.name, run.key, result) for s, run, result in answered if s.config.dtype == dtype]
+        roundings |= {(name, key): rounding(result, exact, rounded) for name, key, result in lower}
     largest = max((difference.max for difference in roundings.values()), default=0.0)
+    bounds = {
+        where: (LOGPROB_BFLOAT16_RATIO * largest, LOGPROB_BFLOAT16_RATIO * difference.usual)
+        for where, difference in roundings.items()
+    }
+    return _rows(starts, failures, exact, bounds)
 
+
+def judge_against(start: Start, failures: Mapping[str, str], reference: Reference, other: Start) -> list[Row]:
+    """Return a row for every scenario of a server's ``start``, compared with another server, the ``reference``.
+
+    In float32 every position must be within the tolerance. In a lower precision, the errors are compared with the
+    largest that the other server has between the tokens that it wrote, in ``other``, and its own reading of them.
+    """
+    bounds = {}
+    if start.config.dtype != "float32":
+        noise = [compare(result, reference) for _, _, result in _answered([other])]
+        most = max(d.max for d in noise), max(d.usual for d in noise)
+        both = LOGPROB_BFLOAT16_RATIO * most[0], LOGPROB_BFLOAT16_RATIO * most[1]
+        bounds = {(start.name, run.key): both for run in start.runs}
+    return _rows([start], failures, reference, bounds)
+
+
+def _answered(starts: Sequence[Start]) -> list[tuple[Start, Run, Result]]:
+    return [(start, run, start[run.key]) for start in starts for run in start.runs if run.key in start]
+
+
+def _rows(
+    starts: Sequence[Start],
+    failures: Mapping[str, str],
+    exact: Reference,
+    bounds: Mapping[tuple[str, str], tuple[float, float]],
+) -> list[Row]:
+    """Return the rows; ``bounds`` are those in a lower precision, of the largest and the usual error."""
     rows: dict[tuple[str, str], Row] = {}
     reasons = dict(failures)
-    for start, run, result in answered:
-        if id(result) in roundings:
+    for start, run, result in _answered(starts):
+        where = start.name, run.key
+        if where in bounds:
             difference = compare(result, exact)
-            bounds = LOGPROB_BFLOAT16_RATIO * largest, LOGPROB_BFLOAT16_RATIO * roundings[id(result)].usual
+            largest, usual = bounds[where]
         else:
-            bounds = LOGPROB_FLOAT32, LOGPROB_FLOAT32
-            difference = compare(result, exact, bounds[0], run.scenario.top_k)
+            largest = usual = LOGPROB_FLOAT32
+            difference = compare(result, exact, largest, run.scenario.top_k)
         said = sum(loops(completion.token_ids) for _, completion in completions(result))
-        verdict = _verdict(start, run, result, difference, *bounds)
-        rows[start.name, run.key] = Row(start.name, run.key, verdict, difference, *bounds, loops=said)
+        verdict = _verdict(start, run, result, difference, largest, usual)
+        rows[where] = Row(start.name, run.key, verdict, difference, largest, usual, loops=said)
     return [
         rows.get((start.name, run.key)) or Row(start.name, run.key, _not_run(reasons.pop(start.name, None)))
         for start in starts
@@ -115,7 +150,7 @@ def _verdict(start: Start, run: Run, result: Result, difference: Difference, bou
         if run.warm:
             check_warm(result)
     except NotExercised as e:
-        return f"not exercised: {e}"
+        return f"{NOT_EXERCISED}: {e}"
     except Unsteady as e:
         return str(e)
     return OK

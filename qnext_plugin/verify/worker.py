@@ -1,4 +1,7 @@
-"""Run scenarios inside an engine's process. An adapter's ``tools.engine`` subclasses ``Worker``."""
+"""Make the requests of scenarios: of an engine inside its process, or of a server.
+
+An adapter's ``tools.engine`` subclasses ``Worker``.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,12 +18,53 @@ FULL_VOCAB = 2048  # larger vocabularies are compared on the most likely ids onl
 MOST_LIKELY = 256
 
 
-class Worker(ABC):
-    """A started engine. Cached prefixes are multiples of ``block_size``. ``seeded`` tells whether it honors seeds."""
+class Answerer(ABC):
+    """Who answers requests. Cached prefixes are multiples of ``block_size``. ``seeded``: whether seeds are honored."""
 
-    config: EngineConfig
     block_size: int
     seeded = True
+
+    @abstractmethod
+    def counts(self) -> dict[str, Any]:
+        """Return ``num_preemptions``, ``num_drafts`` and ``num_accepted`` (by position) since the start.
+
+        ``num_preemptions`` is None if it is not known.
+        """
+
+    @abstractmethod
+    def generate(self, batch: Sequence[Prompt], scenario: Scenario) -> list[Completion]:
+        """Answer the requests of a batch concurrently."""
+
+    @abstractmethod
+    def abort(self, batch: Sequence[Prompt]) -> None:
+        """Start requests, and drop them before they finish."""
+
+    def answers(self, scenario: Scenario) -> Result:
+        """Make all requests of a scenario in order, and return the answers."""
+        before = self.counts()
+        if scenario.aborted:
+            self.abort(scenario.aborted)
+        batches = [self.generate(batch, scenario) for batch in scenario.batches]
+        said = batches[0][0]
+        for turn in scenario.turns:
+            batches.append(self.generate([(*said.prompt, *said.token_ids, *turn)], scenario))
+            said = batches[-1][0]
+        after = self.counts()
+        known = after["num_preemptions"] is not None
+        return Result(
+            batches,
+            num_preemptions=after["num_preemptions"] - before["num_preemptions"] if known else None,
+            block_size=self.block_size,
+            num_drafts=after["num_drafts"] - before["num_drafts"],
+            num_accepted=[b - a for a, b in zip(before["num_accepted"], after["num_accepted"], strict=True)],
+            seeded=self.seeded,
+        )
+
+
+class Worker(Answerer):
+    """An engine that was started with ``config``."""
+
+    config: EngineConfig
 
     @abstractmethod
     def __init__(self, model: str, config: EngineConfig) -> None: ...
@@ -41,20 +85,8 @@ class Worker(ABC):
         """
 
     @abstractmethod
-    def counts(self) -> dict[str, Any]:
-        """Return ``num_preemptions``, ``num_drafts`` and ``num_accepted`` (by position) since the start."""
-
-    @abstractmethod
     def drafts_as(self, pattern: str, sequences: list[list[int]]) -> None:
         """From now on draft right or wrong continuations of ``sequences``, according to ``pattern``."""
-
-    @abstractmethod
-    def generate(self, batch: Sequence[Prompt], scenario: Scenario) -> list[Completion]:
-        """Answer the requests of a batch concurrently."""
-
-    @abstractmethod
-    def abort(self, batch: Sequence[Prompt]) -> None:
-        """Start requests, and drop them before they finish."""
 
     def run(self, scenario: Scenario, reset: bool) -> Result:
         """Answer a scenario. If it prescribes drafts, answer it first without them to learn the right ones."""
@@ -70,26 +102,6 @@ class Worker(ABC):
             return self.answers(scenario)
         finally:
             self.drafts_as("own", [])
-
-    def answers(self, scenario: Scenario) -> Result:
-        """Make all requests of a scenario in order, and return the answers."""
-        before = self.counts()
-        if scenario.aborted:
-            self.abort(scenario.aborted)
-        batches = [self.generate(batch, scenario) for batch in scenario.batches]
-        said = batches[0][0]
-        for turn in scenario.turns:
-            batches.append(self.generate([(*said.prompt, *said.token_ids, *turn)], scenario))
-            said = batches[-1][0]
-        after = self.counts()
-        return Result(
-            batches,
-            num_preemptions=after["num_preemptions"] - before["num_preemptions"],
-            block_size=self.block_size,
-            num_drafts=after["num_drafts"] - before["num_drafts"],
-            num_accepted=[b - a for a, b in zip(before["num_accepted"], after["num_accepted"], strict=True)],
-            seeded=self.seeded,
-        )
 
 
 def run(engine: Worker, scenario: dict[str, Any], mutant: str, reset: bool, file: str) -> None:
