@@ -9,8 +9,10 @@ import torch
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.cli import main
 from qnext_plugin.engines.process import free_port
+from qnext_plugin.verify.report import Row
 from qnext_plugin.verify.rows import Rows
 from qnext_plugin.verify.scenarios import scenarios
+from qnext_plugin.verify.served import passed
 from tests.support.stub_server import VOCAB, Stub, Table, serving
 
 ENGINES = pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -167,6 +169,13 @@ def test_against_in_bfloat16_what_the_second_is_off_itself_counts(verify):
     assert verify(Stub("vllm", Table(off=0.02)), Stub("sglang", Table(off=0.02)), options=bfloat16)[0] == 0
     status, rows, _ = verify(Stub("vllm", Table(off=0.06)), Stub("sglang", Table(off=0.02)), options=bfloat16)
     assert status == 1 and rows["mixed_lengths"].startswith("off by more than")
+
+
+def test_nothing_that_agrees_is_no_success():
+    idle, ok = Row("server", "a", "not exercised: so it is"), Row("server", "b", "ok")
+    assert (
+        not passed([]) and not passed([idle]) and passed([idle, ok]) and not passed([ok, Row("server", "c", "not run")])
+    )
 
 
 def test_token_that_only_one_side_names_is_off_by_what_it_exceeds_the_others():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qnext_plugin.engines.client import Client, Refused
+from qnext_plugin.engines.client import Client, Refused, ServerFailed
 from qnext_plugin.verify.scenarios import Prompt
 from qnext_plugin.verify.server import Entries, Facts, Server
 
@@ -65,7 +65,7 @@ class VllmServer(Server):
         ]
         prompt_rows = [
             {int(token): max(entry["logprob"], _LEAST) for token, entry in row.items()}
-            for row in (choice.get("prompt_logprobs") or [None])[1:]
+            for row in list(choice.get("prompt_logprobs") or ())[1:]
         ]
         details = answer["usage"].get("prompt_tokens_details") or {}
         return choice["token_ids"], prompt_rows, rows, details.get("cached_tokens")
@@ -108,7 +108,7 @@ class SglangServer(Server):
             prefix_caching=not info.get("disable_radix_cache"),
             block_size=max(64, info.get("page_size") or 1),  # of a prompt's states, every 64th token's can be kept
             cache_tokens=info.get("max_total_num_tokens"),
-            step_tokens=chunk if chunk and chunk > 0 else info.get("max_prefill_tokens"),
+            step_tokens=chunk if chunk and chunk > 0 else card["max_model_len"],
             ours=None,
         )
 
@@ -124,7 +124,7 @@ class SglangServer(Server):
         self.num_drafts += meta.get("spec_verify_ct", 0)
         rows, prompt_rows = (
             [{token: logprob for logprob, token, _ in row} for row in found]
-            for found in (meta["output_top_logprobs"], (meta.get("input_top_logprobs") or [None])[1:])
+            for found in (meta["output_top_logprobs"], list(meta.get("input_top_logprobs") or ())[1:])
         )
         return [row[1] for row in meta["output_token_logprobs"]], prompt_rows, rows, meta.get("cached_tokens")
 
@@ -140,10 +140,14 @@ def connect(url: str, vocab_size: int) -> Server:
     """
     client = Client.at(url)
     info = client.ask("/server_info") or {}
-    if "internal_states" in info:
-        return SglangServer(client, SglangServer.facts_of(client, info), vocab_size)
-    if isinstance(version := (client.ask("/version") or {}).get("version"), str):
-        return VllmServer(client, VllmServer.facts_of(client, version), vocab_size)
+    found = (client.ask("/version") or {}).get("version")
+    try:
+        if "internal_states" in info:
+            return SglangServer(client, SglangServer.facts_of(client, info), vocab_size)
+        if isinstance(found, str):
+            return VllmServer(client, VllmServer.facts_of(client, found), vocab_size)
+    except (KeyError, TypeError, IndexError) as e:
+        raise ValueError(f"{client.url}: its description of itself lacks something ({type(e).__name__}: {e})") from None
     raise ValueError(f"{client.url}: neither vLLM nor SGLang answers there; expected the root of their server")
 
 
@@ -151,7 +155,7 @@ def _ours(client: Client) -> bool | None:
     """Return whether our classes serve on vLLM, which lists the names of classes in its development mode only."""
     try:
         found = client.json("/collective_rpc", {"method": "get_model_inspection"})["results"]
-    except Refused:
+    except ServerFailed:
         return None
     return all(re.search(r"\bGatedDeltaNet\b", listed) for listed in found)
 

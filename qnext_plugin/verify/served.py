@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -180,6 +181,6 @@ def _in_one_piece(facts: Facts, wanted: dict[str, Scenario]) -> str | None:
     return f"the server computes up to {facts.step_tokens} tokens in a step, and the longest prompt has {most}"
 
 
-def _config(checkpoint: Path) -> dict[str, object]:
-    config: dict[str, object] = json.loads((checkpoint / "config.json").read_text())
+def _config(checkpoint: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
     return config
