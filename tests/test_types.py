@@ -15,14 +15,16 @@ class Base:
     def apply(self, x: int, scale: int = 1) -> int: ...
 def run(x: int, scale: int = 1) -> int: ...
 def serve(model) -> None: model.size_of()
+OPERATORS = ["attention_core"]
 """
 ADAPTER = """
+import torch
 from vllm.layers import Base, run
 class Model(Base):
     def apply(self, x: int, scale: int = 1) -> int:
         return run(x, scale=scale)
     def size_of(self) -> int:
-        return 1
+        return torch.ops.vllm.attention_core()
 """
 
 
@@ -54,6 +56,7 @@ def test_nothing_where_everything_is_there(sources):
         ("def run(x: int, scale", "def run(x: int, factor", "[unknown-argument]"),
         ("apply(self, x", "apply(self, y: int, x", "[incompatible-method-override]"),
         ("model.size_of", "model.bytes_of", "nothing in vllm asks for 'size_of'"),
+        ("attention_core", "attention", "vllm does not mention torch.ops.vllm.attention_core"),
     ],
 )
 def test_what_is_gone_is_named(sources, old, new, problem):
