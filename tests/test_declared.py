@@ -57,7 +57,7 @@ def test_no_server_needs_what_only_a_command_does() -> None:
 
 
 def names_in_strings() -> set[str]:
-    """Modules, classes and functions of ours that an engine or another process is given by name."""
+    """Modules, classes and functions of ours that an engine, another process or a reader is given by name."""
     from sglang_ext.register import CPU_PLATFORM
     from vllm_ext.register import ARCHITECTURES
 
@@ -66,6 +66,8 @@ def names_in_strings() -> set[str]:
     for project in (PROJECT, CPU_PROJECT):
         groups = [project.get("scripts", {}), *project["entry-points"].values()]
         found |= {target for group in groups for target in group.values()}
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        found |= {match[0] for match in OUR_NAME.finditer(file.read_text())}
     return found | {CPU_PLATFORM, *ARCHITECTURES.values()}
 
 
