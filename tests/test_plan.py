@@ -181,6 +181,17 @@ def test_weights_that_do_not_fit(capsys, published):
     assert "the weights do not fit" in capsys.readouterr().out
 
 
+def test_an_engine_that_fits_may_be_asked_for_alone(capsys, published):
+    arguments = (published, "--cache-memory", "6.4")
+    for engine, status in (("vllm", 0), ("sglang", 1)):
+        found, numbers = plan(capsys, *arguments, "--engine", engine)
+        assert (found, list(numbers["engines"])) == (status, [engine])
+        assert main(["plan", *arguments, "--engine", engine]) == status
+        other = {"vllm": "SGLang", "sglang": "vLLM"}[engine]
+        assert other not in capsys.readouterr().out
+    assert main(["plan", *arguments]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qnext_plugin.cli.plan_text import COMMANDS, GIB, text
+from qnext_plugin.engines.config import ENGINES
 
 _RESERVE = "3 on a GPU, of vLLM only; 4 on a CPU"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -17,12 +18,14 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     plan = commands.add_parser(
         "plan",
         help="memory, concurrency and command lines for a model, before it is loaded",
-        description="From config.json, and the safetensors headers where there are any. Exit status 1: does not fit.",
+        description="From config.json, and the safetensors headers where there are any. Exit status 1: does not fit on "
+        "an engine that is asked for.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     plan.set_defaults(run=_run)
     plan.add_argument("model", metavar="MODEL", help="a local directory, or a name on the hub (no weights are fetched)")
     plan.add_argument("--revision", metavar="NAME", help="of a model on the hub")
+    plan.add_argument("--engine", choices=ENGINES, help="this one alone, of which the exit status then speaks")
     plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each GPU")
     plan.add_argument(
         "--memory", type=float, metavar="GIB", help="of a machine that serves on its CPU (default: this one's)"
@@ -121,7 +124,8 @@ def _engines(
 
     context, engines = plan["context_length"], {}
     lengths = sorted({n for n in (4**i for i in range(5, 12)) if n < context} | {context})
-    for engine, divide in (("vllm", _vllm), ("sglang", _sglang)):
+    for engine in [args.engine] if args.engine else ENGINES:
+        divide = {"vllm": _vllm, "sglang": _sglang}[engine]
         kept = _CACHE_DTYPES.get(args.kv_cache_dtype) or _name(
             default_cache_dtype(engine, args.device, metadata.quantization) or serving.dtype
         )

@@ -25,12 +25,15 @@ def text(args: argparse.Namespace, plan: Mapping[str, Any]) -> str:
     if plan["quantized"] and plan["weights_from"] == "config.json" and args.device == "cuda":
         lines.append("  this checkpoint is quantized: without its headers the weights above are too large")
     lines += _cpu_text(args, plan) if args.device == "cpu" else []
-    for name, describe in (("vLLM", _vllm_text), ("SGLang", _sglang_text)):
-        engine = plan["engines"][name.lower()]
-        lines += ["", f"{name}, {engine['cache_memory'] / GIB:.1f} GiB for caches"]
-        lines += describe(args, plan, engine) if engine["cache_memory"] else ["  the weights do not fit"]
-    lines += ["", "Sequences at once", f"  {'tokens each':>11}   {'vLLM':<{BAR + 9}}   SGLang"]
-    found = [plan["engines"][name]["concurrency"] for name in ("vllm", "sglang")]
+    described = {"vllm": ("vLLM", _vllm_text), "sglang": ("SGLang", _sglang_text)}
+    names = [described[engine][0] for engine in plan["engines"]]
+    for engine, numbers in plan["engines"].items():
+        name, describe = described[engine]
+        lines += ["", f"{name}, {numbers['cache_memory'] / GIB:.1f} GiB for caches"]
+        lines += describe(args, plan, numbers) if numbers["cache_memory"] else ["  the weights do not fit"]
+    columns = "   ".join(f"{name:<{BAR + 9}}" for name in names).rstrip()
+    lines += ["", "Sequences at once", f"  {'tokens each':>11}   {columns}"]
+    found = [numbers["concurrency"] for numbers in plan["engines"].values()]
     largest = max(1, *(max(concurrency.values()) for concurrency in found))
     for length in found[0]:
         bars = (_bar(concurrency[length], largest) for concurrency in found)
