@@ -2,6 +2,7 @@
 ``Qwen3NextConfig`` takes the place of the class of ``transformers``.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,6 +83,8 @@ class CheckedConfig(KeepsBlockSize):
         check_draft(vllm_config)
         prepare_numba(vllm_config)
         choose_cache_dtype(vllm_config)
+        if note := cache_memory_note(vllm_config.cache_config.kv_cache_memory_bytes):
+            logger.warning("%s; %s", *note)
         KeepsBlockSize.verify_and_update_config(vllm_config)
 
 
@@ -89,6 +92,19 @@ def quantization_of(vllm_config: VllmConfig) -> Mapping[str, Any] | None:
     """Return the checkpoint's description of its quantization, overrides of the command line included."""
     found = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
     return found if found is None or isinstance(found, Mapping) else found.to_dict()
+
+
+def cache_memory_note(asked: int | None) -> tuple[str, str] | None:
+    """Return what vLLM does not say, and a way out, if the environment overrides ``--kv-cache-memory-bytes``.
+
+    ``asked`` are the bytes of that flag, before vLLM's platform for CPUs changes the configuration.
+    """
+    name = "VLLM_CPU_KVCACHE_SPACE"
+    if asked is None or not current_platform.is_cpu() or not (space := os.environ.get(name)):
+        return None
+    if int(space) << 30 == asked:
+        return None
+    return f"{name}={space} (GiB) overrides --kv-cache-memory-bytes {asked}", f"unset {name}"
 
 
 def choose_cache_dtype(vllm_config: VllmConfig) -> None:

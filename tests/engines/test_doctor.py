@@ -17,7 +17,8 @@ from tests.support.installed import ENGINE
 ADAPTER = f"{ENGINE}_ext"
 COMMAND = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
 NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.srt.models.qwen3_next."}
-DRAFT = {"vllm": mtp_flags("vllm", 2), "sglang": []}
+# The environment of these tests sets another size of vLLM's caches than this flag.
+FLAGS = {"vllm": [*mtp_flags("vllm", 2), "--kv-cache-memory-bytes", str(3 << 30)], "sglang": []}
 ANOTHER_DRAFT = {
     "vllm": ["--speculative-config", '{"method":"ngram_gpu","num_speculative_tokens":2,"prompt_lookup_max":3}'],
     "sglang": ["--speculative-algorithm", "STANDALONE"],
@@ -75,7 +76,7 @@ def version_edit(version: str) -> dict[str, tuple[str, str]]:
 @pytest.fixture(scope="module")
 def described(checkpoint):
     """Exit status and report on a checkpoint, with drafts where doctor takes the flags."""
-    return doctor(str(checkpoint("bfloat16")), "--dtype", "bfloat16", *DRAFT[ENGINE])
+    return doctor(str(checkpoint("bfloat16")), "--dtype", "bfloat16", *FLAGS[ENGINE])
 
 
 def test_names_our_classes_and_kernels(described):
@@ -91,6 +92,7 @@ def test_names_our_classes_and_kernels(described):
 def test_names_the_draft_and_the_kernels_that_then_serve(described, serve):
     _, report = described
     assert not any("--block-size" in risk for risk, _ in report["risks"]), "nobody asked for a block size"
+    assert any("overrides --kv-cache-memory-bytes" in risk for risk, _ in report["risks"])
     assert report["classes"]["draft"] == "vllm_ext.mtp.Qwen3NextMTP"
     ran = dict(line.split(": ") for line in serve("bfloat16-mtp2").serving["kernels"])
     assert {"prefill", "verify"} <= ran.keys()

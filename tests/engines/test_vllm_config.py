@@ -69,3 +69,12 @@ def test_weights_are_quantized_while_loading_where_vllm_can(monkeypatch, method,
     plain = SimpleNamespace(quantization=method, model_arch_config=SimpleNamespace(quantization_config=None))
     with nullcontext() if words is None else pytest.raises(ValueError, match=words):
         CheckedConfig.verify_and_update_model_config(plain)
+
+
+@pytest.mark.parametrize(("space", "asked", "noted"), [("2", 1 << 30, True), ("1", 1 << 30, False), ("", 1, False)])
+def test_cache_memory_of_the_environment_is_noted_where_a_flag_says_otherwise(monkeypatch, space, asked, noted):
+    from vllm_ext.config import cache_memory_note
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    assert bool(cache_memory_note(asked)) == noted
+    assert cache_memory_note(None) is None

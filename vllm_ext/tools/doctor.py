@@ -16,6 +16,8 @@ def examine(model: str, flags: list[str]) -> dict[str, Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from vllm_ext.config import cache_memory_note
+
     parsed = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", model, *flags])
     vllm_config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
     errors = []
@@ -23,7 +25,8 @@ def examine(model: str, flags: list[str]) -> dict[str, Any]:
         check(vllm_config)
     except ValueError as e:
         errors.append(str(e))
-    return {"kernels": kernels(vllm_config), "errors": errors, "risks": risks(vllm_config)}
+    notes = [note] if (note := cache_memory_note(parsed.kv_cache_memory_bytes)) else []
+    return {"kernels": kernels(vllm_config), "errors": errors, "risks": notes + risks(vllm_config)}
 
 
 def serving_classes() -> dict[str, str]:
