@@ -109,6 +109,15 @@ def drafting(spec: Any, model: Any, checkpoint: Checkpoint, config: QNextConfig,
     return algorithm
 
 
+def check_grammars(backend: str | None, drafts: str) -> None:
+    """Raise ``ValueError`` if SGLang cannot hold drafts to a grammar with this ``--grammar-backend``."""
+    if drafts and backend == "outlines":
+        raise ValueError(
+            "--grammar-backend outlines found with drafts, expected xgrammar or llguidance: its grammars cannot take "
+            "back a draft, and SGLang would end or answer outside of a grammar; change it, or drop the drafts"
+        )
+
+
 def check_draft(
     algorithm: str, draft: str | None, revision: str | None, trust_remote_code: bool, config: QNextConfig
 ) -> None:

@@ -18,7 +18,7 @@ from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
-from sglang.srt.runtime_context import get_lora, get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import get_exec, get_lora, get_model, get_parallel, get_spec
 from sglang.srt.utils import LazyValue, add_prefix, make_pp_layers
 from torch import nn
 from transformers import PretrainedConfig
@@ -28,7 +28,7 @@ from qnext_plugin.checkpoint.merged import MERGED, packed_modules
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext import compat, guards
 from sglang_ext.compat import ON_CPU
-from sglang_ext.config import captured_layers, check_dtype, drafting, qnext_config
+from sglang_ext.config import captured_layers, check_dtype, check_grammars, drafting, qnext_config
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
 from sglang_ext.kernels import plain_weights, register_cpu_kernels
@@ -164,6 +164,7 @@ class Qwen3NextForCausalLM(nn.Module):
         self.checkpoint = read_checkpoint()
         self.qnext_config = self.checkpoint.complete(qnext_config(config, get_parallel().attn_tp_size))
         drafts = drafting(get_spec(), get_model(), self.checkpoint, self.qnext_config, get_parallel().pp_size)
+        check_grammars(get_exec().kernel.grammar_backend, drafts)
         compat.apply(compat.Uses(model=True, drafts=drafts, adapters=get_lora().enable_lora))
         register_cpu_kernels()
         guards.vocab_size = self.qnext_config.vocab_size

@@ -137,6 +137,12 @@ def check_prefix_cache(server_args: Any) -> None:
             "which SGLang turns off for drafts on a CPU"
         )
     page, interval = server_args.page_size or 1, server_args.mamba_track_interval
+    if strategy == "no_buffer":
+        if page > 1:
+            raise ValueError(
+                f"--page-size {page} found with --mamba-radix-cache-strategy {strategy}, expected 1; drop one of both"
+            )
+        return
     drafts = server_args.speculative_num_draft_tokens or 1
     if interval % page or interval < drafts:
         raise ValueError(

@@ -52,7 +52,7 @@ def check(hf_config: Any, dtype: Any, args: Any) -> None:
 
     from qnext_plugin.checkpoint.stored import read_served
     from sglang_ext import compat
-    from sglang_ext.config import check_dtype, check_exchange, drafting, qnext_config
+    from sglang_ext.config import check_dtype, check_exchange, check_grammars, drafting, qnext_config
 
     compat.check_platform()
     check_dtype(dtype)
@@ -60,6 +60,7 @@ def check(hf_config: Any, dtype: Any, args: Any) -> None:
     config = qnext_config(hf_config, attn_tp_size_of(args))
     checkpoint = read_served(args.model_path, args.revision, args.load_format, args.download_dir)
     drafts = drafting(args, args, checkpoint, config, args.pp_size)
+    check_grammars(args.grammar_backend, drafts)
     if drafts == "NEXTN":
         check_exchange(args.speculative_moe_a2a_backend)
     compat.apply(compat.Uses(model=True, drafts=drafts, adapters=args.enable_lora))

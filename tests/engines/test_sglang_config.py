@@ -134,6 +134,15 @@ def test_a_refusal_names_nextn_only_if_the_checkpoint_has_it(drafts):
         drafting(drafts, spec("DSPARK"), "wide-draft")
 
 
+def test_grammars_that_cannot_take_back_a_draft_are_refused_with_drafts():
+    from sglang_ext.config import check_grammars
+
+    for backend, drafts in (("outlines", ""), ("llguidance", "NEXTN"), (None, "NGRAM")):
+        check_grammars(backend, drafts)
+    with pytest.raises(ValueError, match="--grammar-backend outlines found with drafts, expected xgrammar or"):
+        check_grammars("outlines", "NGRAM")
+
+
 def test_other_drafts_are_refused_on_pipelines(drafts):
     assert drafting(drafts, spec("EAGLE"), pp_size=2) == "NEXTN"
     with pytest.raises(ValueError, match="NGRAM found with --pp-size 2, expected 1"):
@@ -163,6 +172,8 @@ def test_ngrams_drafts_differ_where_a_tree_is_filled_up():
         ({}, None),
         ({"mamba_track_interval": 128, "page_size": 64, "speculative_num_draft_tokens": 4}, None),
         ({"mamba_radix_cache_strategy": "extra_buffer_lazy"}, None),
+        ({"mamba_radix_cache_strategy": "no_buffer", "mamba_track_interval": 2}, None),
+        ({"mamba_radix_cache_strategy": "no_buffer", "page_size": 16}, "--page-size 16 found with"),
         ({"mamba_track_interval": 100, "page_size": 16}, "expected a multiple of the page size 16"),
         ({"mamba_track_interval": 4, "speculative_num_draft_tokens": 8}, "at least the 8 draft tokens"),
         (

@@ -27,7 +27,8 @@ SAMPLING = (
         "penalties, stops, bad words, minimum of tokens, allowed tokens, with drafts",
         tested("test_hostile_requests.test_answer_is_clean_and_others_are_served", why="that others are served well"),
         expected(
-            "a penalty counts from the step after; bad words and allowed tokens are ignored, as SGLang has neither"
+            "of a step's tokens SGLang counts one for penalties and for a minimum of tokens; bad words and allowed "
+            "tokens are ignored, as it has neither"
         ),
     ),
     Feature(
@@ -55,7 +56,7 @@ SAMPLING = (
         tested(
             "test_sglang_speculation.test_grammar_holds_over_accepted_drafts",
             "test_sglang_server.test_grammar",
-            why="the default backend; the others fill in the same masks",
+            why="the default backend; llguidance fills in the same masks; outlines is refused with drafts",
         ),
         "structured-outputs-config reasoning-parser reasoning-parser-plugin reasoning-config",
         "grammar-backend disable-outlines-disk-cache",
