@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from qnext_plugin.ops.cpu import packing, quantized
+from qnext_plugin.ops.cpu import decoded, packing, panels, quantized
 from qnext_plugin.ops.cpu.experts import routed_experts
 from tests.support.packed import BFLOAT, EXPONENT, FORMS, FP8, IDS, dequantize, each_in_a_byte, pack, weights
 from tests.support.tolerances import OPS, assert_close
@@ -41,7 +41,7 @@ def bound(form, x, weight):
     magnitudes = x.abs() @ weight.abs().T * 2**-20
     if packing.CODES[form.codes] == "e4m3":
         return magnitudes
-    size = quantized._chunk(form)
+    size = panels.chunk_of(form)
     largest = [part.abs().amax(1, keepdim=True) for part in x.split(size, 1)]
     sums = [part.abs().sum(1)[None] for part in weight.split(size, 1)]
     # A zero point or half the range is added to the codes and subtracted after the sum.
@@ -49,8 +49,9 @@ def bound(form, x, weight):
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """Fill all memory that torch allocates with NaN, or the integers whose bits are NaN."""
+def poisoned(monkeypatch):
+    """Fill all memory that torch allocates with NaN, or the integers whose bits are NaN; leave AMX aside."""
+    monkeypatch.setattr(quantized, "has_amx", lambda: False)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -99,6 +100,28 @@ def check(form, parts, x, counts, n, num_threads=2, packed=None):
         assert bool((error <= bound(form, part, weight[i])).all()), f"matrix {i}: {error.max():.3g} off"
 
 
+@pytest.mark.parametrize("form", FORMS, ids=IDS)
+@pytest.mark.parametrize(("n", "num_threads", "slices"), [(33, 1, 1), (160, 3, 3)])
+def test_products_of_many_rows_where_there_is_amx(monkeypatch, form, n, num_threads, slices):
+    """Few rows are multiplied as without; of many, inputs, weights and outputs are rounded to bfloat16."""
+    form, *parts = weights(*form, n, 5)
+    weight, packed = plain(form, *parts), pack(form, *parts)
+    counts, used = [decoded.MANY - 1, decoded.MANY, 1, 101, 0], [4, 2, 0, 1, 3]
+    rows, x = torch.randint(29, (sum(counts),)), torch.randn(29, form.k).bfloat16()
+    without = quantized.products(form, x, packed, used, counts, rows)
+    monkeypatch.setattr(quantized, "has_amx", lambda: True)
+    monkeypatch.setattr(decoded, "SLICE", 2 * form.k * packing.BLOCK * -(-packed.shape[-2] // slices))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    found = quantized.products(form, x, packed, used, counts, rows)
+    several = [part.split(counts) for part in (found, without, x[rows])]
+    for ours, others, part, i in zip(*several, used, strict=True):
+        if len(part) < decoded.MANY:
+            assert torch.equal(ours, others)
+        expected = part.double() @ weight[i].T
+        bound = (part.double().abs() @ weight[i].abs().T + expected.abs()) * 2**-8
+        assert bool(((ours[:, :n].double() - expected).abs() <= bound * 1.01).all()), f"matrix {i}"
+
+
 def swapped_nibbles(form, codes, scales, zeros, outer):
     codes[2, 5, 8:10] = codes[2, 5, 8:10].flip(0)
 
@@ -129,8 +152,9 @@ def test_what_is_wrong_in_one_place_is_noticed(mutant, counts):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
-@pytest.mark.parametrize("count", [1, 3, 40])
-def test_what_is_not_finite_is_not_hidden(form, count):
+@pytest.mark.parametrize(("count", "amx"), [(1, False), (3, False), (40, False), (50, True)])
+def test_what_is_not_finite_is_not_hidden(monkeypatch, form, count, amx):
+    monkeypatch.setattr(quantized, "has_amx", lambda: amx)
     form, *parts = weights(*form, 16)
     for value in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(count, form.k)

@@ -1,7 +1,7 @@
 """Quantized checkpoints served by SGLang, with NEXTN, against `transformers` with the same dequantized weights.
 
-On a CPU every layer is dequantized while loading, so float32 is held to the bound of an unquantized checkpoint. One
-engine starts with the first of its formats and has the others loaded over it, which is how weights are updated.
+In bfloat16 every layer is served in its codes. In float32 it is dequantized while loading, and held to the bound of an
+unquantized checkpoint; there one engine has the other formats loaded over the first, which is how weights are updated.
 """
 
 import json
@@ -29,15 +29,18 @@ BFLOAT16 = replace(CONFIG, dtype="bfloat16")
 PHYSICAL = [2, 0, 3, 2, 1, 3, 0, 1]
 LOCATION = json.dumps({"physical_to_logical_map": [PHYSICAL, PHYSICAL[::-1]] * 2})
 BALANCED = ("--ep-size", "2", "--ep-num-redundant-experts", "4", "--init-expert-location", LOCATION)
+DEQUANTIZED = "dequantized while loading: "
 # What SGLang has to be told first on a CPU comes first.
 ORDER = ("gptq", *(name for name in FORMS if name != "gptq"))
 STARTS = {
-    "one process": (ORDER, CONFIG),
-    "TP 2": (ORDER, replace(BFLOAT16, tensor_parallel=2)),
-    "PP 2": (ORDER, replace(BFLOAT16, pipeline_parallel=2)),
-    "EP 2": (ORDER, replace(BFLOAT16, tensor_parallel=2, flags=("--ep-size", "2"))),
-    "EP 2, balanced": (("fp8-channel",), replace(BFLOAT16, tensor_parallel=2, flags=BALANCED)),
+    "one process": BFLOAT16,
+    "float32": CONFIG,
+    "TP 2": replace(BFLOAT16, tensor_parallel=2),
+    "PP 2": replace(BFLOAT16, pipeline_parallel=2),
+    "EP 2": replace(BFLOAT16, tensor_parallel=2, flags=("--ep-size", "2")),
+    "EP 2, balanced": replace(BFLOAT16, tensor_parallel=2, flags=BALANCED),
 }
+TWO = [(name, form) for name in ("TP 2", "PP 2", "EP 2") for form in FORMS] + [("EP 2, balanced", "fp8-channel")]
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +55,12 @@ def served(checkpoints, warm):
     """What a start's engine answered, for each of its formats a result of each scenario, and its log."""
 
     @cache
-    def start(name: str) -> tuple[dict[str, list[Result]], str]:
-        (forms, config), root = STARTS[name], checkpoints / name.replace(" ", "-")
+    def start(name: str, *forms: str) -> tuple[dict[str, list[Result]], str]:
+        config, root = STARTS[name], checkpoints / f"{name} {forms[0]}".replace(" ", "-")
         scenarios = (SCENARIO, DRAFT) if config.dtype == "float32" else (SCENARIO,)
         models = [str(checkpoints / form) for form in forms]
-        forking = warm.forking() if name == "one process" else nullcontext()
+        alone = config.tensor_parallel * config.pipeline_parallel == 1
+        forking = warm.forking() if alone else nullcontext()
         with forking, started_engine("sglang", models[0], config, root) as engine:
             engine.ready(600)
             assert engine.serving(60)["modules"] == ["sglang_ext.model", "sglang_ext.mtp"]
@@ -76,9 +80,10 @@ def served(checkpoints, warm):
     return start
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("form", FORMS)
-def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
-    results, _ = served("one process")
+def test_a_quantized_checkpoint_is_dequantized_in_float32(served, checkpoints, form):
+    results, _ = served("float32", *ORDER)
     answered, drafted = results[form]
     check_conditions(SCENARIO, CONFIG, answered)
     directory = dequantized(checkpoints, form)
@@ -87,42 +92,46 @@ def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, ch
     assert difference.max <= TOLERANCE, f"{difference.max:.3g} at {difference.worst}"
     assert not difference.wrong_tokens
     assert draft.max <= TOLERANCE, f"{draft.max:.3g} at {draft.worst}"
-    record_property("matrix", f"{form} | SGLang | one process, MTP | end to end on CPU, dequantized while loading")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_quantized_checkpoint_is_served_as_transformers_computes_it(served, checkpoints, record_property, form):
+    results, log = served("one process", form)
+    assert DEQUANTIZED not in log
+    check(results[form], "one process", checkpoints, form)
+    record_property("matrix", f"{form} | SGLang | one process, MTP | end to end on CPU, as stored")
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("name", "form"), [(name, form) for name, (forms, _) in STARTS.items() if name != "one process" for form in forms]
-)
+@pytest.mark.parametrize(("name", "form"), TWO)
 def test_a_quantized_checkpoint_is_served_by_two_processes(served, checkpoints, record_property, name, form):
-    results, _ = served(name)
-    (answered,) = results[form]
-    check_conditions(SCENARIO, STARTS[name][1], answered)
-    directory = dequantized(checkpoints, form)
-    exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
-    ours, theirs = compare(answered, exact), rounding(answered, exact, rounded)
-    print(f"{name} {form}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}")
-    assert ours.usual <= LOGPROB_QUANTIZED_RATIO * theirs.usual, f"{ours.max:.3g} at {ours.worst}"
+    results, log = served(name, form)
+    assert DEQUANTIZED not in log
+    check(results[form], name, checkpoints, form)
     column, _, balanced = name.partition(",")
     how = "with MTP, also each expert twice" if balanced else "with MTP"
     record_property("matrix", f"{form} | SGLang | {column} | end to end on CPU, {how}")
 
 
-@pytest.mark.parametrize(
-    "name", ["one process", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in STARTS if "2" in name)]
-)
-def test_what_is_dequantized_is_named_in_one_line(served, name):
-    _, log = served(name)
-    lines = {
-        line.partition("dequantized while loading: ")[2]
-        for line in log.splitlines()
-        if "dequantized while loading: " in line
-    }
+def check(results, name, checkpoints, form):
+    (answered,) = results
+    check_conditions(SCENARIO, STARTS[name], answered)
+    directory = dequantized(checkpoints, form)
+    exact, rounded = Whole(directory), Whole(directory, torch.bfloat16)
+    ours, theirs = compare(answered, exact), rounding(answered, exact, rounded)
+    print(f"{name} {form}: {ours.max:.3g} at {ours.worst}; transformers {theirs.max:.3g}")
+    assert ours.usual <= LOGPROB_QUANTIZED_RATIO * theirs.usual, f"{ours.max:.3g} at {ours.worst}"
+
+
+@pytest.mark.exhaustive
+def test_what_is_dequantized_is_named_in_one_line(served):
+    _, log = served("float32", *ORDER)
+    lines = {line.partition(DEQUANTIZED)[2] for line in log.splitlines() if DEQUANTIZED in line}
     for part in (
         "linear_attn.in_proj_qkvz",
         "mtp.layers.0.mlp.experts.{0..3}.up_proj",
         "mtp.layers.0.self_attn.q_proj",
     ):
-        named = [line for line in lines if part in line]  # pipeline stages name their own
-        assert named and all(line.endswith("(SGLang has no kernel for it on this CPU)") for line in named), named
+        named = [line for line in lines if part in line]
+        assert named and all(line.endswith("(the compiled products compute in bfloat16)") for line in named), named
     assert not any("mtp.fc" in line or "in_proj_ba" in line for line in lines)

@@ -144,6 +144,8 @@ def _expert(leaves: dict[str, Tensor], i: int, quantization: dict[str, Any]) -> 
         mine = {name: tensor.T if tensor.ndim == 2 else tensor for name, tensor in mine.items()}
         words = mine["weight_packed"]
         mine["weight_shape"] = torch.tensor([words.shape[0], 8 * words.shape[1]])
+        if not any(group["weights"].get("actorder") for group in quantization["config_groups"].values()):
+            mine.pop("weight_g_idx", None)  # SGLang allocates it and uses it with an order of activations only
     if "qzeros" in mine and mine["qzeros"].dtype != torch.int32:  # SGLang knows those of symmetric weights
         (groups, rows), bits = mine["scales"].shape, quantization["bits"]
         middle = {4: 0x77777777, 8: 0x7F7F7F7F}[bits]

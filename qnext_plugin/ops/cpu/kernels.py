@@ -118,8 +118,8 @@ def product(decoder: Decoder, rows: int, together: int = 1) -> Function:
     return Function(f"product_{decoder.name}_{rows}_{together}", 8, body)
 
 
-def tile(decoder: Decoder) -> Function:
-    """Return a function that stores a block's weights as float32 ``out`` [inputs, BLOCK].
+def tile(decoder: Decoder, dtype: torch.dtype = torch.float32) -> Function:
+    """Return a function that stores a block's weights as ``out`` [inputs, BLOCK] in ``dtype``, float32 or bfloat16.
 
     Its arguments are ``weights``, ``scales``, ``out``, ``chunks`` and ``lines``, as in ``product``.
     """
@@ -132,13 +132,14 @@ def tile(decoder: Decoder) -> Function:
 
             def line(j: Any, _: list[Any]) -> list[Any]:
                 at = b.add(b.mul(c, lines), j)
-                to = b.add(out, b.mul(at, I64(4 * BLOCK * decoder.per_line)))
+                to = b.add(out, b.mul(at, I64(dtype.itemsize * BLOCK * decoder.per_line)))
                 steps = decoder.decode(b, b.add(weights, b.mul(at, I64(LINE))))
                 for s, (v, vector) in ((s, pair) for s, step in enumerate(steps) for pair in enumerate(step)):
                     for half, value in enumerate(_floats(b, vector) if decoder.pairs else [vector]):
                         value = b.fsub(value, zeros[v]) if decoder.pairs else value
-                        place = s * (2 if decoder.pairs else 1) + half
-                        b.write(b.fmul(value, factors[v]), to, 4 * (place * BLOCK + v * LANES))
+                        value, place = b.fmul(value, factors[v]), s * (2 if decoder.pairs else 1) + half
+                        value = _rounded(b, value) if dtype == torch.bfloat16 else value
+                        b.write(value, to, dtype.itemsize * (place * BLOCK + v * LANES))
                 return []
 
             b.loop(lines, [], line)
@@ -146,12 +147,20 @@ def tile(decoder: Decoder) -> Function:
 
         b.loop(chunks, [], chunk)
 
-    return Function(f"tile_{decoder.name}", 5, body)
+    return Function(f"tile_{decoder.name}_{8 * dtype.itemsize}", 5, body)
 
 
 def _floats(b: Builder, pairs: Any) -> list[Any]:
     words, sixteen = b.bitcast(pairs, INTEGERS), INTEGERS([16] * LANES)
     return [b.sitofp(b.ashr(word, sixteen), FLOATS) for word in (b.shl(words, sixteen), words)]
+
+
+def _rounded(b: Builder, floats: Any) -> Any:
+    """Return the bits of the nearest bfloat16, ties to even; ``floats`` are finite."""
+    bits, sixteen = b.bitcast(floats, INTEGERS), INTEGERS([16] * LANES)
+    odd = b.and_(b.lshr(bits, sixteen), INTEGERS([1] * LANES))
+    up = b.add(b.add(bits, INTEGERS([0x7FFF] * LANES)), odd)
+    return b.trunc(b.lshr(up, sixteen), ir.VectorType(I16, LANES))
 
 
 def table(scales: torch.dtype) -> Function:
@@ -262,4 +271,5 @@ FLOATS_AT = len(PRODUCTS) - ROWS // 2
 """The index of the product from float32 of 0 rows; those of at least half of ROWS exist."""
 PRODUCTS += [product(DECODERS["f32"], rows) for rows in range(ROWS // 2, ROWS + 1)]
 TILES = [tile(DECODERS[codes]) for codes in CODES]
+BFLOAT16_TILES = [tile(DECODERS[codes], torch.bfloat16) for codes in CODES]
 TABLES = [table(scales) for scales in SCALES]

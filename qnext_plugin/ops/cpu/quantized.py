@@ -1,9 +1,7 @@
 """Compiled products with weights of 4 and 8 bits on x86-64 CPUs, which are multiplied as they are packed.
 
-For few rows codes are decoded in the registers that they are multiplied in. Integer and FP4 codes are multiplied by
-inputs that are rounded to int16, in parts of at most CHUNK inputs with a factor for each: an error of at most 2**-16 of
-a part's largest input, which is less than that of bfloat16. For many rows a block is decoded to float32 once, in tiles
-that stay in a core's cache.
+For few rows codes are decoded in the registers that they are multiplied in, by inputs as ``panels.py`` rounds them. For
+many rows a block is decoded to float32 once, in tiles that stay in a core's cache; with AMX, ``decoded.py`` takes them.
 """
 
 from collections.abc import Sequence
@@ -13,37 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 from torch import Tensor
 
-from qnext_plugin.ops.cpu import kernels
-from qnext_plugin.ops.cpu.decoders import E2M1_OFFSET, FEATURES
+from qnext_plugin.ops.cpu import decoded, kernels
+from qnext_plugin.ops.cpu.decoders import FEATURES
 from qnext_plugin.ops.cpu.jit import bounds, in_parallel, pointer, rounded, share, thread_num
-from qnext_plugin.ops.cpu.packing import BLOCK, CODES, LINE, MIDDLE, Form
+from qnext_plugin.ops.cpu.packing import BLOCK, LINE, Form
+from qnext_plugin.ops.cpu.panels import FIELDS, HEADER, chunk_of, coding, read_floats, read_inputs, read_scales
+from qnext_plugin.ops.instructions import has_amx
 
-CHUNK = 128  # the most inputs that are rounded together, and summed in int32
 FEW = 12  # the most rows for which codes are decoded in registers
 PARTS = 8  # parts of up to ROWS rows that stay in a core's cache while all weights are read
 TILE = 256  # the inputs of a tile
 FEW_ROWS, ROWS, TOGETHER = kernels.FEW_ROWS, kernels.ROWS, kernels.TOGETHER
-SMALLEST = 27 << 23  # the bits of 2**-100: smaller inputs are taken for 0
-INFINITY = 255 << 23
-E4M3 = CODES.index("e4m3")
 ZERO, ONE = np.int64(0), np.int64(1)
 """Numba would compile functions again for a literal argument."""
 
 ONCE = njit(inline="always")
 """For functions with the loops in them, which LLVM would otherwise optimize again in each that calls them."""
-
-FIELDS = (
-    *("matrices", "blocks", "k", "padded_k", "groups", "chunk", "num_rows"),
-    *("codes", "scales", "has_zeros", "per_line", "factor", "zero", "scales_at", "zeros_at", "codes_at", "block_bytes"),
-    *("row_at", "factors_at", "tables_at", "tile_at", "sums_at", "per_thread"),
-    *("packed", "x", "rows", "out", "scratch", "x_bytes", "out_bytes"),
-)
-HEADER = np.dtype([(field, np.int64) for field in FIELDS])
 
 
 @cache
@@ -66,23 +52,24 @@ def products(
     By default all rows are multiplied by the first matrix. ``x`` [T, k] is bfloat16 or float32, ``packed`` uint8
     [matrices, blocks, bytes] or [blocks, bytes], as ``packing.pack`` returns it, ``rows`` [R] int64 indices, by default
     each row once. Returns [R, blocks * BLOCK] in ``dtype``, bfloat16 or float32. Sums are in float32. An input that is
-    not finite makes all outputs of its row NaN.
+    not finite makes no output of its row a finite number.
     """
     assert packed.is_contiguous() and packed.shape[-1] == form.offsets[-1] and x.shape[-1] == form.k
     x, rows = x.contiguous(), None if rows is None else rows.contiguous()
     num_rows = (x if rows is None else rows).shape[0]
     counts = (num_rows,) if counts is None else counts
     out = torch.empty(num_rows, packed.shape[-2] * BLOCK, dtype=dtype)
-    chunk = _chunk(form)
+    chunk, most = chunk_of(form), decoded.MANY - 1 if has_amx() else num_rows
     sections = _sections(form, chunk)
     scratch = torch.empty(torch.get_num_threads(), sections[-1], dtype=torch.int32)
-    sizes = (len(counts), packed.shape[-2], form.k, form.padded_k, form.groups, chunk, num_rows)
-    coding = (form.codes, form.scales, form.has_zeros, form.per_line, *_code(form), *form.offsets)
+    sizes = (len(counts), packed.shape[-2], form.k, form.padded_k, form.groups, chunk, num_rows, most)
     addresses = (packed.data_ptr(), x.data_ptr(), 0 if rows is None else rows.data_ptr(), out.data_ptr())
-    header = (*sizes, *coding, *sections, *addresses, scratch.data_ptr(), x.element_size(), out.element_size())
+    header = (*sizes, *coding(form), *sections, *addresses, scratch.data_ptr(), x.element_size(), out.element_size())
     run = in_parallel(_region)
     assert run is not None
     run(np.array([*header, *used, *counts], np.int64))
+    if max(counts, default=0) > most:
+        decoded.fill(out, form, x, packed, used, counts, rows)
     return out
 
 
@@ -91,21 +78,6 @@ def linear(form: Form, x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -
     if bias is None:
         return products(form, x, packed)[:, :n]
     return (products(form, x, packed, dtype=torch.float32)[:, :n] + bias).to(torch.bfloat16)
-
-
-@cache
-def _code(form: Form) -> tuple[int, int]:
-    """Return the bits of the value of a code that ``kernels`` decodes to 1, and of the one that it decodes 0 to."""
-    numbers = {"u4": (1, MIDDLE), "e2m1": (0.5, E2M1_OFFSET), "i8": (1, 0), "e4m3": (256, 0)}[CODES[form.codes]]
-    factor, zero = np.array(numbers, np.float32).view(np.int32).tolist()
-    return factor, zero
-
-
-@cache
-def _chunk(form: Form) -> int:
-    """Return how many inputs, whole lines, make a part of a group."""
-    size = form.group if form.groups > 1 else form.padded_k
-    return max(d for d in range(form.per_line, CHUNK + 1, form.per_line) if size % d == 0)
 
 
 @cache
@@ -127,10 +99,10 @@ def _region(data: Any) -> None:
     used, counts = lists[0], lists[1]
     total, row = ZERO, ZERO
     for count in counts:
-        total += h.blocks * _jobs(count) * _cost(count)
+        total += h.blocks * _jobs(count, h.most) * _cost(count)
     first, last = share(total)
     for which, count in zip(used, counts):  # noqa: B905
-        jobs, cost = h.blocks * _jobs(count), _cost(count)
+        jobs, cost = h.blocks * _jobs(count, h.most), _cost(count)
         job, stop = max(-(-first // cost), 0), min(-(-last // cost), jobs)
         if job < stop:
             weights = h.packed + h.block_bytes * h.blocks * which
@@ -149,15 +121,17 @@ def _parts(count: Any) -> Any:
 
 
 @njit
-def _jobs(count: Any) -> Any:
-    """Return how many jobs a block is."""
+def _jobs(count: Any, most: Any) -> Any:
+    """Return how many jobs a block is; none where ``decoded`` takes the rows."""
+    if count > most:
+        return ZERO
     return min(count, 1) if count <= FEW else _parts(count)
 
 
 @njit
 def _cost(count: Any) -> Any:
     """Return what a job costs, in rows: decoding counts for two."""
-    return count // max(_jobs(count), 1) + 2
+    return (count if count <= FEW else count // _parts(count)) + 2
 
 
 @ONCE
@@ -169,7 +143,7 @@ def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> Non
     scales, sums_at = own + 4 * h.tables_at, own + 4 * h.sums_at
     for part in range(parts):
         begin, end = bounds(row, count, parts, part)
-        _read_inputs(h, begin, end, own + inputs * part, factors + per_part * part)
+        read_inputs(h, begin, end, own + inputs * part, factors + per_part * part)
     lines, size = h.chunk // h.per_line, count * TOGETHER * BLOCK
     sums = carray(pointer(sums_at), size, np.float32)
     while job < stop:
@@ -177,7 +151,7 @@ def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> Non
         together = together if job + together <= stop else 1
         at = weights + h.block_bytes * job
         for b in range(together):
-            _read_scales(h, at + h.block_bytes * b, scales + 8 * BLOCK * chunks * b)
+            read_scales(h, at + h.block_bytes * b, scales + 8 * BLOCK * chunks * b)
         for j in range(size):
             sums[j] = 0
         for part in range(parts):
@@ -207,9 +181,9 @@ def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> No
             filled = group
             for i in range(size):
                 begin, end = bounds(row, count, parts, group * PARTS + i)
-                _read_floats(h, begin, end, own + inputs * i)
+                read_floats(h, begin, end, own + inputs * i)
         at = weights + h.block_bytes * block
-        _read_scales(h, at, scales)
+        read_scales(h, at, scales)
         sums = carray(pointer(sums_at + per_part * part), (end_part - part) * ROWS * TOGETHER * BLOCK, np.float32)
         for j in range((end_part - part) * ROWS * TOGETHER * BLOCK):
             sums[j] = 0
@@ -231,97 +205,6 @@ def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> No
 
 
 @njit
-def _read_row(h: Any, r: Any) -> Any:
-    """Copy a row of inputs as float32 and return it; zeros fill the last line."""
-    own = h.scratch + 4 * h.per_thread * thread_num()
-    bits = carray(pointer(own + 4 * h.row_at), h.padded_k, np.uint32)
-    source = r
-    if h.rows:
-        source = carray(pointer(h.rows), h.num_rows, np.int64)[r]
-    if h.x_bytes == 2:
-        x16 = carray(pointer(h.x + 2 * h.k * source), h.k, np.uint16)
-        for j in range(h.k):
-            bits[j] = np.uint32(x16[j]) << np.uint32(16)
-    else:
-        x32 = carray(pointer(h.x + 4 * h.k * source), h.k, np.uint32)
-        for j in range(h.k):
-            bits[j] = x32[j]
-    for j in range(h.k, h.padded_k):
-        bits[j] = 0
-    return bits
-
-
-@njit
-def _read_floats(h: Any, begin: Any, end: Any, to: Any) -> None:
-    """Store rows of inputs as [k, rows]."""
-    panel = carray(pointer(to), (h.padded_k, end - begin), np.uint32)
-    for r in range(begin, end):
-        bits = _read_row(h, r)
-        for j in range(h.padded_k):
-            panel[j, r - begin] = bits[j]
-
-
-@njit
-def _read_inputs(h: Any, begin: Any, end: Any, to: Any, factors_at: Any) -> None:
-    """Store rows of inputs as ``kernels.product`` takes them."""
-    if h.codes == E4M3:
-        _read_floats(h, begin, end, to)
-        return
-    own = h.scratch + 4 * h.per_thread * thread_num()
-    rounded_at = own + 4 * (h.row_at + h.padded_k)
-    rounded = carray(pointer(rounded_at), h.padded_k, np.int16)
-    pairs = carray(pointer(rounded_at), h.padded_k // 2, np.uint32)
-    panel = carray(pointer(to), (h.padded_k // 2, end - begin), np.uint32)
-    factors = carray(pointer(factors_at), (h.padded_k // h.chunk, 2, end - begin), np.float32)
-    for r in range(begin, end):
-        bits = _read_row(h, r)
-        x = carray(pointer(own + 4 * h.row_at), h.padded_k, np.float32)
-        for c in range(h.padded_k // h.chunk):
-            start = c * h.chunk
-            factor, total = _round(bits[start:], x[start:], rounded[start:], h.chunk)
-            factors[c, 0, r - begin] = factor
-            factors[c, 1, r - begin] = -total
-        for j in range(h.padded_k // 2):
-            panel[j, r - begin] = pairs[j]
-
-
-@njit
-def _largest(bits: Any, size: Any) -> Any:
-    """Return the bits of the largest magnitude; those of infinity and NaN are larger than any number's."""
-    found = np.uint32(0)
-    for j in range(size):
-        magnitude = np.uint32(bits[j] & np.uint32(0x7FFFFFFF))
-        if magnitude > found:
-            found = magnitude
-    return found
-
-
-@njit
-def _round(bits: Any, x: Any, to: Any, size: Any) -> Any:
-    """Round ``size`` inputs to int16; returns the factor that undoes it, and the sum of the integers."""
-    largest_bits = _largest(bits, size)
-    if largest_bits >= INFINITY:
-        to[:size] = 0
-        return np.float32(np.nan), np.float32(0)
-    largest, inverse, total = _float(largest_bits), np.float32(0), np.int32(0)
-    if largest_bits > SMALLEST:
-        inverse = np.float32(32767) / largest
-    for j in range(size):
-        number = np.int32(np.rint(x[j] * inverse))
-        to[j] = number
-        total = np.int32(total + number)
-    return largest / np.float32(32767), np.float32(total)
-
-
-@njit
-def _read_scales(h: Any, at: Any, to: Any) -> None:
-    """Store a block's scales and zero points as ``kernels.product`` takes them."""
-    zeros = at + h.zeros_at if h.has_zeros else 0
-    repeats = h.padded_k // h.chunk // h.groups
-    _table(h.scales, at + h.scales_at, zeros, at, to, h.groups, repeats, h.factor, h.zero)
-
-
-@njit
 def _write(h: Any, begin: Any, end: Any, block: Any, together: Any, sums_at: Any) -> None:
     n = h.blocks * BLOCK
     sums = carray(pointer(sums_at), (end - begin, TOGETHER, BLOCK), np.uint32)
@@ -338,14 +221,4 @@ def _write(h: Any, begin: Any, end: Any, block: Any, together: Any, sums_at: Any
                     out32[r, (block + b) * BLOCK + j] = sums[r - begin, b, j]
 
 
-@intrinsic
-def _float(_: Any, bits: Any) -> Any:
-    """Return the float32 that has these bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-_product, _tile, _table = (kernels.choice(functions) for functions in (kernels.PRODUCTS, kernels.TILES, kernels.TABLES))
+_product, _tile = (kernels.choice(functions) for functions in (kernels.PRODUCTS, kernels.TILES))
