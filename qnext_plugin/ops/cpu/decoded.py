@@ -18,6 +18,11 @@ SLICE = 1 << 22  # bytes of decoded weights, which a core's cache can hold
 TILE = 256  # the inputs of a tile
 
 
+def available() -> bool:
+    """Return whether weights can be decoded here; the first call compiles what does it."""
+    return in_parallel(_region) is not None
+
+
 def fill(
     out: Tensor,
     form: Form,

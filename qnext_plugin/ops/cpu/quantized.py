@@ -35,7 +35,8 @@ ONCE = njit(inline="always")
 @cache
 def available() -> bool:
     """Return whether these products can run here; the first call compiles them."""
-    return {"+avx2", "+fma", "+f16c"} <= FEATURES and in_parallel(_region) is not None
+    compiled = {"+avx2", "+fma", "+f16c"} <= FEATURES and in_parallel(_region) is not None
+    return compiled and (not has_amx() or decoded.available())
 
 
 def products(
