@@ -183,11 +183,12 @@ def test_the_adapters_do_something_and_their_rows_order_matters(root, reference)
 
 
 @pytest.fixture(scope="module")
-def passed(server, root, reference):
+def passed(server, root, reference, tmp_path_factory):
     """An adapter that came, served beside another and went."""
-    write_adapter(root / "passing", root / "base", rf"model\.{ATTENTION}", 2, 5, seed=7)
+    passing = tmp_path_factory.mktemp("passing") / "adapter"
+    write_adapter(passing, root / "base", rf"model\.{ATTENTION}", 2, 5, seed=7)
     assert missing(server, "passing")
-    assert load(server, "passing", root / "passing").status_code == 200
+    assert load(server, "passing", passing).status_code == 200
     assert off(ask(server, ["passing", "everything"]), reference) < TOLERANCE
     assert unload(server, "passing").status_code == 200
 
@@ -228,13 +229,15 @@ def test_more_adapters_than_are_kept_are_read_again(server, root, reference):
 
 
 def another_base(directory, root):
-    write_random_checkpoint(root / "smaller", dtype="float32", overrides=SIZES | {"hidden_size": 64})
-    write_adapter(directory, root / "smaller", rf"model\.{LINEAR}", 3, 3)
+    smaller = directory.with_name("smaller")
+    write_random_checkpoint(smaller, dtype="float32", overrides=SIZES | {"hidden_size": 64})
+    write_adapter(directory, smaller, rf"model\.{LINEAR}", 3, 3)
 
 
 def more_layers(directory, root):
-    write_random_checkpoint(root / "longer", dtype="float32", overrides=SIZES | {"num_hidden_layers": 8})
-    write_adapter(directory, root / "longer", rf"model\.{LINEAR}", 3, 3)
+    longer = directory.with_name("longer")
+    write_random_checkpoint(longer, dtype="float32", overrides=SIZES | {"num_hidden_layers": 8})
+    write_adapter(directory, longer, rf"model\.{LINEAR}", 3, 3)
 
 
 def fused_experts(directory, root):
@@ -282,9 +285,9 @@ REFUSED = {
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", REFUSED)
-def test_an_adapter_that_does_not_fit_is_refused_and_the_server_goes_on(server, root, reference, case):
+def test_an_adapter_that_does_not_fit_is_refused_and_the_server_goes_on(server, root, reference, tmp_path, case):
     write, words = REFUSED[case]
-    directory = root / case.replace(" ", "_")
+    directory = tmp_path / case.replace(" ", "_")
     write(directory, root)
     answer = load(server, "unfit", directory)
     print(answer.text)
