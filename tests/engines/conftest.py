@@ -10,6 +10,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - ``ep2-mtp2``, ``bfloat16-ep2-mtp2``: experts in parallel in ``test_vllm_executors``
 - ``test_*_quantized``, two processes: each format in one process there; ``tp2-mtp2``, ``pp2-mtp2``
 - ``test_*_loading``, five formats: two formats there; each format in one process in ``test_*_quantized``
+- ``test_vllm_server``, compiled on two ranks: on one there, and ``tp2-mtp2``
 - ``test_vllm_server``, YaRN in config.json: ``odd-a`` to ``odd-c``, and the case that overrides it
 - ``test_vllm_long_context``: the same for YaRN, ``chunked`` for prompts in pieces
 - ``test_vllm_executors``, experts sharded: experts in parallel there; Ray and ``test_nodes``: ``tp2-mtp2``

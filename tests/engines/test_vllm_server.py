@@ -80,11 +80,15 @@ def assert_gone(group: int) -> None:
     raise AssertionError("the server has ended, processes that it started have not")
 
 
-def test_plain(written, serve):
-    """Compiled by Inductor, as by default. On one rank: each would compile the same."""
-    with serve(written / "bfloat16", "--max-model-len", str(TRAINED_LENGTH)) as server:
+@pytest.mark.parametrize(
+    "workers", [("Worker",), pytest.param(("Worker_TP0", "Worker_TP1"), marks=pytest.mark.exhaustive)], ids=len
+)
+def test_plain(written, serve, workers):
+    """Compiled by Inductor, as by default; on two ranks its graph has their sums in it."""
+    flags = ["--max-model-len", str(TRAINED_LENGTH), "--tensor-parallel-size", str(len(workers))]
+    with serve(written / "bfloat16", *flags) as server:
         registered = {("EngineCore", "Qwen3NextForCausalLM", "vllm_ext")}
-        assert who_serves(server) >= registered | {("Worker", "Qwen3NextForCausalLM", "vllm_ext.model")}
+        assert who_serves(server) >= registered | {(w, "Qwen3NextForCausalLM", "vllm_ext.model") for w in workers}
         ask(server)
 
 
