@@ -2,7 +2,8 @@
 
     scripts/results [--check]
 
-A table stands between ``<!-- results: FILE -->``, or a pattern for several, and ``<!-- end of results -->``.
+A table stands between ``<!-- results: FILE -->``, or a pattern for several, and ``<!-- end of results -->``. With
+``agreement`` instead of ``results`` it is the summary of what ``qnext verify`` reported.
 ``--check`` changes nothing and fails where a document says something else than the files.
 """
 
@@ -23,7 +24,9 @@ AGAINST = {
     "cpu-llama-cpp": "llama.cpp",
 }
 """What the results of a file are against, without the CPU in its name."""
-REGION = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+REGION = re.compile(
+    r"(<!-- (?P<what>results|agreement): (?P<file>\S+) -->\n).*?(?P<end><!-- end of results -->)", re.DOTALL
+)
 
 
 def table(rows: list[list[str]]) -> str:
@@ -147,11 +150,9 @@ def gpu_check(found: dict[str, Any]) -> str:
 
 def verify(runs: list[dict[str, Any]]) -> str:
     """Of ``qnext verify``, a column each: the largest difference, in bfloat16 the usual one and its bound."""
-    columns: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for run in sorted(runs, key=lambda run: (run["dtype"] != "float32", run["native"], "sglang" in run["versions"])):
-        engine = "SGLang" if "sglang" in run["versions"] else "vLLM"
-        title = f"{engine}'s own, {run['dtype']}" if run["native"] else f"{engine}, {run['dtype']}"
-        columns[title] = {(row["start"], row["scenario"]): row for row in run["rows"]}
+    columns = {
+        title: {(row["start"], row["scenario"]): row for row in run["rows"]} for title, run in by_title(runs).items()
+    }
 
     def cell(row: dict[str, Any] | None, exact: bool) -> str:
         if row is None:
@@ -169,6 +170,26 @@ def verify(runs: list[dict[str, Any]]) -> str:
     passed = [[row["verdict"] == "ok" for row in rows.values()] for rows in columns.values()]
     table_rows.append(["all", "second passes included", *(f"{sum(ok)} of {len(ok)} ok" for ok in passed)])
     return table(table_rows)
+
+
+def agreement(runs: list[dict[str, Any]]) -> str:
+    """Of ``qnext verify``, a row each: the scenarios that agree, and how much of its bound the worst of all takes."""
+    rows = [["Served by", "scenarios that agree", "largest error, of its bound"]]
+    for title, run in by_title(runs).items():
+        measured = [row for row in run["rows"] if row["difference"]]
+        shares = [row["difference"][key] / row[f"{key}_bound"] for row in measured for key in ("max", "usual")]
+        agree = sum(row["verdict"] == "ok" for row in run["rows"])
+        rows.append([title, f"{agree} of {len(run['rows'])}", f"{max(shares):.0%}"])
+    return table(rows)
+
+
+def by_title(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Runs of ``qnext verify`` by the model, engine and dtype that they are about, in the order of the tables."""
+    found = {}
+    for run in sorted(runs, key=lambda run: (run["dtype"] != "float32", run["native"], "sglang" in run["versions"])):
+        engine = "SGLang" if "sglang" in run["versions"] else "vLLM"
+        found[f"{engine}'s own, {run['dtype']}" if run["native"] else f"{engine}, {run['dtype']}"] = run
+    return found
 
 
 def speeds(files: dict[str, dict[str, Any]]) -> str:
@@ -200,10 +221,10 @@ def written(document: str) -> str:
         runs = {file.stem: json.loads(file.read_text()) for file in sorted(ROOT.glob(match["file"]))}
         first, *more = runs.values()
         if first["kind"] == "verify":
-            made = verify(list(runs.values()))
+            made = {"results": verify, "agreement": agreement}[match["what"]](list(runs.values()))
         else:
             made = speeds(runs) if more else KINDS[first["kind"]](first)
-        return f"{match[1]}\n{made}\n{match[3]}"
+        return f"{match[1]}\n{made}\n{match['end']}"
 
     return REGION.sub(region, document)
 
