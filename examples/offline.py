@@ -7,7 +7,7 @@ python examples/offline.py sglang MODEL
 import sys
 
 PROMPTS = ["The state of a linear attention layer is", "A mixture of experts is", "Speculative decoding is"]
-SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # Instruct's; the README has those of the other models
+SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # Instruct's; docs/models.md has those of the other models
 
 
 def with_vllm(model: str) -> list[str]:
