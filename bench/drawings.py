@@ -35,11 +35,11 @@ def row_order() -> str:
         figure.text((first + last) / 2, bottom + height + 18, title, "soft", anchor="middle")
         middle = (first + last) / 2
         figure.line([(first + 2, bottom + height + 28), (middle - 2, bottom + height + 28)], "ink", width=3)
-        figure.line([(middle + 2, bottom + height + 28), (last - 2, bottom + height + 28)], "grey", width=3)
+        figure.line([(middle + 2, bottom + height + 28), (last - 2, bottom + height + 28)], "gray", width=3)
     y = bottom + height + 54
     figure.line([(36, y - 4), (60, y - 4)], "ink", width=3)
     figure.text(68, y, "share of rank 0 of 2", "soft")
-    figure.line([(220, y - 4), (244, y - 4)], "grey", width=3)
+    figure.line([(220, y - 4), (244, y - 4)], "gray", width=3)
     figure.text(252, y, "share of rank 1: whole heads of every section", "soft")
     return figure.render()
 
@@ -49,11 +49,11 @@ def state_cache() -> str:
     figure = Drawing(760, 400, "Where vLLM and SGLang keep states")
     figure.text(24, 32, "One sequence with two drafts and prefix caching", style="bold")
     figure.legend(24, 58, [("a", "state in use"), ("c", "state kept for a prefix"), ("b", "state after a draft")], 190)
-    figure.legend(24 + 3 * 190, 58, [("grey", "keys and values")])
+    figure.legend(24 + 3 * 190, 58, [("gray", "keys and values")])
 
     figure.text(24, 96, "vLLM: one pool of pages of equal size", style="bold")
     pages = [("a", "state"), ("c", "prefix"), ("b", "draft 1"), ("b", "draft 2")]
-    pages += [("grey", f"tokens {i}") for i in "123"]
+    pages += [("gray", f"tokens {i}") for i in "123"]
     _row(figure, 24, 108, 82, 54, pages)
     figure.text(24 + 7 * 84 + 8, 140, "free ...", "soft")
     figure.text(
@@ -68,7 +68,7 @@ def state_cache() -> str:
     _row(figure, 306, 234, 70, 54, [("b", "token"), ("b", "draft 1"), ("b", "draft 2")])
     figure.text(306, 308, "beside the pool, while verifying", "soft")
     for i in range(12):
-        figure.box(556 + 15 * i, 234, 13, 54, "grey")
+        figure.box(556 + 15 * i, 234, 13, 54, "gray")
     figure.text(556, 308, "tokens, one by one", "soft")
     figure.text(
         24,
@@ -86,5 +86,5 @@ def _row(figure: Drawing, x: float, y: float, width: float, height: float, pages
     """Draw pages beside each other, each as (color, text)."""
     for i, (color, text) in enumerate(pages):
         figure.box(x + i * (width + 2), y, width, height, color)
-        ink = "ink" if color == "grey" else "on"
+        ink = "ink" if color == "gray" else "on"
         figure.text(x + i * (width + 2) + width / 2, y + height / 2 + 5, text, ink, anchor="middle")

@@ -161,7 +161,7 @@ def acceptance() -> str:
         tokens, share = (statistics.median(found[key]["ours"]) for key in ("tokens per step", "acceptance"))
         y = 56 + row * i
         figure.text(left - 10, y + 18, title, "soft", anchor="end")
-        figure.box(left, y, right - left, 26, "grey", opacity=0.35)
+        figure.box(left, y, right - left, 26, "gray", opacity=0.35)
         figure.box(left, y, (right - left) * tokens / 3, 26, "a")
         figure.text(right + 10, y + 18, f"{tokens:.2f} tokens, {share:.0%} accepted")
     for tokens in range(4):

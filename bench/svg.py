@@ -12,7 +12,7 @@ LIGHT = {
     "b": "#c2570c",
     "c": "#1a7f37",
     "d": "#8250df",
-    "grey": "#afb8c1",
+    "gray": "#afb8c1",
     "on": "#ffffff",
 }
 DARK = {
@@ -24,7 +24,7 @@ DARK = {
     "b": "#f0883e",
     "c": "#3fb950",
     "d": "#bc8cff",
-    "grey": "#57606a",
+    "gray": "#57606a",
     "on": "#0d1117",
 }
 """Colors by class: the card and its edge, text, four series, what is aside, and text on a series."""

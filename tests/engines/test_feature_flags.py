@@ -1,11 +1,11 @@
 """Every flag of the engine that touches caches, states, drafts, experts or sampling has a row in docs/features.md."""
 
-import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.support.engine_parser import parser
 from tests.support.features import ASIDE, FEATURES, NO_GROUPS
 from tests.support.installed import ENGINE
 
@@ -13,17 +13,12 @@ from tests.support.installed import ENGINE
 def flags():
     """The engine's flags without their dashes, by the group in which it has them."""
     if ENGINE == "vllm":
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-        groups = make_arg_parser(FlexibleArgumentParser())._action_groups
+        groups = parser()._action_groups
         return {group.title: [name(action) for action in group._group_actions] for group in groups}
     from sglang.srt.server_args import ServerArgs
 
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
     found = {}
-    for action in parser._actions:
+    for action in parser()._actions:
         space = ServerArgs._NS_BY_FIELD.get(action.dest, "other").split(".")[-1]
         found.setdefault(space, []).append(name(action))
     return found
