@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 AGAINST = {
     "cpu-eager": "vLLM's own",
-    "cpu-mtp": "vLLM's own, two drafts a step, none accepted",
-    "cpu-demo-mtp": "vLLM's own, two drafts a step, demo checkpoint",
+    "cpu-mtp": "vLLM's own, two drafts per step, none accepted",
+    "cpu-demo-mtp": "vLLM's own, two drafts per step, demo checkpoint",
     "cpu-serve": "vLLM's own, over HTTP, compiled, four clients",
     "cpu-llama-cpp": "llama.cpp",
 }
@@ -46,7 +46,7 @@ def bench(found: dict[str, Any]) -> str:
     sides = found.get("sides", ["ours", "native"])
     limited, drafted = (all(key in row for row in found["workloads"].values()) for key in ("limit", "tokens per step"))
     rows = [["Workload", *titles(found), "ratio"]]
-    rows[0] += ["ours, of the limit"] * limited + ["tokens of a step"] * drafted
+    rows[0] += ["ours, share of its limit"] * limited + ["tokens per step"] * drafted
     for name, row in found["workloads"].items():
         medians = [statistics.median(row[side]) for side in sides]
         ratios = [a / b for a, b in zip(*(row[side] for side in sides), strict=True)]
@@ -80,7 +80,7 @@ def waits(found: dict[str, Any]) -> str:
 
 def decode_steps(found: dict[str, Any]) -> str:
     """Of ``bench/llama_cpp.py``: the milliseconds of a step, of the model in it, and of reading what it needs."""
-    rows = [["ms of a step", "read at the most", "our model", "over it", "engine around it", "ours", "llama.cpp"]]
+    rows = [["ms per step", "limit of memory", "our model", "model / limit", "rest of the engine", "ours", "llama.cpp"]]
     for name, row in found.items():
         model, step, other = (statistics.median(row[key]) for key in ("model ms", "step ms", "llama.cpp ms"))
         over = f"{model / row['limit ms']:.2f}"
@@ -92,7 +92,9 @@ def decode_steps(found: dict[str, Any]) -> str:
 
 def engines(found: dict[str, Any]) -> str:
     """Of ``bench/engines.py``: milliseconds of the model and of the whole, and ratios of speed pair by pair."""
-    rows = [["ms", "SGLang: model", "whole", "vLLM: model", "whole", "speed of the model", "of the whole"]]
+    rows = [
+        ["ms", "SGLang, model", "SGLang, all", "vLLM, model", "vLLM, all", "SGLang / vLLM, model", "SGLang / vLLM, all"]
+    ]
     for name, by in found["times"].items():
         medians = [statistics.median(each) for times in by.values() for each in times.values()]
         ratios = [
@@ -108,7 +110,7 @@ def context(found: dict[str, Any]) -> str:
     """Of ``bench/context.py``: a layer's decode step by the length of the context."""
     times = found["microseconds by context"]
     lengths = sorted(next(iter(times.values())), key=int)
-    rows = [["us of a layer", *(f"{int(n):,} tokens" for n in lengths), "growth"]]
+    rows = [["us per layer", *(f"{int(n):,} tokens" for n in lengths), "growth"]]
     for kind, by in times.items():
         rows.append([kind, *(f"{statistics.median(by[n]):.0f}" for n in lengths), f"{growth(times, kind):.2f}"])
     return table(rows)

@@ -306,7 +306,7 @@ def test_the_passes_over_a_batch_of_prompts_are_one_prefill():
 def test_readme_tables():
     prefill = {"prefill 2x9": reported().workloads["prefill 2x9"]}
     made = tables.bench(dataclasses.replace(reported(), workloads=prefill).as_json())
-    assert "| Workload | ours | vLLM's own | ratio | ours, of the limit |" in made
+    assert "| Workload | ours | vLLM's own | ratio | ours, share of its limit |" in made
     assert "| prefill 2x9 | 30 | 20 | 2.00 (1.00-3.00) | 50% |" in made
     parts = {"limit ms": 10.0, "model ms": [12.0, 14.0], "step ms": [16.0, 18.0], "llama.cpp ms": [20.0, 21.0]}
     assert "| decode | 10.0 | 13.0 | 1.30 | 4.0 | 17.0 | 20.5 |" in tables.decode_steps({"decode": parts})
@@ -320,8 +320,12 @@ def test_readme_tables():
         "experts": {"1024": [10.0, 20.0, 10.0], "32768": [10.0, 20.0, 20.0]},
     }
     made = tables.context({"microseconds by context": steps})
-    assert "| us of a layer | 1,024 tokens | 32,768 tokens | growth |" in made
+    assert "| us per layer | 1,024 tokens | 32,768 tokens | growth |" in made
     assert "| gated attention | 50 | 400 | 7.14 |" in made
+    agrees = {"verdict": "ok", "difference": {"max": 5e-5, "usual": 1e-5}, "max_bound": 1e-4, "usual_bound": 1e-4}
+    run = {"dtype": "float32", "native": False, "versions": {"vllm": "1"}}
+    run["rows"] = [agrees, {"verdict": "engine failed", "difference": None}]
+    assert "| vLLM, float32 | 1 of 2 | 50% |" in tables.agreement([run])
 
 
 def test_a_command_that_is_terminated_stops_what_it_has_started():
