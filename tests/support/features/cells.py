@@ -54,6 +54,6 @@ def refused(message: str, source: str, why: str = "") -> Cell:
 
 
 GPU = expected("the engine's own, for GPUs; not run")
-OTHER_LAYERS = expected("without effect: for layers that this model has not")
+OTHER_LAYERS = expected("no effect: it is for layers that this model does not have")
 NONE = expected("the engine has no such flag")
 ANSWERS = "test_logprobs.test_float32"

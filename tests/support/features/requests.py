@@ -12,8 +12,8 @@ SAMPLING = (
     ),
     Feature(
         "defaults of sampling, logits processors, watermarks",
-        expected("the engine's own on the logits that the model gives; not run with drafts"),
-        expected("the engine's own on the logits that the model gives; not run with drafts"),
+        expected("the engine applies it to the model's logits; not run with drafts"),
+        expected("the engine applies it to the model's logits; not run with drafts"),
         "generation-config override-generation-config use-fp64-gumbel logits-processors watermark-config",
         "enable-custom-logit-processor sampling-mask-max-tokens enable-watermark watermark-config sampling-defaults "
         "preferred-sampling-params speculative-accept-threshold-single speculative-accept-threshold-acc",
@@ -21,29 +21,32 @@ SAMPLING = (
     Feature(
         "min-p and logit bias, with drafts",
         refused("The min_p and logit_bias sampling parameters", "vllm/sampling_params.py"),
-        expected("SGLang applies `min_p` to no token that it verifies; logit bias as without drafts"),
+        expected("SGLang does not apply `min_p` to verified tokens; logit bias works as without drafts"),
     ),
     Feature(
         "penalties, stops, bad words, minimum of tokens, allowed tokens, with drafts",
-        tested("test_hostile_requests.test_answer_is_clean_and_others_are_served", why="that others are served well"),
+        tested(
+            "test_hostile_requests.test_answer_is_clean_and_others_are_served",
+            why="other requests of the batch are answered correctly",
+        ),
         expected(
-            "of a step's tokens SGLang counts one for penalties and for a minimum of tokens; bad words and allowed "
-            "tokens are ignored, as it has neither"
+            "of the tokens of a step, SGLang counts one for penalties and for a minimum of tokens; bad words and allowed "
+            "tokens are ignored, because SGLang has neither"
         ),
     ),
     Feature(
         "several answers to a prompt (`n`)",
-        expected("vLLM makes a request of each, and states belong to requests"),
+        expected("vLLM makes a separate request for each answer, and states belong to requests"),
         tested("test_sglang_server.test_several_answers"),
     ),
     Feature(
         "log-probabilities of answer and prompt, with drafts",
-        tested(ANSWERS, starts="eager mtp3", why="of the answer with drafts, of the prompt without"),
+        tested(ANSWERS, starts="eager mtp3", why="for answers with drafts, for prompts without"),
         tested(
             "test_sglang_server.test_logprobs_are_of_the_tokens_returned",
             ANSWERS,
             starts="eager mtp3",
-            why="of the answer with drafts, of the prompt without",
+            why="for answers with drafts, for prompts without",
         ),
         "max-logprobs logprobs-mode return-sampling-mask",
     ),
@@ -51,12 +54,12 @@ SAMPLING = (
         "structured output, with drafts",
         tested(
             "test_coder_tools.test_strict_arguments_are_of_the_schema_and_the_stream_adds_up",
-            why="the default backend; the others fill in the same masks",
+            why="with the default backend; the others produce the same masks",
         ),
         tested(
             "test_sglang_speculation.test_grammar_holds_over_accepted_drafts",
             "test_sglang_server.test_grammar",
-            why="the default backend; llguidance fills in the same masks; outlines is refused with drafts",
+            why="with the default backend; llguidance produces the same masks; outlines is refused with drafts",
         ),
         "structured-outputs-config reasoning-parser reasoning-parser-plugin reasoning-config",
         "grammar-backend disable-outlines-disk-cache",
@@ -75,7 +78,7 @@ SAMPLING = (
         refused(
             "VLLM batch_invariant mode is not supported for", "vllm/v1/attention/selector.py", "VLLM_BATCH_INVARIANT"
         ),
-        expected("for GPUs, not run; a CPU needs no mode"),
+        expected("for GPUs, not run; a CPU needs no such mode"),
         "",
         "enable-deterministic-inference rl-on-policy-target",
     ),
@@ -90,7 +93,7 @@ BEYOND_TEXT = (
         ),
         tested(
             "test_features.test_an_embedding_is_the_last_hidden_state_of_length_one",
-            why="SGLang has no conversion to a classifier",
+            why="SGLang cannot convert a model to a classifier",
         ),
         "runner convert pooler-config",
         "is-embedding enable-mis",
@@ -122,7 +125,7 @@ BEYOND_TEXT = (
     Feature(
         "sleep, memory released and taken up",
         refused("Sleep mode is not supported", "vllm/config/model.py", "on a CPU; GPU not run"),
-        expected("not on a CPU, where SGLang asks CUDA to synchronize and ends; GPU not run"),
+        expected("not on a CPU, where SGLang stops because it asks CUDA to synchronize; not run on GPUs"),
         "enable-sleep-mode sleep-mode-offload-cudagraph sleep-preserve-parameter-names enable-cumem-allocator "
         "enable-nccl-comm-suspend",
         "enable-memory-saver enable-weights-cpu-backup enable-draft-weights-cpu-backup",

@@ -30,10 +30,10 @@ PARALLELISM = (
     ),
     Feature(
         "balance of experts among ranks, spare experts, elastic ranks",
-        expected("EPLB refuses CPUs; on GPUs the engine's own, not run"),
+        expected("EPLB refuses CPUs. On GPUs it is the engine's own and was not run"),
         tested(
             "test_sglang_gpu_branches.test_experts_are_found_where_the_load_balancer_has_put_them",
-            why="what each rank loads and where it looks; the balancer needs CUDA, not run",
+            why="which experts each rank loads and looks up; the balancer itself needs CUDA and was not run",
         ),
         "enable-eplb eplb-config enable-elastic-ep elastic-ep-max-dp-size",
         "enable-eplb eplb-algorithm eplb-rebalance-num-iterations eplb-rebalance-layers-per-chunk "
@@ -48,7 +48,7 @@ PARALLELISM = (
         tested("test_vllm_executors.test_data_parallel"),
         tested(
             "test_sglang_gpu_branches.test_shared_expert_is_whole_where_ranks_route_their_own_tokens",
-            why="for ranks that route their own tokens; GPUs, not run",
+            why="for ranks that route their own tokens; not run on GPUs",
         ),
         "data-parallel-size data-parallel-rank data-parallel-start-rank data-parallel-size-local "
         "data-parallel-address data-parallel-rpc-port data-parallel-backend data-parallel-hybrid-lb "
@@ -59,8 +59,8 @@ PARALLELISM = (
     ),
     Feature(
         "context parallelism and a cache shared out over ranks",
-        expected("not run: vLLM shares out keys and values only, and every rank computes all states"),
-        expected("not run: SGLang's own, for other attention"),
+        expected("not run. vLLM divides only keys and values among ranks, and every rank computes all states"),
+        expected("not run. SGLang's own, for other kinds of attention"),
         "decode-context-parallel-size prefill-context-parallel-size dcp-comm-backend dcp-q-replicate "
         "dcp-kv-cache-interleave-size cp-kv-cache-interleave-size enable-hc-sp",
         "dcp-size dcp-comm-backend dcp-replicate-q-proj attn-cp-size enable-prefill-cp cp-strategy "
@@ -69,16 +69,16 @@ PARALLELISM = (
     ),
     Feature(
         "two batches beside each other",
-        expected("vLLM turns it off on a CPU, and counts hybrid models among what it cannot do"),
-        expected("the model has no such schedule; not run"),
+        expected("vLLM turns it off on a CPU, and does not support it for hybrid models"),
+        expected("this model has no such schedule; not run"),
         "enable-dbo ubatch-size dbo-decode-token-threshold dbo-prefill-token-threshold",
         "enable-two-batch-overlap enable-single-batch-overlap tbo-token-distribution-threshold enable-pdmux "
         "pdmux-config-path sm-group-num",
     ),
     Feature(
         "disaggregated prefill",
-        expected("not run: a connector has to take states with keys and values; vLLM ends where one does not"),
-        expected("not run; states are sent as SGLang sends those of its own model of this architecture"),
+        expected("not run. A connector has to transfer states along with keys and values; vLLM stops if it does not"),
+        expected("not run. SGLang sends states as it does for its own model of this architecture"),
         "kv-transfer-config kv-events-config ec-transfer-config ec-manager-config disable-hybrid-kv-cache-manager",
         "disaggregation-mode disaggregation-decode-allocation-policy disaggregation-transfer-backend "
         "disaggregation-enable-kv-checksum disaggregation-bootstrap-port disaggregation-ib-device "
@@ -90,7 +90,7 @@ PARALLELISM = (
     ),
     Feature(
         "another way to exchange tensors among GPUs",
-        expected("by `--additional-config` and the environment alone; not run"),
+        expected("only through `--additional-config` and the environment; not run"),
         GPU,
         "",
         "boundary-reduction enable-nccl-nvls enable-symm-mem enable-mscclpp enable-torch-symm-mem pre-warm-nccl "
@@ -124,7 +124,7 @@ LOADING = (
     ),
     Feature(
         "weights in the host's memory, experts among them",
-        expected("the engine's own, for GPUs; not run. The input projections are then two products"),
+        expected("the engine's own, for GPUs; not run. The input projections are then two products instead of one"),
         GPU,
         "offload-backend cpu-offload-gb cpu-offload-params offload-group-size offload-num-in-group "
         "offload-prefetch-step offload-params",
@@ -149,7 +149,7 @@ SCHEDULING = (
     ),
     Feature(
         "scheduling ahead of the results",
-        expected("vLLM turns it off on a CPU; on GPUs its own, not run"),
+        expected("vLLM turns it off on a CPU. On GPUs it is vLLM's own and was not run"),
         tested(ANSWERS, starts="prefix ngram eagle3 mtp3-tree"),
         "async-scheduling",
         "disable-overlap-schedule num-continuous-decode-steps scheduler-recv-interval",
@@ -170,7 +170,7 @@ SCHEDULING = (
         tested(
             ANSWERS, "test_vllm_dry_run.test_it_starts_serves_and_compiles_every_kernel", starts="bfloat16-compiled"
         ),
-        tested("test_sglang_dry_run.test_everything_runs_and_compiles", why="for GPUs, without one"),
+        tested("test_sglang_dry_run.test_everything_runs_and_compiles", why="the GPU path, on a simulated GPU"),
         "enforce-eager compilation-config cudagraph-capture-sizes max-cudagraph-capture-size optimization-level "
         "performance-mode",
         "disable-cuda-graph cuda-graph-config enable-torch-compile enable-torch-compile-debug-mode "
@@ -181,8 +181,13 @@ SCHEDULING = (
     ),
     Feature(
         "another kernel by flag: attention, DeltaNet, experts, linear layers",
-        tested("test_vllm_gpu_check.test_gpu_kernels_agree_with_the_oracle_in_the_interpreter", why="those by default"),
-        tested("test_sglang_gpu_branches.test_doctor_names_the_kernels_that_sglang_takes_on_a_gpu", why="the names"),
+        tested(
+            "test_vllm_gpu_check.test_gpu_kernels_agree_with_the_oracle_in_the_interpreter", why="the default kernels"
+        ),
+        tested(
+            "test_sglang_gpu_branches.test_doctor_names_the_kernels_that_sglang_takes_on_a_gpu",
+            why="only which kernels are chosen",
+        ),
         "attention-backend attention-config gdn-prefill-backend moe-backend linear-backend kernel-config "
         "ir-op-priority enable-flashinfer-autotune disable-cascade-attn",
         "attention-backend decode-attention-backend prefill-attention-backend linear-attn-backend "

@@ -18,7 +18,7 @@ CACHES = (
     ),
     Feature(
         "mode of state caching other than the default",
-        expected("vLLM itself takes `none` and `align` for this layer, `none` without prefix caching"),
+        expected("for this layer vLLM accepts only `none` and `align`, and `none` only without prefix caching"),
         NONE,
         "mamba-cache-mode mamba-block-size",
     ),
@@ -34,7 +34,7 @@ CACHES = (
         tested(
             "test_vllm_loading.test_keys_and_values_are_plain_where_the_cpu_has_no_fp8_cache",
             "test_cache_scales.test_scales_are_known_under_every_name_and_reach_the_attention_layers",
-            why="a flag for it is refused on CPUs without AVX-512",
+            why="the flag is refused on CPUs without AVX-512",
         ),
         tested(
             "test_sglang_cpu_attention.test_an_fp8_cache_loses_what_fp8_rounds",
@@ -45,14 +45,18 @@ CACHES = (
     ),
     Feature(
         "states in bfloat16 or float16",
-        tested("test_ops_gated_delta_rule.test_a_bfloat16_state_is_rounded_only_when_stored", why="by operator"),
-        tested("test_ops_gated_delta_rule.test_a_bfloat16_state_is_rounded_only_when_stored", why="by operator"),
+        tested(
+            "test_ops_gated_delta_rule.test_a_bfloat16_state_is_rounded_only_when_stored", why="for single operators"
+        ),
+        tested(
+            "test_ops_gated_delta_rule.test_a_bfloat16_state_is_rounded_only_when_stored", why="for single operators"
+        ),
         "mamba-cache-dtype mamba-ssm-cache-dtype",
         "mamba-ssm-dtype",
     ),
     Feature(
         "stochastic rounding of states",
-        expected("no effect: its kernels are those of Mamba layers, which this model has not"),
+        expected("no effect: its kernels are for Mamba layers, and this model has none"),
         refused(
             "Stochastic rounding for the Mamba SSM cache is only",
             "sglang/srt/arg_groups/mamba_hook.py",
@@ -78,7 +82,7 @@ CACHES = (
     Feature(
         "caches beyond the device's memory: offload and hierarchical cache",
         expected(
-            "not run; vLLM says that a hybrid model ends at the start with a connector that does not take caches of "
+            "not run; according to vLLM, a hybrid model does not start with a connector that cannot take caches of "
             "several kinds"
         ),
         refused("--enable-hierarchical-cache found, expected none on a CPU", "sglang_ext/cpu/platform.py"),
@@ -90,8 +94,8 @@ CACHES = (
     ),
     Feature(
         "which prefixes are kept, and caches of other projects",
-        expected("not run: a connector of `--kv-transfer-config`, see disaggregated prefill"),
-        expected("not run; the choice is SGLang's, and a state hangs on the node of its prefix"),
+        expected("not run. It is a connector of `--kv-transfer-config`; see disaggregated prefill"),
+        expected("not run. SGLang makes the choice, and a state belongs to the node of its prefix"),
         "",
         "radix-eviction-policy radix-eviction-policy-config radix-cache-backend enable-session-radix-cache "
         "enable-unified-memory enable-page-major-kv-layout prefill-only-disable-kv-cache enable-lmcache "
@@ -124,7 +128,9 @@ DRAFTS = (
     ),
     Feature(
         "suffixes",
-        expected("the way through the model is that of n-grams; tried by hand, its package wants CUDA to build"),
+        expected(
+            "takes the same path through the model as n-grams; tried by hand, because its package needs CUDA to build"
+        ),
         NONE,
     ),
     Feature(
