@@ -104,7 +104,7 @@ def context() -> str:
     figure.text(24, 32, "A layer's decode step in microseconds of one CPU thread, by context", style="bold")
     figure.legend(24, 56, list(kinds.items()), 150)
     lines = {color: {int(n): statistics.median(found[kind][n]) for n in found[kind]} for color, kind in kinds.items()}
-    chart(figure, (70, 670, 80, 250), lines, ("100", "1000", "10000"), last=True)
+    chart(figure, (70, 670, 80, 250), lines, ("100", "1000", "10000"), last=True, unit=" us")
     figure.text(370, 286, "tokens of context", "soft", anchor="middle", style="small")
     return figure.render()
 
@@ -115,10 +115,11 @@ def chart(
     lines: dict[str, dict[int, float]],
     ticks: tuple[str, ...],
     last: bool = False,
+    unit: str = "",
 ) -> None:
     """Draw lines on logarithmic axes; ``frame`` is left, right, top and bottom, ``lines`` are by color.
 
-    Every point has its value above or below it, or with ``last`` the last one beside it.
+    The last point of a line has its value beside it, and without ``last`` each other one above or below it.
     """
     left, right, top, bottom = frame
     lengths = sorted(next(iter(lines.values())))
@@ -140,11 +141,10 @@ def chart(
         figure.line(points, color, width=2)
         for (x, y), value in zip(points, line.values(), strict=True):
             figure.dot(x, y, color)
-            below = i % 2 and y + 18 < bottom
-            if not last:
-                figure.text(x, y + (18 if below else -9), f"{value:,.0f}", anchor="middle", style="small")
-        if last:
-            figure.text(x + 8, y + 4, f"{value:,.0f} us", style="small")
+            if x == right:
+                figure.text(x + 8, y + 4, f"{value:,.0f}{unit}", style="small")
+            elif not last:
+                figure.text(x, y + (18 if i % 2 else -9), f"{value:,.0f}", anchor="middle", style="small")
 
 
 def acceptance() -> str:
