@@ -197,10 +197,15 @@ def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         if directory is None:
             raise ValueError(f"{model}: not in ModelScope's cache; download it from there, and give its directory")
         return _read_directory(directory, read_config(directory / "config.json"))
+    check_name(model)
+    return _read_hub(model, revision, None)
+
+
+def check_name(model: str) -> None:
+    """Raise ``ValueError`` if ``model``, which is no local directory, cannot be a name on the hub either."""
     if not _is_hub_name(model):
         example = "Qwen/Qwen3-Next-80B-A3B-Instruct"
         raise ValueError(f"{model!r} is neither a local directory nor a name on the hub, such as {example}")
-    return _read_hub(model, revision, None)
 
 
 def read_served(model: str, revision: str | None, load_format: str, download_dir: str | None) -> Checkpoint:

@@ -22,38 +22,55 @@ from qnext_plugin.engines.config import ENGINES
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser(
         "bench",
-        help="tokens per second, against the engine's own model and the machine's limits",
-        description="Serve a checkpoint with the engine of this environment, in turn with this plugin and with another "
-        "model, each time in a fresh process; prefill and decode apart, the best of two after a warm-up. Further "
-        "arguments are the engine's own, such as --enforce-eager. Exit status 1: an engine failed.",
+        help="measure tokens per second beside the engine's own model",
+        description="Measure tokens per second of prefill and of decode with this plugin and with the engine's own "
+        "model in turn, each time in a new process. A number is the better of two measurements after a warm-up. Other "
+        "arguments are passed to the engine, such as --enforce-eager. The exit status is 1 if an engine failed.",
         allow_abbrev=False,
+        examples=(
+            "qnext bench MODEL --engine vllm --mtp 2 --batch 1 8 --json speed.json --plot speed.svg",
+            "qnext bench MODEL --engine sglang --against none --serve",
+        ),
     )
     parser.set_defaults(run=_bench, flags=[])  # arguments that this parser does not know are the engine's
-    parser.add_argument("model", metavar="MODEL", help="a local directory or a hub name")
-    parser.add_argument("--engine", required=True, choices=ENGINES)
+    parser.add_argument("model", metavar="MODEL", help="a local directory, or a name on the hub, which is downloaded")
+    parser.add_argument("--engine", required=True, choices=ENGINES, help="the engine that serves")
     parser.add_argument(
         "--against",
         default="native",
         choices=("native", "none", *ENGINES),
-        help="the engine's own model (default), nothing, or this plugin on an engine",
+        help="what to compare with: the engine's own model (default), nothing, or this plugin on the engine named",
     )
     parser.add_argument(
-        "--against-python", default=sys.executable, metavar="PYTHON", help="that has --against's engine"
+        "--against-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="the interpreter that has --against's engine (default: this one)",
     )
-    parser.add_argument("--against-flags", type=shlex.split, metavar="FLAGS", help="in one word (default: the same)")
-    parser.add_argument("--serve", action="store_true", help="over HTTP, loaded by the engine's own bench client")
     parser.add_argument(
-        "--pairs", type=_positive, default=2, metavar="N", help="how often each side serves (default: 2)"
+        "--against-flags",
+        type=shlex.split,
+        metavar="FLAGS",
+        help="the other side's engine arguments, quoted as one word (default: the same)",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--mtp", type=int, default=0, metavar="N", help="draft N tokens each step")
+    parser.add_argument("--serve", action="store_true", help="measure over HTTP, with the engine's own bench client")
+    parser.add_argument(
+        "--pairs", type=_positive, default=2, metavar="N", help="number of turns of each side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="data type to serve in (default: %(default)s)",
+    )
+    parser.add_argument("--mtp", type=int, default=0, metavar="N", help="draft tokens in each step (default: 0)")
     parser.add_argument(
         "--prefill",
         type=_prompts,
         nargs="*",
         default=[(4, 512), (1, 2000)],
         metavar="BxLEN",
-        help="prompts that arrive at once, and their tokens (default: 4x512 1x2000)",
+        help="number of prompts that arrive at once, x, tokens of each (default: 4x512 1x2000)",
     )
     parser.add_argument(
         "--batch",
@@ -61,22 +78,30 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         nargs="*",
         default=[1, 4, 8],
         metavar="N",
-        help="sequences that are decoded at once (default: 1 4 8); with --serve: requests",
+        help="number of sequences decoded at once, or of requests with --serve (default: 1 4 8)",
     )
-    parser.add_argument("--input-len", type=_positive, default=32, metavar="N", help="before a decode (default: 32)")
     parser.add_argument(
-        "--output-len", type=_positive, default=32, metavar="N", help="tokens of a decode (default: 32)"
+        "--input-len", type=_positive, default=32, metavar="N", help="prompt tokens before a decode (default: 32)"
     )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="decode these, one a line, instead of random ones")
+    parser.add_argument(
+        "--output-len", type=_positive, default=32, metavar="N", help="tokens that a decode makes (default: 32)"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="decode from the prompts in FILE (one per line)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a chart, .png, .svg or .pdf (wants matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a chart as .png, .svg or .pdf (needs matplotlib)"
+    )
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the engines' logs in a new directory")
 
 
 def _bench(args: argparse.Namespace) -> int:
     from qnext_plugin.bench import report
     from qnext_plugin.bench.side import Task, read_once
-    from qnext_plugin.engines.process import EngineFailed
 
     if args.plot:
         report.check_plot(args.plot)
@@ -85,14 +110,10 @@ def _bench(args: argparse.Namespace) -> int:
     prompts = read_prompts(directory, args.prompts) if args.prompts else []
     task = Task(str(directory), workloads(args, prompts), args.dtype, args.mtp, prompts)
     check_lengths(directory, task)
-    try:
-        with _logs(args.logs) as logs:
-            ceilings = measured_ceilings(args.dtype, logs)
-            read_once(directory)
-            pairs = [dict(_measured(args, sides, task, logs / f"{i + 1}", i + 1)) for i in range(args.pairs)]
-    except EngineFailed as e:
-        print(f"qnext: {e}", file=sys.stderr)
-        return 1
+    with _logs(args.logs) as logs:
+        ceilings = measured_ceilings(args.dtype, logs)
+        read_once(directory)
+        pairs = [dict(_measured(args, sides, task, logs / f"{i + 1}", i + 1)) for i in range(args.pairs)]
     found = make_report(args, sides, pairs, ceilings)
     add_acceptance(found.workloads, found.mtp)
     if not args.serve and found.ranks == 1:

@@ -15,14 +15,22 @@ TIMEOUT = 600  # seconds; an engine's imports alone take half a minute on a smal
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="which class would serve a model here, with which kernels, and what stands in the way",
+        help="report which classes and kernels would serve, or why not",
         usage="%(prog)s [-h] [MODEL] [--engine {vllm,sglang}] [--json] [FLAGS OF THE ENGINE]",
-        description="Asks the engine itself, in a process of its own. Exit status 1: not ours, or not at all.",
+        description="Ask the engine, in a separate process, which classes and kernels would serve a model and what "
+        "would stop it. Other arguments are passed to the engine, such as --tensor-parallel-size 4. The exit status is "
+        "1 if this plugin would not serve.",
+        examples=("qnext doctor", "qnext doctor MODEL --engine vllm --json"),
     )
     doctor.set_defaults(run=_run, flags=[])
-    doctor.add_argument("model", metavar="MODEL", nargs="?", help="default: a configuration with the 80B's dimensions")
-    doctor.add_argument("--engine", choices=tuple(ENGINES), help="default: every one that is installed")
-    doctor.add_argument("--json", action="store_true", help="for scripts")
+    doctor.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a local directory, or a name on the hub (default: a model like the 80B)",
+    )
+    doctor.add_argument("--engine", choices=tuple(ENGINES), help="the engine to ask (default: every one installed)")
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 from qnext_plugin.cli.plan_text import COMMANDS, GIB, text
 from qnext_plugin.engines.config import ENGINES
 
-_RESERVE = "3 on a GPU, of vLLM only; 4 on a CPU"
 DTYPES = ("float32", "bfloat16", "float16")
 _CACHE_DTYPES = {"fp8": "float8_e4m3fn", "bfloat16": "bfloat16"}
 
@@ -17,39 +16,67 @@ _CACHE_DTYPES = {"fp8": "float8_e4m3fn", "bfloat16": "bfloat16"}
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     plan = commands.add_parser(
         "plan",
-        help="memory, concurrency and command lines for a model, before it is loaded",
-        description="From config.json, and the safetensors headers where there are any. Exit status 1: does not fit on "
-        "an engine that is asked for.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="compute whether a model fits, and the command line for it",
+        description="Compute memory, concurrency and the command lines for both engines from a model's config.json and "
+        "the headers of its safetensors files. No weights are downloaded. The exit status is 1 if it does not fit "
+        "on an engine that is asked for.",
+        examples=(
+            "qnext plan Qwen/Qwen3-Next-80B-A3B-Instruct --gpu-memory 141 --tensor-parallel-size 2 --mtp 2",
+            "qnext plan MODEL --device cpu --memory 64 --context-length 32768",
+        ),
     )
     plan.set_defaults(run=_run)
-    plan.add_argument("model", metavar="MODEL", help="a local directory, or a name on the hub (no weights are fetched)")
-    plan.add_argument("--revision", metavar="NAME", help="of a model on the hub")
-    plan.add_argument("--engine", choices=ENGINES, help="this one alone, of which the exit status then speaks")
-    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each GPU")
+    plan.add_argument("model", metavar="MODEL", help="a local directory, or a name on the hub")
+    plan.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    plan.add_argument("--engine", choices=ENGINES, help="plan for this one alone (default: both)")
+    plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="what serves (default: %(default)s)")
     plan.add_argument(
-        "--memory", type=float, metavar="GIB", help="of a machine that serves on its CPU (default: this one's)"
+        "--gpu-memory", type=float, default=80, metavar="GIB", help="memory of each GPU (default: %(default)s)"
     )
-    plan.add_argument("--memory-bandwidth", type=float, metavar="GB/S", help="of that machine's memory")
-    plan.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
-    plan.add_argument("--context-length", type=int, metavar="N", help="longest sequence (default: the checkpoint's)")
-    plan.add_argument("--mtp", type=int, default=0, metavar="N", help="draft N tokens each step")
-    plan.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the checkpoint's)")
-    plan.add_argument("--kv-cache-dtype", default="auto", choices=("auto", *_CACHE_DTYPES))
-    plan.add_argument("--state-dtype", choices=DTYPES, help="of recurrent states (default: the engine's)")
-    plan.add_argument("--no-prefix-caching", action="store_true")
-    plan.add_argument("--block-size", type=int, metavar="N", help="vLLM's flag; Blackwell's attention wants 128")
+    plan.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of a machine that serves on its CPU (default: this one's)"
+    )
+    plan.add_argument(
+        "--memory-bandwidth", type=float, metavar="GB/S", help="memory bandwidth of that machine, to estimate tokens/s"
+    )
+    plan.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks (default: %(default)s)")
+    plan.add_argument(
+        "--context-length", type=int, metavar="N", help="tokens of the longest sequence (default: the checkpoint's)"
+    )
+    plan.add_argument("--mtp", type=int, default=0, metavar="N", help="draft tokens in each step (default: 0)")
+    plan.add_argument("--dtype", choices=DTYPES, help="data type of the weights (default: the checkpoint's)")
+    plan.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=("auto", *_CACHE_DTYPES),
+        help="data type of keys and values (default: the engine's)",
+    )
+    plan.add_argument("--state-dtype", choices=DTYPES, help="data type of recurrent states (default: the engine's)")
+    plan.add_argument("--no-prefix-caching", action="store_true", help="plan without the prefix cache")
+    plan.add_argument(
+        "--block-size", type=int, metavar="N", help="vLLM's flag; attention kernels on Blackwell need 128"
+    )
     plan.add_argument("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")
     plan.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="vLLM (default: 0.92)"
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.92,
+        metavar="SHARE",
+        help="vLLM's flag (default: %(default)s)",
     )
     plan.add_argument(
-        "--reserve", type=float, metavar="GIB", help=f"for all but weights and caches (default: {_RESERVE})"
+        "--mem-fraction-static", type=float, default=0.8, metavar="SHARE", help="SGLang's flag (default: %(default)s)"
     )
-    plan.add_argument("--mem-fraction-static", type=float, default=0.8, metavar="SHARE", help="SGLang's flag")
-    plan.add_argument("--cache-memory", type=float, metavar="GIB", help="for caches, instead of all estimates above")
-    plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    plan.add_argument("--json", action="store_true", help="all numbers, for scripts")
+    plan.add_argument(
+        "--reserve",
+        type=float,
+        metavar="GIB",
+        help="memory for all but weights and caches (default: 3 on a GPU, for vLLM only; 4 on a CPU)",
+    )
+    plan.add_argument(
+        "--cache-memory", type=float, metavar="GIB", help="memory for caches, instead of the estimates above"
+    )
+    plan.add_argument("--json", action="store_true", help="print all numbers as JSON")
 
 
 def _run(args: argparse.Namespace) -> int:

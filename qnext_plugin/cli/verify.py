@@ -17,19 +17,23 @@ from qnext_plugin.engines.config import ENGINES
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser(
         "verify",
-        help="compare a served checkpoint with float32 transformers",
+        help="compare the engine's answers with float32 transformers",
         description="Serve a checkpoint with the engine of this environment, in every way that caches, batches and "
-        "drafts can go wrong, and compare its log-probabilities with float32 transformers on the CPU; or, with "
-        "--batch-invariant, those of a request alone with those of the same request among others; or, with --url, "
-        "those of a server that is running. Further arguments are the engine's own, such as --tensor-parallel-size 4. "
-        "Exit status 0: everything agrees; 1: something does not; 2: nothing could be compared.",
+        "drafts can go wrong, and compare its log-probabilities with those of float32 transformers on the CPU. With "
+        "--batch-invariant, compare each request alone with the same request in a batch instead; with --url, ask a "
+        "server that is running. Other arguments are passed to the engine, such as --tensor-parallel-size 4. The exit "
+        "status is 0 if everything agrees, 1 if not, and 2 if nothing could be compared.",
         allow_abbrev=False,
+        examples=(
+            "qnext verify MODEL --engine vllm --quick",
+            "qnext verify MODEL --engine sglang --dtype bfloat16 --mtp 2 --full",
+        ),
     )
     parser.set_defaults(run=_verify, flags=[])  # arguments that this parser does not know are the engine's
-    parser.add_argument("model", metavar="MODEL", help="a local directory or a hub name")
+    parser.add_argument("model", metavar="MODEL", help="a local directory, or a name on the hub, which is downloaded")
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--engine", choices=ENGINES)
-    who.add_argument("--url", help="start no engine, ask this server of vLLM or SGLang that serves MODEL")
+    who.add_argument("--engine", choices=ENGINES, help="the engine that serves")
+    who.add_argument("--url", help="start no engine; ask this server of vLLM or SGLang, which serves MODEL")
     parser.add_argument(
         "--against",
         metavar="URL",
@@ -38,27 +42,27 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="to serve in (default: float32, which proves most), or with --url what the server serves in (default: "
-        "what it says); bfloat16 may be off as transformers in it is",
+        help="data type to serve in (default: float32, which proves most), or with --url the server's (default: what it "
+        "says); bfloat16 may be as far off as bfloat16 transformers",
     )
-    parser.add_argument("--mtp", type=int, default=0, metavar="N", help="also with N drafts of the model's own MTP")
+    parser.add_argument("--mtp", type=int, default=0, metavar="N", help="verify MTP too, with N draft tokens")
     extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="one start, two with --mtp (default)")
-    extent.add_argument("--full", action="store_true", help="every start: eager, compiled, chunked, starved, ...")
+    extent.add_argument("--quick", action="store_true", help="start the engine once, twice with --mtp (default)")
+    extent.add_argument("--full", action="store_true", help="make every start: eager, compiled, chunked, ...")
     parser.add_argument(
         "--batch-invariant",
         action="store_true",
-        help="ask instead whether a request gets the same bits alone and in batches of up to 32, and whether its "
-        "prompt is computed in one piece or several",
+        help="verify instead that a request gets the same bits alone and in batches of up to 32, and with its prompt "
+        "computed in one piece and in several",
     )
     parser.add_argument("--native", action="store_true", help="verify the engine's own model instead of this plugin's")
     parser.add_argument(
         "--reference",
         type=Path,
         metavar="FILE",
-        help="keep the reference in FILE: what it holds is not computed again, what it lacks is added",
+        help="keep the answers of transformers in FILE, so that the next run does not compute them again",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table and more to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument(
         "--logs", type=Path, metavar="DIR", help="keep the engine's logs and answers in a new directory"
     )
@@ -203,5 +207,8 @@ def checkpoint_directory(model: str, weights: bool = True) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
+    from qnext_plugin.checkpoint.stored import check_name
+
+    check_name(model)
     patterns = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
     return Path(snapshot_download(model, allow_patterns=patterns))
