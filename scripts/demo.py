@@ -44,6 +44,13 @@ The tall tower is bright.
 q92=ivory-lynx
 The child visits the small garden.
 What is m08?"""
+NEXT = """
+Next:
+  source .qnext/{engine}/activate
+  qnext plan Qwen/Qwen3-Next-80B-A3B-Instruct    # does the model fit here, and with which flags?
+  {serve}
+README.md says more."""
+SERVE = {"vllm": "vllm serve MODEL", "sglang": "python -m sglang.launch_server --model-path MODEL"}
 WEATHER = {
     "name": "get_weather",
     "description": "The weather in a city.",
@@ -59,14 +66,14 @@ def main(engine: str, model: str, port: str) -> None:
     log = Path(model).with_name("demo.log")
     flags = ["--served-model-name", "demo", *FLAGS[engine], *mtp_flags(engine, DRAFTS)]
     command = shlex.join(["python", *server.command(engine, model, int(port), flags)])
-    print(f"starting: {command}\nits log: {log}", flush=True)
+    print(f"The command: {command}\nIts log: {log}\nstarting the server ", end="", flush=True)
     env = all_cores() | native_environment(False) | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     waiting, started = Waiting(), time.monotonic()
     try:
         with server.serving(
             engine, model, flags, log, env=env, port=int(port), timeout=START_TIMEOUT, waiting=waiting
         ) as running:
-            print(f"the server is up after {time.monotonic() - started:.0f} s", flush=True)
+            print(f" {time.monotonic() - started:.0f} s\n\nStep 4 of 4: a conversation", flush=True)
             talk = converse(engine, running.url)
             report_serving_classes(engine, log)
             report_acceptance(talk.accepted if engine == "sglang" else accepted_by_vllm(running.url))
@@ -82,10 +89,11 @@ def main(engine: str, model: str, port: str) -> None:
         sys.exit("demo: interrupted")
     finally:
         print("server stopped", flush=True)
+    print(NEXT.format(engine=engine, serve=SERVE[engine]), flush=True)
 
 
 class Waiting:
-    """Say every five seconds that the server starts."""
+    """Print a dot every five seconds while the server starts."""
 
     def __init__(self) -> None:
         self.shown = 0.0
@@ -93,7 +101,7 @@ class Waiting:
     def __call__(self, seconds: float) -> None:
         if seconds >= self.shown + 5:
             self.shown = seconds
-            print(f"waiting for the server: {seconds:.0f} s", flush=True)
+            print(".", end="", flush=True)
 
 
 def converse(engine: str, url: str) -> "Conversation":
@@ -201,7 +209,7 @@ def report_acceptance(accepted: Counter[int]) -> None:
 
 
 def fail(message: str, log: Path) -> None:
-    print(f"demo: {message}; the end of {log}:")
+    print(f"\ndemo: {message}; the end of {log}:")
     print("\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
     sys.exit(1)
 
