@@ -146,7 +146,7 @@ def connect(url: str, vocab_size: int) -> Server:
             return SglangServer(client, SglangServer.facts_of(client, info), vocab_size)
         if isinstance(found, str):
             return VllmServer(client, VllmServer.facts_of(client, found), vocab_size)
-    except (KeyError, TypeError, IndexError) as e:
+    except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise ValueError(f"{client.url}: its description of itself lacks something ({type(e).__name__}: {e})") from None
     raise ValueError(f"{client.url}: neither vLLM nor SGLang answers there; expected the root of their server")
 

@@ -161,7 +161,7 @@ class Server(Answerer):
     def _completion(self, prompt: Prompt, max_tokens: int, of_prompt: bool, answer: dict[str, Any]) -> Completion:
         try:
             token_ids, prompt_rows, rows, cached = self.parse(answer)
-        except (KeyError, TypeError, IndexError, ValueError) as e:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
             raise self._unusable(f"it lacks log-probabilities that were asked for ({type(e).__name__}: {e})") from None
         expected = max_tokens, max_tokens, len(prompt) - 1 if of_prompt else 0
         if (len(token_ids), len(rows), len(prompt_rows)) != expected:
