@@ -50,10 +50,12 @@ class Answerer(ABC):
             batches.append(self.generate([(*said.prompt, *said.token_ids, *turn)], scenario))
             said = batches[-1][0]
         after = self.counts()
-        known = after["num_preemptions"] is not None
+        preemptions = after["num_preemptions"]
+        if preemptions is not None:
+            preemptions -= before["num_preemptions"] or 0  # a server's counter may appear with its first request
         return Result(
             batches,
-            num_preemptions=after["num_preemptions"] - before["num_preemptions"] if known else None,
+            num_preemptions=preemptions,
             block_size=self.block_size,
             num_drafts=after["num_drafts"] - before["num_drafts"],
             num_accepted=[b - a for a, b in zip(before["num_accepted"], after["num_accepted"], strict=True)],

@@ -103,7 +103,9 @@ class Stub:
             lines.append(f'vllm:spec_decode_num_drafts_total{{engine="0"}} {self.steps}.0')
             lines.append(f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="0"}} {self.steps}.0')
         retracted = f'sglang:num_retracted_requests_total{{tp_rank="0"}} {self.requests}'
-        return "# HELP something\n" + "\n".join(lines if self.engine == "vllm" else [retracted]) + "\n"
+        if self.engine == "sglang":  # whose counters appear after some requests
+            lines = [retracted] * (self.requests > 14)
+        return "# HELP something\n" + "\n".join(lines) + "\n"
 
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         sglang = self.engine == "sglang"
