@@ -157,11 +157,8 @@ def scatters_tokens(config: QNextConfig, vllm_config: VllmConfig) -> bool:
 
 SPECULATIVE_METHODS = ("mtp", "ngram", "suffix", "eagle3", "dflash")
 """The methods with which states are tested to go on from the last accepted token, whatever was drafted."""
-_TESTED_OPTIONS = {
-    "rejection_sample_method": "standard",
-    "draft_sample_method": "greedy",
-    "num_speculative_tokens_per_batch_size": None,
-}
+_BY_BATCH = "num_speculative_tokens_per_batch_size"
+_TESTED_OPTIONS = {"rejection_sample_method": "standard", "draft_sample_method": "greedy"}
 
 
 def uses_mtp(vllm_config: VllmConfig) -> bool:
@@ -191,6 +188,11 @@ def check_draft(vllm_config: VllmConfig) -> None:
                 f"{key} {found!r} found in --speculative-config, expected {tested!r}: nothing else is tested with this "
                 f"model; drop {key}"
             )
+    if speculative.uses_dynamic_speculative_decoding() and speculative.method != "mtp":
+        raise ValueError(
+            f"{_BY_BATCH} found in --speculative-config with {speculative.method!r}: it is tested with 'mtp' only; "
+            f"drop {_BY_BATCH}"
+        )
 
 
 def _possible(vllm_config: VllmConfig) -> list[str]:
@@ -215,6 +217,11 @@ def check_speculation(vllm_config: VllmConfig) -> None:
         raise ValueError(
             "pipeline parallelism with MTP and prefix caching found; on CPU vLLM carries the states of cached "
             "prefixes on the last stage only: add --no-enable-prefix-caching, or drop one of the other two"
+        )
+    if speculative.uses_dynamic_speculative_decoding():
+        raise ValueError(
+            f"pipeline parallelism with {_BY_BATCH} in --speculative-config found; on CPU it is not tested: drop one "
+            "of the two"
         )
     if vllm_config.scheduler_config.scheduler_cls != PIPELINE_DRAFT_SCHEDULER:
         raise ValueError(

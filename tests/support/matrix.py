@@ -1,5 +1,6 @@
 """The engine starts that tests share, and the scenarios that each answers: those of ``qnext verify`` and more."""
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +57,16 @@ _UNIT = ("--block-size", "128", "--prefix-match-unit", "32")
 _PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120)
 _WHOLE_CONTEXT = ("--context-length", str(MAX_MODEL_LEN))  # without the positions that NEXTN reserves
 _PAGES = ("--page-size", "16", "--mamba-track-interval", "128")
+_BY_BATCH = (
+    "--speculative-config",
+    json.dumps(
+        {
+            "method": "qwen3_next_mtp",
+            "num_speculative_tokens": 3,
+            "num_speculative_tokens_per_batch_size": [[1, 2, 3], [3, 3, 0], [4, 8, 2]],
+        }
+    ),
+)
 _DRAFTING = EngineConfig(draft_tokens=3, prefix_caching=True, token_budget=128)  # prompts come in pieces
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
@@ -87,6 +98,11 @@ MATRIX = {
         (*_DRAFTS, "drafts_of_the_model", "drafts_to_the_last_position", "draft_logits"),
         "wide-draft",
         ENGINES,
+    ),
+    # Of one or two requests, of three, and of more. Not `sampled`: with other numbers a seed gives another answer.
+    "mtp3-by-batch": Case(
+        replace(_DRAFTING, num_blocks=640, flags=_BY_BATCH),
+        ("drafts_in_every_pattern", "drafts_of_the_model", "prefix_aba", "multi_turn"),
     ),
     "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
     "ngram": Case(
