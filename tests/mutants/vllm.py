@@ -191,6 +191,7 @@ MUTANTS = [
     Mutant(state_not_copied_between_blocks, "multi_turn", "mtp2"),
     Mutant(draft_reads_the_wrong_hidden_state, "draft_logits", "mtp3"),
     Mutant(accepted_tokens_forgotten_without_drafts, "drafts_in_every_pattern", "ngram3"),
+    Mutant(verify_commits_one_step_early, "multi_turn", "mtp3-by-batch"),
     Mutant(verify_commits_one_step_early, "drafts_of_the_model", "ngram3"),
     Mutant(conv_window_not_rolled_back, "arrivals", "ngram3"),
     Mutant(state_copy_ignores_accepted_drafts, "multi_turn", "ngram3"),
