@@ -38,3 +38,14 @@ def test_distribution_is_the_one_without_mtp(samples, position):
 def test_a_wrong_state_shows_in_the_distribution(samples):
     plain, broken = samples[0][""], samples[2][MUTANT]
     assert min(p_value([s[i] for s in plain], [s[i] for s in broken]) for i in range(1, TOKENS)) < 1e-12
+
+
+@pytest.mark.only("vllm")
+def test_greedy_answers_are_those_without_drafts_whatever_is_asked_for(samples):
+    expected, found = samples[0]["greedy"], samples[2]["greedy"]
+    assert found["without"] == expected["without"]
+    for i, name in enumerate(expected["names"]):
+        assert expected["own"][i] != expected["without"][i], f"{name} changed nothing"
+        assert found["own"][i] == expected["own"][i], name
+        assert found["drafted"][i] == expected["own"][i], f"{name}, right and wrong drafts"
+    assert all(count > 2 for count in found["accepted"]), found["accepted"]

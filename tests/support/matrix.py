@@ -95,7 +95,7 @@ MATRIX = {
     "mtp2-starved": _shared("mtp2-starved", num_blocks=52),
     "mtp3": Case(
         EngineConfig(draft_tokens=3, num_blocks=64),
-        (*_DRAFTS, "drafts_of_the_model", "drafts_to_the_last_position", "draft_logits"),
+        (*_DRAFTS, "drafts_of_the_model", "drafts_to_the_last_position", "prompt_logprobs", "draft_logits"),
         "wide-draft",
         ENGINES,
     ),

@@ -9,9 +9,9 @@ from qnext_plugin.verify.scenarios import tokens
 from tests.support.installed import ENGINE
 
 SAMPLES, TOKENS = 10_000, 5
-ARGUMENTS = {
+ARGUMENTS = {"skip_tokenizer_init": False} | {
     "vllm": {"max_num_seqs": 512},
-    "sglang": {"max_running_requests": 256, "max_mamba_cache_size": 264, "skip_tokenizer_init": False},
+    "sglang": {"max_running_requests": 256, "max_mamba_cache_size": 264},
 }[ENGINE]
 REGEX = "([a-d][0-9]){12}"
 MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"

@@ -2,6 +2,8 @@
 
 from tests.support.features.cells import ANSWERS, GPU, Feature, expected, refused, tested
 
+ASKED = "test_sampling.test_greedy_answers_are_those_without_drafts_whatever_is_asked_for"
+
 SAMPLING = (
     Feature(
         "temperature, top-k, top-p, seeds, with drafts",
@@ -25,10 +27,7 @@ SAMPLING = (
     ),
     Feature(
         "penalties, stops, bad words, minimum of tokens, allowed tokens, with drafts",
-        tested(
-            "test_hostile_requests.test_answer_is_clean_and_others_are_served",
-            why="other requests of the batch are answered correctly",
-        ),
+        tested(ASKED, "test_hostile_requests.test_answer_is_clean_and_others_are_served"),
         expected(
             "of the tokens of a step, SGLang counts one for penalties and for a minimum of tokens; bad words and allowed "
             "tokens are ignored, because SGLang has neither"
@@ -36,12 +35,12 @@ SAMPLING = (
     ),
     Feature(
         "several answers to a prompt (`n`)",
-        expected("vLLM makes a separate request for each answer, and states belong to requests"),
+        tested("test_vllm_server.test_mtp_past_the_trained_length"),
         tested("test_sglang_server.test_several_answers"),
     ),
     Feature(
         "log-probabilities of answer and prompt, with drafts",
-        tested(ANSWERS, starts="eager mtp3", why="for answers with drafts, for prompts without"),
+        tested(ANSWERS, starts="eager mtp3"),
         tested(
             "test_sglang_server.test_logprobs_are_of_the_tokens_returned",
             ANSWERS,
