@@ -162,7 +162,7 @@ class TorchGDNKernel(LinearAttnKernelBase):
     ) -> Tensor:
         """Verify ``cache_steps`` drafts per sequence.
 
-        ``ssm_states`` stays unchanged, and ``intermediate_states_buffer`` [rows, cache_steps, Hv, K, V] receives the
+        ``ssm_states`` stays unchanged, and ``intermediate_states_buffer`` [rows, most steps, Hv, K, V] receives the
         state after each draft.
         """
         gates = ops.gating(a, b, A_log=A_log, dt_bias=dt_bias)
@@ -176,7 +176,7 @@ class TorchGDNKernel(LinearAttnKernelBase):
             initial_state=ssm_states[cache_indices[: len(v)]],
             parents=retrieve_parent_token,
         )
-        intermediate_states_buffer[intermediate_state_indices[: len(v)]] = states
+        intermediate_states_buffer[intermediate_state_indices[: len(v)], :cache_steps] = states
         record("verify")
         return out.flatten(0, 1).unsqueeze(0)
 

@@ -5,7 +5,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - starts ``compiled``, ``mtp3-compiled``: ``bfloat16-compiled``, and the compiled server of ``test_vllm_server``
 - ``mtp1``: ``mtp2`` and ``mtp3``; its aborts: ``mtp2-starved``
 - ``dflash-head``: ``eagle3-head``
-- ``mtp3-by-batch``: ``ngram3`` for numbers of drafts that differ, none included
+- ``mtp3-by-batch``: ``ngram3`` for numbers of drafts that differ, none included; ``mtp3-adaptive``: ``mtp3``
 - ``prefix-no-buffer``: ``mtp1-no-buffer``
 - ``tp2``, ``pp2``: ``tp2-mtp2``, ``pp2-mtp2``
 - ``ep2-mtp2``, ``bfloat16-ep2-mtp2``: experts in parallel in ``test_vllm_executors``
@@ -63,6 +63,7 @@ EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "prefix-u
     "bfloat16-ep2-mtp2",
     "dflash-head",
     "mtp3-by-batch",
+    "mtp3-adaptive",
 }
 
 # Files of tests that hold for one engine only carry its name.

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qnext_plugin.engines.config import ENGINES, MAX_MODEL_LEN, EngineConfig
@@ -67,6 +68,8 @@ _BY_BATCH = (
         }
     ),
 )
+_STEPS = Path(__file__).with_name("adaptive.json")  # three for one request, one or two for two, then none, then three
+_ADAPTIVE = ("--speculative-adaptive", "--speculative-adaptive-config", str(_STEPS))
 _DRAFTING = EngineConfig(draft_tokens=3, prefix_caching=True, token_budget=128)  # prompts come in pieces
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
@@ -103,6 +106,11 @@ MATRIX = {
     "mtp3-by-batch": Case(
         replace(_DRAFTING, num_blocks=640, flags=_BY_BATCH),
         ("drafts_in_every_pattern", "drafts_of_the_model", "prefix_aba", "multi_turn"),
+    ),
+    "mtp3-adaptive": Case(
+        replace(_DRAFTING, flags=_ADAPTIVE),
+        ("drafts_in_every_pattern", "drafts_of_the_model", "arrivals", "sampled", "multi_turn"),
+        engines=("sglang",),
     ),
     "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
     "ngram": Case(

@@ -159,7 +159,7 @@ DRAFTS = (
     Feature(
         "numbers of drafts that follow the batch or the acceptance",
         tested(ANSWERS, starts="mtp3-by-batch", why="the batch, with MTP"),
-        refused("--speculative-adaptive found, expected none", "sglang_ext/config.py", "on a CPU; GPU not run"),
+        tested(ANSWERS, starts="mtp3-adaptive", why="with NEXTN"),
         "",
         "speculative-adaptive speculative-adaptive-config",
     ),
