@@ -42,8 +42,8 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="data type to serve in (default: float32, which proves most), or with --url the server's (default: what it "
-        "says); bfloat16 may be as far off as bfloat16 transformers",
+        help="data type to serve in (default: float32, which proves most), or with --url the server's (default: what "
+        "it says); bfloat16 may be as far off as bfloat16 transformers",
     )
     parser.add_argument("--mtp", type=int, default=0, metavar="N", help="verify MTP too, with N draft tokens")
     extent = parser.add_mutually_exclusive_group()

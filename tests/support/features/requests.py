@@ -29,8 +29,8 @@ SAMPLING = (
         "penalties, stops, bad words, minimum of tokens, allowed tokens, with drafts",
         tested(ASKED, "test_hostile_requests.test_answer_is_clean_and_others_are_served"),
         expected(
-            "of the tokens of a step, SGLang counts one for penalties and for a minimum of tokens; bad words and allowed "
-            "tokens are ignored, because SGLang has neither"
+            "of the tokens of a step, SGLang counts one for penalties and for a minimum of tokens; bad words and "
+            "allowed tokens are ignored, because SGLang has neither"
         ),
     ),
     Feature(
