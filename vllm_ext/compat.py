@@ -174,6 +174,16 @@ REPLACEMENTS = (
         kind="around",
         parameters=("lora_request",),
     ),
+    Replacement(
+        LORA,
+        target="vllm.v1.worker.gpu_worker:Worker.add_lora",
+        ours="vllm_ext.lora:add_adapter",
+        why="of several ranks that refuse an adapter the executor reads the first, and takes the others' errors for "
+        "answers to later calls; after ten refusals a rank waits forever",
+        until="MultiprocExecutor.collective_rpc reads every rank's answer before it raises",
+        kind="around",
+        parameters=("lora_request",),
+    ),
     *(
         Replacement(
             feature,

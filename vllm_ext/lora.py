@@ -1,13 +1,15 @@
 """Checks the LoRA adapters that vLLM reads against the model, and puts their rows in the order of our weights.
 
 ``load_adapter`` replaces a method of vLLM (``compat.REPLACEMENTS``), so that a model that has ``prepare_adapter`` sees
-each adapter before any of it is used.
+each adapter before any of it is used. ``add_adapter`` replaces the one that passes a refusal on.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.utils import is_in_target_modules
 
@@ -28,6 +30,30 @@ def load_adapter(original: Callable[..., LoRAModel], worker_manager: Any, lora_r
     if hasattr(model, "prepare_adapter"):
         model.prepare_adapter(adapter)
     return adapter
+
+
+def add_adapter(original: Callable[..., bool], worker: Any, lora_request: Any) -> bool:
+    """Wrap ``Worker.add_lora``: if a rank refuses an adapter, the last rank alone raises, and the others answer before.
+
+    vLLM reads the ranks' answers in order up to the first error, and would take those left for answers to later calls.
+    """
+    refused: list[str] = []
+    try:
+        added = original(worker, lora_request)
+    except Exception as e:
+        added, refused = False, [str(e)]
+    tp, pp = get_tp_group(), get_pp_group()
+    for group in (tp, pp):
+        each: list[list[str]] = [[] for _ in range(group.world_size)]
+        torch.distributed.all_gather_object(each, refused, group=group.cpu_group)
+        refused = [reason for one in each for reason in one]
+    if not refused:
+        return added
+    if added:
+        worker.remove_lora(lora_request.lora_int_id)
+    if tp.is_last_rank and pp.is_last_rank:
+        raise ValueError(refused[0])
+    return False
 
 
 def prepare(model: nn.Module, manager: "LoRAModelManager", config: QNextConfig, adapter: LoRAModel) -> None:
