@@ -38,10 +38,11 @@ def add_adapter(original: Callable[..., bool], worker: Any, lora_request: Any) -
     vLLM reads the ranks' answers in order up to the first error, and would take those left for answers to later calls.
     """
     refused: list[str] = []
+    error: Exception | None = None
     try:
         added = original(worker, lora_request)
     except Exception as e:
-        added, refused = False, [str(e)]
+        added, error, refused = False, e, [str(e)]
     tp, pp = get_tp_group(), get_pp_group()
     for group in (tp, pp):
         each: list[list[str]] = [[] for _ in range(group.world_size)]
@@ -52,7 +53,7 @@ def add_adapter(original: Callable[..., bool], worker: Any, lora_request: Any) -
     if added:
         worker.remove_lora(lora_request.lora_int_id)
     if tp.is_last_rank and pp.is_last_rank:
-        raise ValueError(refused[0])
+        raise ValueError(refused[0]) from error
     return False
 
 
