@@ -7,8 +7,8 @@ each adapter before any of it is used. ``add_adapter`` replaces the one that pas
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
+from torch.distributed.distributed_c10d import all_gather_object
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.utils import is_in_target_modules
@@ -46,7 +46,7 @@ def add_adapter(original: Callable[..., bool], worker: Any, lora_request: Any) -
     tp, pp = get_tp_group(), get_pp_group()
     for group in (tp, pp):
         each: list[list[str]] = [[] for _ in range(group.world_size)]
-        torch.distributed.all_gather_object(each, refused, group=group.cpu_group)
+        all_gather_object(each, refused, group=group.cpu_group)
         refused = [reason for one in each for reason in one]
     if not refused:
         return added
