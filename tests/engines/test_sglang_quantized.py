@@ -41,6 +41,7 @@ STARTS = {
     "EP 2, balanced": replace(BFLOAT16, tensor_parallel=2, flags=BALANCED),
 }
 TWO = [(name, form) for name in ("TP 2", "PP 2", "EP 2") for form in FORMS] + [("EP 2, balanced", "fp8-channel")]
+TWO.remove(("TP 2", "fp8-block"))  # SGLang itself refuses to split a block of 128 rows
 
 
 @pytest.fixture(scope="module")
