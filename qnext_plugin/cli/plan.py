@@ -53,9 +53,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     plan.add_argument("--state-dtype", choices=DTYPES, help="data type of recurrent states (default: the engine's)")
     plan.add_argument("--no-prefix-caching", action="store_true", help="plan without the prefix cache")
-    plan.add_argument(
-        "--block-size", type=int, metavar="N", help="vLLM's flag; attention kernels on Blackwell need 128"
-    )
+    plan.add_argument("--block-size", type=int, metavar="N", help="vLLM's flag; kernels on Blackwell need 128")
     plan.add_argument("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")
     plan.add_argument(
         "--gpu-memory-utilization",

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qnext_plugin.verify.rows import Query, Rows
+from tests.support.listening import listening
 
 VOCAB = 331
 BLOCK = 32
@@ -210,17 +211,9 @@ def serving(stub: Stub) -> Iterator[str]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 64  # connections that wait to be accepted; more are dropped in silence
-
     lock, stop = threading.Lock(), threading.Event()
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with listening(Handler) as url:
         try:
-            yield f"http://127.0.0.1:{server.server_port}"
+            yield url
         finally:
             stop.set()
-            server.shutdown()
-            thread.join()

@@ -11,11 +11,10 @@ from torch import Tensor
 from qnext_plugin.ops.cpu import kernels
 from qnext_plugin.ops.cpu.jit import in_parallel, pointer, share, thread_num
 from qnext_plugin.ops.cpu.packing import BLOCK, LINE, Form
-from qnext_plugin.ops.cpu.panels import HEADER, chunk_of, coding, read_scales
+from qnext_plugin.ops.cpu.panels import HEADER, TILE, chunk_of, coding, read_scales
 
 MANY = 64  # the fewest rows for which this takes less time than a product in float32
 SLICE = 1 << 22  # bytes of decoded weights, which a core's cache can hold
-TILE = 256  # the inputs of a tile
 
 
 def available() -> bool:

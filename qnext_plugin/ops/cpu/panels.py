@@ -18,6 +18,7 @@ from qnext_plugin.ops.cpu.jit import pointer, thread_num
 from qnext_plugin.ops.cpu.packing import CODES, MIDDLE, Form
 
 CHUNK = 128  # the most inputs that are rounded together, and summed in int32
+TILE = 256  # the inputs of a tile
 SMALLEST = 27 << 23  # the bits of 2**-100: smaller inputs are taken for 0
 INFINITY = 255 << 23
 E4M3 = CODES.index("e4m3")

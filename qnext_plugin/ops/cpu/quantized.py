@@ -18,12 +18,11 @@ from qnext_plugin.ops.cpu import decoded, kernels
 from qnext_plugin.ops.cpu.decoders import FEATURES
 from qnext_plugin.ops.cpu.jit import bounds, in_parallel, pointer, rounded, share, thread_num
 from qnext_plugin.ops.cpu.packing import BLOCK, LINE, Form
-from qnext_plugin.ops.cpu.panels import FIELDS, HEADER, chunk_of, coding, read_floats, read_inputs, read_scales
+from qnext_plugin.ops.cpu.panels import FIELDS, HEADER, TILE, chunk_of, coding, read_floats, read_inputs, read_scales
 from qnext_plugin.ops.instructions import has_amx
 
 FEW = 12  # the most rows for which codes are decoded in registers
 PARTS = 8  # parts of up to ROWS rows that stay in a core's cache while all weights are read
-TILE = 256  # the inputs of a tile
 FEW_ROWS, ROWS, TOGETHER = kernels.FEW_ROWS, kernels.ROWS, kernels.TOGETHER
 ZERO, ONE = np.int64(0), np.int64(1)
 """Numba would compile functions again for a literal argument."""
