@@ -179,7 +179,8 @@ def agreement(runs: list[dict[str, Any]]) -> str:
     rows = [["Served by", "scenarios that agree", "largest error, of its bound"]]
     for title, run in by_title(runs).items():
         measured = [row for row in run["rows"] if row["difference"]]
-        shares = [row["difference"][key] / row[f"{key}_bound"] for row in measured for key in ("max", "usual")]
+        keys = ("max", "usual", "sustained")
+        shares = [r["difference"][key] / r[f"{key}_bound"] for r in measured for key in keys if r.get(f"{key}_bound")]
         agree = sum(row["verdict"] == "ok" for row in run["rows"])
         rows.append([title, f"{agree} of {len(run['rows'])}", f"{max(shares):.0%}"])
     return table(rows)

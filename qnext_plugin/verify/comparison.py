@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qnext_plugin.verify.scenarios import Prompt, Scenario
 
 # In float32, router logits of up to about 10 have errors of this size; a smaller margin between experts is a tie.
 EXPERT_TIE = 1e-5
+RUN = 12  # positions; a wrong state is off in all that follow, other experts in few
 CACHE_UNKNOWN = "the server does not say what came from its prefix cache; vLLM does with --enable-prompt-tokens-details"
 
 
@@ -92,10 +94,11 @@ class Result:
 class Difference:
     """The errors of an engine's distributions over ``positions`` positions.
 
-    ``max`` and ``mean`` are the largest and the mean absolute difference of log-probabilities; ``by_position`` has the
-    mean of each position. ``usual`` is the mean without the worst tenth of positions: in a lower precision other
-    experts were chosen there, and a few such positions make up most of the mean. ``worst`` is the place of the largest
-    difference. ``kl`` is the mean Kullback-Leibler divergence from the reference, with all unreported ids counted as
+    ``max`` and ``mean`` are the largest and the mean absolute difference of log-probabilities; ``means`` and
+    ``maxima`` are those of each position. ``usual`` is the mean without the worst tenth of positions: in a lower
+    precision other experts were chosen there, and a few such positions make up most of the mean. ``sustained`` is the
+    largest median of the maxima of ``RUN`` positions in a row. ``worst`` is the place of the largest difference.
+    ``kl`` is the mean Kullback-Leibler divergence from the reference, with all unreported ids counted as
     one id. ``same_top`` counts positions with the same most likely id. ``ties`` counts further positions that are off
     by more than the tolerance after a tie between experts. Right implementations differ there, so these positions
     count in nothing else. ``wrong_tokens`` lists the places of tokens that the reference would not choose.
@@ -103,23 +106,28 @@ class Difference:
 
     positions: int = 0
     max: float = 0.0
+    sustained: float = 0.0
     kl: float = 0.0
     same_top: int = 0
     ties: int = 0
     worst: str = "nowhere"
     wrong_tokens: list[str] = field(default_factory=list)
-    by_position: list[float] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+    maxima: list[float] = field(default_factory=list)
 
     def add(self, actual: Tensor, expected: Tensor, where: Sequence[str]) -> None:
-        """Add log-probabilities ``[positions, k]`` of the same ids; NaN counts as infinite."""
+        """Add log-probabilities ``[positions, k]`` of the same ids of one request; NaN counts as infinite."""
         if not len(actual):
             return
         difference = (actual - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-        by_position = difference.amax(-1)
-        worst = int(by_position.argmax())
-        if by_position[worst] > self.max:
-            self.max, self.worst = float(by_position[worst]), where[worst]
-        self.by_position += difference.mean(-1).tolist()
+        maxima = difference.amax(-1)
+        worst = int(maxima.argmax())
+        if maxima[worst] > self.max:
+            self.max, self.worst = float(maxima[worst]), where[worst]
+        if len(maxima) >= RUN:
+            self.sustained = max(self.sustained, float(maxima.unfold(0, RUN, 1).median(-1).values.max()))
+        self.means += difference.mean(-1).tolist()
+        self.maxima += maxima.tolist()
         before, self.positions = self.positions, self.positions + len(actual)
         kl = _kl(expected, actual).nan_to_num(nan=math.inf, posinf=math.inf).sum()
         self.kl = (self.kl * before + float(kl)) / self.positions
@@ -127,12 +135,20 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        return sum(self.by_position) / max(1, self.positions)
+        return sum(self.means) / max(1, self.positions)
 
     @property
     def usual(self) -> float:
-        kept = sorted(self.by_position)[: math.ceil(0.9 * self.positions)]
-        return sum(kept) / max(1, len(kept))
+        return sum(self._usual) / max(1, len(self._usual))
+
+    @property
+    def chance(self) -> float:
+        """The standard error of the difference between ``usual`` and that of another such sample."""
+        return math.sqrt(2 * pvariance(self._usual) / len(self._usual)) if self._usual else 0.0
+
+    @property
+    def _usual(self) -> list[float]:
+        return sorted(self.means)[: math.ceil(0.9 * self.positions)]
 
     @property
     def agreement(self) -> float:

@@ -15,8 +15,8 @@ COLUMNS = ("start", "scenario", "positions", "max", "mean", "KL", "top-1", "wors
 class Row:
     """The verdict on one scenario of one start.
 
-    ``max_bound`` and ``usual_bound`` limit ``difference.max`` and ``difference.usual``. ``loops`` counts outputs that
-    end in a loop.
+    ``max_bound``, ``usual_bound`` and, in a lower precision, ``sustained_bound`` limit these errors of ``difference``.
+    ``loops`` counts outputs that end in a loop.
     """
 
     start: str
@@ -25,6 +25,7 @@ class Row:
     difference: Difference | None = None
     max_bound: float | None = None
     usual_bound: float | None = None
+    sustained_bound: float | None = None
     loops: int = 0
 
     def cells(self) -> list[str]:
@@ -38,7 +39,7 @@ class Row:
     def as_json(self) -> dict[str, object]:
         found = asdict(self)
         if self.difference is not None:
-            del found["difference"]["by_position"]
+            del found["difference"]["means"], found["difference"]["maxima"]
             found["difference"] |= {"mean": self.difference.mean, "usual": self.difference.usual}
         return found
 

@@ -10,6 +10,7 @@ import torch
 from qnext_plugin.engines.config import EngineConfig
 from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.verify.comparison import (
+    RUN,
     Difference,
     NotExercised,
     Result,
@@ -26,9 +27,11 @@ from qnext_plugin.verify.report import NOT_EXERCISED, OK, Row
 from qnext_plugin.verify.rows import Reference
 from qnext_plugin.verify.runner import Run, Start
 from qnext_plugin.verify.starts import Plan
-from qnext_plugin.verify.tolerances import LOGPROB_BFLOAT16_RATIO, LOGPROB_FLOAT32
+from qnext_plugin.verify.tolerances import CHANCE, LARGEST_BFLOAT16_RATIO, LOGPROB_BFLOAT16_RATIO, LOGPROB_FLOAT32
 
 TIMEOUT = 7200.0  # seconds for a start, and for each scenario
+Bounds = tuple[float, float, float | None]
+"""Limits of a difference's largest, usual and sustained errors; the last is for a lower precision."""
 
 
 def serve(
@@ -65,8 +68,8 @@ def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Record
     """Return a row for every scenario of every start. In a failed start, the first unanswered row has the reason.
 
     In float32 every position must be within the tolerance. In a lower precision, a scenario's usual error is compared
-    with that of `transformers` on the same tokens, and its largest error with the largest of `transformers` in any
-    scenario. When a choice of experts flips, both are off by similar amounts, though not at the same positions.
+    with that of `transformers` on the same tokens, and its sustained and largest errors with those of `transformers`
+    in all scenarios. When a choice of experts flips, both are off by similar amounts, though not at the same positions.
     """
     answered = _answered(starts)
     queries = [completion.query for _, _, result in answered for _, completion in completions(result)]
@@ -78,12 +81,7 @@ def judge(starts: Sequence[Start], failures: Mapping[str, str], recorded: Record
         rounded(queries)
         lower = [(s.name, run.key, result) for s, run, result in answered if s.config.dtype == dtype]
         roundings |= {(name, key): rounding(result, exact, rounded) for name, key, result in lower}
-    largest = max((difference.max for difference in roundings.values()), default=0.0)
-    bounds = {
-        where: (LOGPROB_BFLOAT16_RATIO * largest, LOGPROB_BFLOAT16_RATIO * difference.usual)
-        for where, difference in roundings.items()
-    }
-    return _rows(starts, failures, exact, bounds)
+    return _rows(starts, failures, exact, _bounds(roundings))
 
 
 def judge_against(start: Start, failures: Mapping[str, str], reference: Reference, other: Start) -> list[Row]:
@@ -94,11 +92,23 @@ def judge_against(start: Start, failures: Mapping[str, str], reference: Referenc
     """
     bounds = {}
     if start.config.dtype != "float32":
-        noise = [compare(result, reference) for _, _, result in _answered([other])]
-        most = max(d.max for d in noise), max(d.usual for d in noise)
-        both = LOGPROB_BFLOAT16_RATIO * most[0], LOGPROB_BFLOAT16_RATIO * most[1]
-        bounds = {(start.name, run.key): both for run in start.runs}
+        noise = {("", run.key): compare(result, reference) for _, run, result in _answered([other])}
+        most = [max(each) for each in zip(*_bounds(noise).values(), strict=True)]
+        bounds = {(start.name, run.key): (most[0], most[1], most[2]) for run in start.runs}
     return _rows([start], failures, reference, bounds)
+
+
+def _bounds(roundings: Mapping[tuple[str, str], Difference]) -> dict[tuple[str, str], Bounds]:
+    """Return the bounds in a lower precision, from the errors of a right implementation in it."""
+    maxima = torch.tensor([error for difference in roundings.values() for error in difference.maxima])
+    if not len(maxima):
+        return {}
+    largest = LARGEST_BFLOAT16_RATIO * float(maxima.max())
+    sustained = LOGPROB_BFLOAT16_RATIO * float(maxima.quantile(0.98))
+    return {
+        where: (largest, LOGPROB_BFLOAT16_RATIO * difference.usual + CHANCE * difference.chance, sustained)
+        for where, difference in roundings.items()
+    }
 
 
 def _answered(starts: Sequence[Start]) -> list[tuple[Start, Run, Result]]:
@@ -109,22 +119,22 @@ def _rows(
     starts: Sequence[Start],
     failures: Mapping[str, str],
     exact: Reference,
-    bounds: Mapping[tuple[str, str], tuple[float, float]],
+    bounds: Mapping[tuple[str, str], Bounds],
 ) -> list[Row]:
-    """Return the rows; ``bounds`` are those in a lower precision, of the largest and the usual error."""
+    """Return the rows; ``bounds`` are those in a lower precision."""
     rows: dict[tuple[str, str], Row] = {}
     reasons = dict(failures)
     for start, run, result in _answered(starts):
         where = start.name, run.key
         if where in bounds:
             difference = compare(result, exact)
-            largest, usual = bounds[where]
+            limits: Bounds = bounds[where]
         else:
-            largest = usual = LOGPROB_FLOAT32
-            difference = compare(result, exact, largest, run.scenario.top_k)
+            limits = LOGPROB_FLOAT32, LOGPROB_FLOAT32, None
+            difference = compare(result, exact, LOGPROB_FLOAT32, run.scenario.top_k)
         said = sum(loops(completion.token_ids) for _, completion in completions(result))
-        verdict = _verdict(start, run, result, difference, largest, usual)
-        rows[where] = Row(start.name, run.key, verdict, difference, largest, usual, loops=said)
+        verdict = _verdict(start, run, result, difference, limits)
+        rows[where] = Row(start.name, run.key, verdict, difference, *limits, loops=said)
     return [
         rows.get((start.name, run.key)) or Row(start.name, run.key, _not_run(reasons.pop(start.name, None)))
         for start in starts
@@ -136,11 +146,14 @@ def _not_run(reason: str | None) -> str:
     return f"engine failed: {reason}" if reason else "not run"
 
 
-def _verdict(start: Start, run: Run, result: Result, difference: Difference, bound: float, usual_bound: float) -> str:
+def _verdict(start: Start, run: Run, result: Result, difference: Difference, bounds: Bounds) -> str:
+    bound, usual_bound, sustained_bound = bounds
     if not math.isfinite(difference.max) or difference.max > bound:
         return f"off by more than {bound:.2g}"
     if difference.usual > usual_bound:
         return f"off by more than {usual_bound:.2g} at nine positions in ten"
+    if sustained_bound is not None and difference.sustained > sustained_bound:
+        return f"off by more than {sustained_bound:.2g} at most of {RUN} positions in a row"
     if difference.wrong_tokens:
         return f"{len(difference.wrong_tokens)} tokens that the reference would not choose"
     if difference.ties > difference.positions:

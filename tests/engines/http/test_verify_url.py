@@ -10,6 +10,7 @@ from tests.support.installed import ENGINE
 from tests.support.proxy import in_front_of
 
 CROWDED = pytest.mark.parametrize("server", ["crowded"], indirect=True)
+DEMO = pytest.mark.parametrize("server", ["demo"], indirect=True)
 
 
 @pytest.fixture
@@ -74,3 +75,13 @@ def test_one_changed_log_probability(server, checkpoint, verify, against):
 def test_another_model_of_the_same_dimensions(server, checkpoint, verify):
     status, _, printed = verify(checkpoint("odd-d"), server.url, "--dtype", "float32", few=("short",))
     assert status == 1 and "the server probably serves another model than MODEL" in printed
+
+
+@DEMO
+def test_bfloat16_with_drafts_and_prefixes(server, checkpoint, verify):
+    few = ("mixed_lengths", "prefix_aba", "drafts_of_the_model")
+    status, rows, printed = verify(checkpoint("demo"), server.url, few=few)
+    assert status == 0
+    # What is asked again is ok only where prefixes came from the cache.
+    assert {rows[f"{name}{again}"]["verdict"] for name in few for again in ("", " again")} == {"ok"}
+    assert "in bfloat16 (" in printed
