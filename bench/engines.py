@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.step import WORKLOADS, started
+from bench.step import WORKLOADS, measured, started
 from qnext_plugin.bench.side import Side, read_once
 
 ENGINES = ("sglang", "vllm")
@@ -34,9 +34,9 @@ def main() -> None:
     read_once(args.model)
     for _ in range(args.pairs):
         for engine in ENGINES:
-            with started(engine, args.model, pythons[engine]) as measure:
+            with started(engine, args.model, pythons[engine]) as remote:
                 for name in WORKLOADS:
-                    found = measure(name)
+                    found = measured(remote, args.model, name)
                     print(engine, name, json.dumps(found), flush=True)
                     for each in TIMES:
                         times[name][engine][each].append(found[each])

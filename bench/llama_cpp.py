@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.step import WORKLOADS, started
+from bench.step import WORKLOADS, measured, started
 
 VERSION = "0.3.36"
 CACHE = os.environ.get("QNEXT_ENVS") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qnext-plugin"
@@ -29,30 +29,35 @@ WORK = Path(CACHE).expanduser() / f"llama-cpp-python-{VERSION}"
 SOURCE = WORK / f"llama_cpp_python-{VERSION}"
 LLAMA_CPP = SOURCE / "vendor" / "llama.cpp"
 BINARIES = WORK / "cmake" / "bin"
+PROGRAMS = ("llama-batched-bench", "llama-bench", "llama-quantize")
 THREADS = str(len(os.sched_getaffinity(0)))
 ROUNDS = 2
 MICROBATCHES = ("512", "2048")
 """Tokens that llama.cpp computes at once: its default, and as many as vLLM does. The better counts."""
 
 
-def build() -> None:
-    """llama.cpp with its defaults, for this machine's instructions."""
-    if (BINARIES / "llama-bench").exists():
-        return
+def build(native: bool = True) -> Path:
+    """Return the folder of llama.cpp's ``PROGRAMS``: its defaults, for this machine's instructions or for AVX2."""
+    binaries = BINARIES if native else WORK / "cmake-avx2" / "bin"
+    if all((binaries / program).exists() for program in PROGRAMS):
+        return binaries
     WORK.mkdir(parents=True, exist_ok=True)
     pip, tools = [sys.executable, "-m", "pip"], WORK / "tools"
     wanted = f"llama-cpp-python=={VERSION}"
-    _run([*pip, "download", wanted, "--no-binary", "llama-cpp-python", "--no-deps", "--dest", str(WORK)])
+    run([*pip, "download", wanted, "--no-binary", "llama-cpp-python", "--no-deps", "--dest", str(WORK)])
     with tarfile.open(SOURCE.with_suffix(SOURCE.suffix + ".tar.gz")) as sdist:
         sdist.extractall(WORK, filter="data")
-    _run([*pip, "install", "--target", str(tools), "cmake", "ninja", "diskcache"])  # the last for its Python bindings
+    run([*pip, "install", "--target", str(tools), "cmake", "ninja", "diskcache"])  # the last for its Python bindings
     options = ["BUILD_TYPE=Release", "MAKE_PROGRAM=" + str(tools / "bin" / "ninja")]
-    options = [f"-DCMAKE_{option}" for option in options] + ["-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=ON"]
+    options = [f"-DCMAKE_{option}" for option in options] + [
+        f"-DGGML_NATIVE={'ON' if native else 'OFF'}",
+        "-DBUILD_SHARED_LIBS=ON",
+    ]
     options += [f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "OPENSSL")]
     cmake = [str(tools / "bin" / "cmake")]
-    _run([*cmake, "-S", str(LLAMA_CPP), "-B", str(WORK / "cmake"), "-G", "Ninja", *options], PYTHONPATH=str(tools))
-    targets = ["-j", THREADS, "--target", "llama-batched-bench", "llama-bench"]
-    _run([*cmake, "--build", str(WORK / "cmake"), *targets], PYTHONPATH=str(tools))
+    run([*cmake, "-S", str(LLAMA_CPP), "-B", str(binaries.parent), "-G", "Ninja", *options], PYTHONPATH=str(tools))
+    run([*cmake, "--build", str(binaries.parent), "-j", THREADS, "--target", *PROGRAMS], PYTHONPATH=str(tools))
+    return binaries
 
 
 def convert(model: Path, gguf: Path) -> Path:
@@ -66,7 +71,7 @@ def convert(model: Path, gguf: Path) -> Path:
             "Model.set_vocab = set_vocab; convert_hf_to_gguf.main()"
         )
         arguments = [str(model), "--outfile", str(part), "--outtype", "bf16", "--no-mtp"]
-        _run([sys.executable, "-c", code, *arguments], PYTHONPATH=f"{LLAMA_CPP}:{LLAMA_CPP / 'gguf-py'}")
+        run([sys.executable, "-c", code, *arguments], PYTHONPATH=f"{LLAMA_CPP}:{LLAMA_CPP / 'gguf-py'}")
         part.rename(gguf)
     return gguf
 
@@ -85,7 +90,7 @@ def check() -> dict[str, float]:
 
     prompts = [tokens(length, length, 1024) for length in (9, 70, 333)]
     with tempfile.TemporaryDirectory() as scratch:
-        theirs = logprobs(convert(DIRECTORY, Path(scratch) / "demo.gguf"), prompts)
+        theirs = logprobs(BINARIES, convert(DIRECTORY, Path(scratch) / "demo.gguf"), prompts)
 
     def transformers(dtype: torch.dtype) -> list[torch.Tensor]:
         model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=dtype)
@@ -104,12 +109,12 @@ def check() -> dict[str, float]:
     return errors
 
 
-def logprobs(gguf: Path, prompts: Sequence[Sequence[int]]) -> list[Any]:
+def logprobs(binaries: Path, gguf: Path, prompts: Sequence[Sequence[int]]) -> list[Any]:
     """Of each prompt ``[tokens, vocab_size]``; the last eight tokens are decoded one by one."""
     import numpy as np
     import torch
 
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(BINARIES)
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(binaries)
     sys.path[:0] = [str(SOURCE), str(WORK / "tools")]
     from llama_cpp import llama_cpp as lib
     from llama_cpp._logger import set_verbose
@@ -140,21 +145,21 @@ def logprobs(gguf: Path, prompts: Sequence[Sequence[int]]) -> list[Any]:
     return [torch.cat(list(steps(prompt))) for prompt in prompts]
 
 
-def theirs(gguf: Path, batch: int, length: int, output: int = 0) -> Iterator[float]:
+def theirs(binaries: Path, gguf: Path, batch: int, length: int, output: int = 0) -> Iterator[float]:
     """Tokens per second, by llama-bench of one sequence and by llama-batched-bench of several, each a few times."""
     model = ["-m", str(gguf), "-t", THREADS]
     for microbatch in MICROBATCHES[: 1 if output else None]:
         if batch == 1:
             what = ["-p", "0", "-n", str(output), "-d", str(length)] if output else ["-p", str(length), "-n", "0"]
-            out = _run(
-                [str(BINARIES / "llama-bench"), *model, *what, "-ub", microbatch, "-r", str(ROUNDS), "-o", "json"]
+            out = run(
+                [str(binaries / "llama-bench"), *model, *what, "-ub", microbatch, "-r", str(ROUNDS), "-o", "json"]
             )
             yield from json.loads(out)[0]["samples_ts"]
         else:
             lengths = ["-npp", str(length), "-ntg", str(output or 1), "-npl", ",".join([str(batch)] * ROUNDS)]
             room = ["-c", str(batch * (length + (output or 1))), "-b", "2048", "-ub", microbatch]
-            command = [str(BINARIES / "llama-batched-bench"), *model, *lengths, *room, "--output-format", "jsonl"]
-            for line in _run(command).splitlines():
+            command = [str(binaries / "llama-batched-bench"), *model, *lengths, *room, "--output-format", "jsonl"]
+            for line in run(command).splitlines():
                 if line.startswith("{"):
                     yield json.loads(line)["speed_tg" if output else "speed_pp"]
 
@@ -171,10 +176,10 @@ def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             rates.append(measured_ceilings("bfloat16", Path(scratch)))
         pair: dict[str, Any] = {"ours": {"workloads": {}}, "llama.cpp": {"workloads": {}}}
-        with started("vllm", model) as measure:
+        with started("vllm", model) as remote:
             for name, workload in WORKLOADS.items():
-                pair["ours"]["workloads"][name] = measure(name)
-                found = list(theirs(gguf, **workload))
+                pair["ours"]["workloads"][name] = measured(remote, model, name)
+                found = list(theirs(BINARIES, gguf, **workload))
                 pair["llama.cpp"]["workloads"][name] = {report.RATE: max(found), "each": found}
         both.append(pair)
         print(json.dumps(rates[-1] | pair), flush=True)
@@ -207,7 +212,7 @@ def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
     return result
 
 
-def _run(command: Sequence[str], **environment: str) -> str:
+def run(command: Sequence[str], **environment: str) -> str:
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from unittest.mock import patch
 from qnext_plugin.bench.side import TIMEOUT, Side, Task
 from qnext_plugin.bench.worker import measure_engine
 from qnext_plugin.engines.config import EngineConfig
-from qnext_plugin.engines.remote import started_engine
+from qnext_plugin.engines.remote import RemoteEngine, started_engine
 
 WORKLOADS = {
     "prefill 1x2000": {"batch": 1, "length": 2000},
@@ -96,8 +96,8 @@ def measure(engine: Any, model: str, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def started(engine: str, model: Path, python: str = sys.executable) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """Start ours on ``engine``, and yield a function that measures a workload in it by name."""
+def started(engine: str, model: Path, python: str = sys.executable) -> Iterator[RemoteEngine]:
+    """Start ours on ``engine``, for ``measured``."""
     task, side = Task(str(model), WORKLOADS), Side("ours", engine, python=python)
     config = EngineConfig(dtype=task.dtype, max_model_len=task.longest, flags=tuple(task.flags(engine)))
     with tempfile.TemporaryDirectory() as scratch:
@@ -106,4 +106,10 @@ def started(engine: str, model: Path, python: str = sys.executable) -> Iterator[
         with started_engine(engine, task.model, config, directory, env=env, python=python) as remote:
             remote.ready(TIMEOUT)
             remote.serving(TIMEOUT)
-            yield lambda name: remote.call("bench.step:measure", TIMEOUT, model=task.model, name=name)
+            yield remote
+
+
+def measured(remote: RemoteEngine, model: Path, name: str) -> dict[str, Any]:
+    """Call ``measure`` in a ``started`` engine."""
+    found: dict[str, Any] = remote.call("bench.step:measure", TIMEOUT, model=str(model), name=name)
+    return found
