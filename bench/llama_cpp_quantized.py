@@ -5,7 +5,7 @@
 MODEL is a checkpoint in bfloat16; the copies stand beside it. Head and embeddings stay in bfloat16 on both sides. Each
 pair runs every form once, in fresh processes, with a thread for each core. Beside the speeds stand the mean errors of
 the 256 most likely ids' log-probabilities against ``transformers`` in float32 on the unquantized weights. ``--avx2``
-measures what a CPU with AVX2 alone would run. The rest is as in ``bench.llama_cpp``.
+runs what a CPU with AVX2 alone would. The rest is as in ``bench.llama_cpp``.
 """
 
 import argparse
@@ -22,8 +22,12 @@ from bench import llama_cpp, step
 
 LENGTHS = (9, 70, 333)
 NAMES = ("decode batch 1", "decode batch 4", "decode batch 8", "prefill 4x512")
-OURS = ("bfloat16", "w4a16", "mxfp4", "fp8-block", "w8a8")
-THEIRS = ("BF16", "Q4_0", "Q4_K_M", "IQ4_NL", "Q8_0")
+FORMS = {
+    "16 bits": {"ours": ("bfloat16",), "llama.cpp": ("BF16",)},
+    "8 bits": {"ours": ("fp8-block", "w8a8"), "llama.cpp": ("Q8_0",)},
+    "4 bits": {"ours": ("w4a16", "mxfp4"), "llama.cpp": ("Q4_0", "Q4_K_M", "IQ4_NL")},
+}
+OURS, THEIRS = ([form for sides in FORMS.values() for form in sides[side]] for side in ("ours", "llama.cpp"))
 AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -95,7 +99,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.avx2:
-        os.environ |= AVX2
+        os.environ |= AVX2 | {"PYTHONPATH": f"{Path(__file__).parent / 'avx2'}:{os.environ['PYTHONPATH']}"}
     import torch
 
     from qnext_plugin.bench.side import Side
@@ -140,7 +144,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "engines": {"ours": f"vllm {Side('ours', 'vllm').version}", "llama.cpp": llama_cpp.VERSION},
         "ceilings": {name: max(each[name] for each in ceilings) for name in ceilings[0]},
-        "forms": {"ours": OURS, "llama.cpp": THEIRS},
+        "forms": FORMS,
         "kernels": kernels,
         "bytes": {form: size(file) for form, file in files.items()},
         "errors": errors,

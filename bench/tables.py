@@ -67,6 +67,27 @@ def llama_cpp(found: dict[str, Any]) -> str:
     return f"{bench(found)}\n{decode_steps(found['decode steps'])}"
 
 
+def quantized(found: dict[str, Any]) -> str:
+    """Of ``bench/llama_cpp_quantized.py``: rates and errors of each form, then ratios to llama.cpp's best, by pair."""
+    rates, names = found["workloads"], list(found["workloads"])
+    rows = [["Weights", "GB", "mean error", *names]]
+    ratios = [["Ours / llama.cpp's fastest", *names]]
+    for bits, sides in found["forms"].items():
+        for side, forms in sides.items():
+            for form in forms:
+                medians = [f"{statistics.median(rates[name][form]):.1f}" for name in names]
+                size, error = f"{found['bytes'][form] / 1e9:.2f}", f"{found['errors'][form]:.3f}"
+                rows.append([f"{bits}: {side}, {form}", size, error, *medians])
+        for form in sides["ours"]:
+            cells = []
+            for name in names:
+                others = zip(*(rates[name][other] for other in sides["llama.cpp"]), strict=True)
+                each = [ours / max(best) for ours, best in zip(rates[name][form], others, strict=True)]
+                cells.append(f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})")
+            ratios.append([f"{bits}: {form}", *cells])
+    return f"{table(rows)}\n{table(ratios)}"
+
+
 def waits(found: dict[str, Any]) -> str:
     """Of ``qnext bench --serve``: the start, a request's first token and those after it."""
     sides = found["sides"]
@@ -211,6 +232,7 @@ KINDS = {
     "offline": bench,
     "served": served,
     "llama.cpp": llama_cpp,
+    "llama.cpp quantized": quantized,
     "engines": engines,
     "context": context,
     "gpu-check": gpu_check,

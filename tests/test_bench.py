@@ -322,6 +322,15 @@ def test_readme_tables():
     made = tables.context({"microseconds by context": steps})
     assert "| us per layer | 1,024 tokens | 32,768 tokens | growth |" in made
     assert "| gated attention | 50 | 400 | 7.14 |" in made
+    record = {
+        "forms": {"4 bits": {"ours": ["w4a16"], "llama.cpp": ["Q4_0", "IQ4_NL"]}},
+        "bytes": {"w4a16": 1.5e9, "Q4_0": 1.4e9, "IQ4_NL": 1.4e9},
+        "errors": {"w4a16": 0.25, "Q4_0": 0.5, "IQ4_NL": 0.5},
+        "workloads": {"decode": {"w4a16": [30.0, 20.0], "Q4_0": [10.0, 20.0], "IQ4_NL": [20.0, 10.0]}},
+    }
+    made = tables.quantized(record)  # the fastest of llama.cpp's is another one in each pair
+    assert "| 4 bits: ours, w4a16 | 1.50 | 0.250 | 25.0 |" in made
+    assert "| 4 bits: w4a16 | 1.25 (1.00-1.50) |" in made
     agrees = {"verdict": "ok", "difference": {"max": 5e-5, "usual": 1e-5}, "max_bound": 1e-4, "usual_bound": 1e-4}
     run = {"dtype": "float32", "native": False, "versions": {"vllm": "1"}}
     run["rows"] = [agrees, {"verdict": "engine failed", "difference": None}]
