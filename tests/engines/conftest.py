@@ -6,7 +6,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - ``mtp1``: ``mtp2`` and ``mtp3``; its aborts: ``mtp2-starved``
 - ``dflash-head``: ``eagle3-head``
 - ``mtp3-by-batch``: ``ngram3`` for numbers of drafts that differ, none included; ``mtp3-adaptive``: ``mtp3``
-- ``prefix-no-buffer``: ``mtp1-no-buffer``
+- ``prefix-no-buffer``: ``mtp1-no-buffer``; ``eagle3-prefix``: ``ngram`` and ``standalone``
 - ``tp2``, ``pp2``: ``tp2-mtp2``, ``pp2-mtp2``
 - ``ep2-mtp2``, ``bfloat16-ep2-mtp2``: experts in parallel in ``test_vllm_executors``
 - ``test_*_quantized``, two processes: each format in one process there; ``tp2-mtp2``, ``pp2-mtp2``
@@ -15,6 +15,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - ``test_vllm_server``, YaRN in config.json: ``odd-a`` to ``odd-c``, and the case that overrides it
 - ``test_vllm_long_context``: the same for YaRN, ``chunked`` for prompts in pieces
 - ``test_vllm_executors``, experts sharded: experts in parallel there; Ray and ``test_nodes``: ``tp2-mtp2``
+- ``test_coder_tools``, strict arguments of a named function by two APIs: by the third, and by all without strict
 - ``test_lora`` without drafts: the same with them; what does not fit: ``test_sglang_lora_rows``, ``tests/test_lora.py``
 - ``test_verify``, an engine that does not start: ``test_*_bad_input``, ``tests/test_verify_judgement.py``
 - ``test_bench``: ``tests/test_bench.py``, and for the way to an engine ``test_verify``
@@ -62,6 +63,7 @@ EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "prefix-u
     "ep2-mtp2",
     "bfloat16-ep2-mtp2",
     "dflash-head",
+    "eagle3-prefix",
     "mtp3-by-batch",
     "mtp3-adaptive",
 }

@@ -52,7 +52,8 @@ def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "ti
 
 _DRAFTS = CASES["mtp3-compiled"].scenarios
 _PLAIN = ("mixed_lengths",)
-_OTHER_DRAFTS = (*_DRAFTS, "drafts_of_the_model", "arrivals", "sampled", "slot_reuse", "prefix_aba", "multi_turn")
+_OTHER_DRAFTS = (*_DRAFTS, "drafts_of_the_model", "arrivals", "sampled", "slot_reuse")
+_PREFIXES = ("prefix_aba", "multi_turn")
 _BFLOAT16 = EngineConfig(dtype="bfloat16")
 _UNIT = ("--block-size", "128", "--prefix-match-unit", "32")
 _PARTIAL = EngineConfig(prefix_caching=True, num_blocks=120)
@@ -115,13 +116,16 @@ MATRIX = {
     "mtp3-tree": _shared("mtp3-tree", ("sglang",), "odd-a"),
     "ngram": Case(
         replace(_DRAFTING, overlap=True, flags=_WHOLE_CONTEXT),
-        (*_OTHER_DRAFTS, "drafts_to_the_last_position"),
+        (*_OTHER_DRAFTS, *_PREFIXES, "drafts_to_the_last_position"),
         "without-draft",
         ("sglang",),
         "ngram",
     ),
-    "standalone": Case(replace(_DRAFTING, flags=_PAGES), _OTHER_DRAFTS, "without-draft", ("sglang",), "draft_model"),
+    "standalone": Case(
+        replace(_DRAFTING, flags=_PAGES), (*_OTHER_DRAFTS, *_PREFIXES), "without-draft", ("sglang",), "draft_model"
+    ),
     "eagle3": Case(replace(_DRAFTING, overlap=True), _OTHER_DRAFTS, "without-draft", ("sglang",), "eagle3"),
+    "eagle3-prefix": Case(replace(_DRAFTING, overlap=True), _PREFIXES, "without-draft", ("sglang",), "eagle3"),
     "mtp3-compiled": _shared("mtp3-compiled", ("vllm",), num_blocks=64),
     "ngram3": Case(
         EngineConfig(draft_tokens=3, prefix_caching=True, num_blocks=640),

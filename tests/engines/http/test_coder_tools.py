@@ -144,6 +144,7 @@ def post(server: Server, path: str, stream: bool, body: dict[str, Any]) -> Itera
 
 
 APIS: dict[str, Callable[..., Answer]] = {"chat": chat, "responses": responses, "messages": messages}
+BY_NAME = [pytest.param(api, "named", marks=[] if api == "chat" else pytest.mark.exhaustive) for api in APIS]
 
 
 def parsed(answer: Answer) -> tuple[str, list[tuple[str, Any]]]:
@@ -152,8 +153,9 @@ def parsed(answer: Answer) -> tuple[str, list[tuple[str, Any]]]:
     return text.strip(), [(name, json.loads(arguments)) for name, arguments in calls]
 
 
-@pytest.mark.parametrize("choice", ["auto", "required", "named"])
-@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    ("api", "choice"), [(api, choice) for choice in ("auto", "required") for api in APIS] + BY_NAME
+)
 def test_strict_arguments_are_of_the_schema_and_the_stream_adds_up(server, api, choice):
     answer, streamed = (parsed(APIS[api](server, choice, True, stream)) for stream in (False, True))
     print(answer)
