@@ -36,7 +36,7 @@ from typing import Any
 import pytest
 import torch
 
-from qnext_plugin.engines.config import ENGINES, EngineConfig
+from qnext_plugin.engines.config import ENGINES
 from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.verify.runner import Start
 from tests.support.checkpoints import write_checkpoint
@@ -45,7 +45,7 @@ from tests.support.installed import ENGINE
 from tests.support.matrix import CONFIGS, MATRIX
 from tests.support.sampling import draw
 from tests.support.starts import runs
-from tests.support.warm import Warm
+from tests.support.warm import ENVIRONMENT, LIBRARIES, MODULES, Warm
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -72,12 +72,6 @@ EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "prefix-u
 collect_ignore_glob = [f"*test_{engine}_*" for engine in ENGINES if engine != ENGINE]
 
 
-def may_be_forked(config: EngineConfig) -> bool:
-    """Whether a fork is like a start: a compiler has threads, and SGLang's ranks import it again."""
-    alone = config.tensor_parallel * config.pipeline_parallel == 1
-    return not config.compiled and (ENGINE == "vllm" or alone)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if ENGINE in ([mark.args[0] for mark in item.iter_markers("only")] or [ENGINE])]
     for item in (item for item in items if item.path.is_relative_to(Path(__file__).parent)):
@@ -98,9 +92,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     """The process that has imported the engine, for starts whose process need not be a new one."""
-    warm = Warm(ENGINE, tmp_path_factory.mktemp("warm") / "log")
+    warm = Warm(MODULES[ENGINE], tmp_path_factory.mktemp("warm") / "log", ENVIRONMENT[ENGINE])
     yield warm
     warm.close()
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """The process that has imported what the engine imports, for those that have to import the engine themselves."""
+    libraries = Warm(LIBRARIES[ENGINE], tmp_path_factory.mktemp("libraries") / "log", {})
+    yield libraries
+    libraries.close()
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +121,7 @@ def serve(
             chosen = replace(chosen, flags=(*chosen.flags, *drafts))
         start = Start(ENGINE, directory, chosen, runs(config), root / config)
         try:
-            with warm.forking() if may_be_forked(chosen) else nullcontext():
+            with nullcontext() if chosen.compiled else warm.forking():  # a compiler has threads
                 start.run(timeout=600)
         except EngineFailed as e:
             return e

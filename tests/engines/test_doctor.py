@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from qnext_plugin.cli import main
 from qnext_plugin.engines.config import mtp_flags
 from tests.support.installed import ENGINE
 
 ADAPTER = f"{ENGINE}_ext"
-COMMAND = "import sys; from qnext_plugin.cli import main; sys.exit(main())"
 NATIVE = {"vllm": "vllm.model_executor.models.qwen3_next.", "sglang": "sglang.srt.models.qwen3_next."}
 # The environment of these tests sets another size of vLLM's caches than this flag.
 FLAGS = {"vllm": [*mtp_flags("vllm", 2), "--kv-cache-memory-bytes", str(3 << 30)], "sglang": []}
@@ -39,20 +39,23 @@ def directory(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def doctor(*arguments: str, path: Path | None = None, **env: str) -> tuple[int, dict]:
-    """Exit status and report; what is in ``path`` is imported first."""
-    paths = [str(path)] if path else []
-    paths += os.environ["PYTHONPATH"].split(os.pathsep) if os.environ.get("PYTHONPATH") else []
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, "doctor", "--engine", ENGINE, "--json", *arguments],
-        cwd=path,  # `python -m` imports from here first
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])} | env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.startswith("["), done.stderr
-    (report,) = json.loads(done.stdout)
-    return done.returncode, report
+@pytest.fixture
+def doctor(monkeypatch, capsys, libraries):
+    """Returns the exit status and the report of an environment; what is in ``path`` is imported first."""
+
+    def examine(*arguments: str, path: Path | None = None, **env: str) -> tuple[int, dict]:
+        if path:
+            monkeypatch.chdir(path)  # `python -m` imports from here first
+            paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
+            monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        with libraries.forking():
+            status = main(["doctor", "--engine", ENGINE, "--json", *arguments])
+        (report,) = json.loads(capsys.readouterr().out)
+        return status, report
+
+    return examine
 
 
 def engine_with(path: Path, edits: dict[str, tuple[str, str]]) -> None:
@@ -75,8 +78,14 @@ def version_edit(version: str) -> dict[str, tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def described(checkpoint):
-    """Exit status and report on a checkpoint, with drafts where doctor takes the flags."""
-    return doctor(str(checkpoint("bfloat16")), "--dtype", "bfloat16", *FLAGS[ENGINE])
+    """Exit status and report of the command on a checkpoint, with drafts where doctor takes the flags."""
+    command = ["doctor", str(checkpoint("bfloat16")), "--engine", ENGINE, "--json", "--dtype", "bfloat16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qnext_plugin.cli", *command, *FLAGS[ENGINE]], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("["), done.stderr
+    (report,) = json.loads(done.stdout)
+    return done.returncode, report
 
 
 def test_names_our_classes_and_kernels(described):
@@ -99,13 +108,13 @@ def test_names_the_draft_and_the_kernels_that_then_serve(described, serve):
     assert ran == {phase: report["kernels"][phase][0] for phase in ran}
 
 
-def test_refuses_what_the_constructor_refuses_before_anything_is_replaced(checkpoint):
+def test_refuses_what_the_constructor_refuses_before_anything_is_replaced(doctor, checkpoint):
     status, report = doctor(str(checkpoint("tiny")), *ANOTHER_DRAFT[ENGINE])
     assert (status, report["serves"], report["replacements"]) == (1, False, [])
     assert any(REFUSED[ENGINE] in error for error in report["errors"]), report["errors"]
 
 
-def test_names_the_native_class_when_disabled():
+def test_names_the_native_class_when_disabled(doctor):
     status, report = doctor(QNEXT_DISABLE="1")
     assert (status, report["serves"], report["switched_off_by"]) == (1, False, ["QNEXT_DISABLE"])
     assert report["classes"]["target"].startswith(NATIVE[ENGINE])
@@ -118,14 +127,14 @@ def adapter_with(path: Path, line: str) -> None:
         f.write(f"\n{line}\n")
 
 
-def test_adapter_that_cannot_be_imported(tmp_path):
+def test_adapter_that_cannot_be_imported(doctor, tmp_path):
     adapter_with(tmp_path, "raise ImportError('broken on purpose')")
     status, report = doctor(path=tmp_path)
     assert (status, report["serves"]) == (1, False)
     assert any("broken on purpose" in error and "gated_attention.py" in error for error in report["errors"])
 
 
-def test_install_without_entry_points(tmp_path):
+def test_install_without_entry_points(doctor, tmp_path):
     installed = Path(str(distribution("qnext-plugin").locate_file("")))
     (metadata,) = installed.glob("qnext_plugin-*.dist-info")
     shutil.copytree(metadata, tmp_path / metadata.name)
@@ -136,7 +145,7 @@ def test_install_without_entry_points(tmp_path):
     assert report["classes"]["target"].startswith(NATIVE[ENGINE])
 
 
-def test_newer_engine_beside_which_ours_can_be_imported_is_served_with_a_warning(tmp_path):
+def test_newer_engine_beside_which_ours_can_be_imported_is_served_with_a_warning(doctor, tmp_path):
     engine_with(tmp_path, version_edit("99.1.0"))
     status, report = doctor(path=tmp_path)
     assert (report["version"], report["in_tested_range"]) == ("99.1.0", False)
@@ -144,7 +153,7 @@ def test_newer_engine_beside_which_ours_can_be_imported_is_served_with_a_warning
     assert any("answers may be wrong" in risk for risk, _ in report["risks"])
 
 
-def test_newer_engine_that_lacks_something_serves_its_own_model(tmp_path):
+def test_newer_engine_that_lacks_something_serves_its_own_model(doctor, tmp_path):
     engine_with(tmp_path, version_edit("99.1.0"))
     adapter_with(tmp_path, f"from {ENGINE} import gone")
     status, report = doctor(path=tmp_path)

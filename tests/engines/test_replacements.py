@@ -97,12 +97,13 @@ def test_targets_differ():
     assert len({replacement.target for replacement in REPLACEMENTS}) == len(REPLACEMENTS)
 
 
-def test_each_is_replaced_once(tmp_path):
+def test_each_is_replaced_once(tmp_path, libraries):
     code = f"from importlib.util import find_spec\nfrom {ENGINE}_ext import compat\n{APPLY[ENGINE]}\n{TWICE}"
-    assert process.run(["-c", code], tmp_path / "log") == 0, process.tail(tmp_path / "log")
+    with libraries.forking():
+        assert process.run(["-c", code], tmp_path / "log") == 0, process.tail(tmp_path / "log")
 
 
-def test_registration_alone_replaces_nothing(tmp_path):
+def test_registration_alone_replaces_nothing(tmp_path, libraries):
     """Nor does another architecture: only the constructors of our models replace anything."""
     code = (
         f"{LOAD_PLUGINS[ENGINE]}\n"
@@ -111,4 +112,5 @@ def test_registration_alone_replaces_nothing(tmp_path):
         "from qnext_plugin.replacements import IN_FORCE\n"
         "assert not IN_FORCE, IN_FORCE"
     )
-    assert process.run(["-c", code], tmp_path / "log") == 0, process.tail(tmp_path / "log")
+    with libraries.forking():
+        assert process.run(["-c", code], tmp_path / "log") == 0, process.tail(tmp_path / "log")

@@ -294,10 +294,11 @@ GPUS = [
 ]
 
 
-def test_doctor_names_the_kernels_that_sglang_takes_on_a_gpu(tmp_path):
+def test_doctor_names_the_kernels_that_sglang_takes_on_a_gpu(tmp_path, warm):
     """By SGLang's own functions, of a model with the heads of the 80B."""
     heads = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
     write_random_checkpoint(tmp_path / "model", overrides=heads)
     cases = [case for case, _ in GPUS]
-    found = call("sglang_gpu:backends", tmp_path / "worker", model=str(tmp_path / "model"), cases=cases)
+    with warm.forking():
+        found = call("sglang_gpu:backends", tmp_path / "worker", model=str(tmp_path / "model"), cases=cases)
     assert found == [expected for _, expected in GPUS]

@@ -36,14 +36,15 @@ ON_GPU = [name for name in FORMATS if name not in REFUSED_ON_GPU]
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def loaded(tmp_path_factory, warm):
     """By checkpoint and rank, the layers that hold their weights as stored; every parameter has been compared."""
 
     @cache
     def group(names):
         root = tmp_path_factory.mktemp("loading")
         make(root, names)
-        return call("sglang_loading:check", root.with_name(f"{root.name}-worker"), timeout=1800, root=str(root))
+        with warm.forking():
+            return call("sglang_loading:check", root.with_name(f"{root.name}-worker"), timeout=1800, root=str(root))
 
     return lambda name: group(group_of(name))
 

@@ -32,12 +32,13 @@ json.dump({
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory):
+def registry(tmp_path_factory, libraries):
     directory = tmp_path_factory.mktemp("registry")
 
     def read(name, *options, **env):
         out, log = directory / f"{name}.json", directory / f"{name}.log"
-        assert process.run(["-c", REGISTRY, str(out), ARCHITECTURE, *options], log, env) == 0, process.tail(log)
+        with libraries.forking():
+            assert process.run(["-c", REGISTRY, str(out), ARCHITECTURE, *options], log, env) == 0, process.tail(log)
         return json.loads(out.read_text())
 
     read.log = lambda name: (directory / f"{name}.log").read_text()
@@ -115,7 +116,7 @@ def test_native_class_when_told_so_by_a_process_that_inherited_our_package(regis
     assert served["models"][ARCHITECTURE] == "sglang.srt.models.qwen3_next"
 
 
-def test_failing_import_ends_no_server_of_another_model(tmp_path):
+def test_failing_import_ends_no_server_of_another_model(tmp_path, libraries):
     """Ours raises when it is built: SGLang would otherwise log the failure and serve its own."""
     code = (
         "import sys; sys.modules['sglang_ext.model'] = None\n"
@@ -124,29 +125,32 @@ def test_failing_import_ends_no_server_of_another_model(tmp_path):
         "print(ModelRegistry.resolve_model_cls(['Qwen2ForCausalLM'])[0].__module__)\n"
         f"ModelRegistry.resolve_model_cls(['{ARCHITECTURE}'])[0](config=None)"
     )
-    assert process.run(["-c", code], tmp_path / "log") == 1
+    with libraries.forking():
+        assert process.run(["-c", code], tmp_path / "log") == 1
     text = (tmp_path / "log").read_text()
     assert "sglang.srt.models.qwen2\n" in text
     assert "ImportError: qnext-plugin cannot import its model" in text and "QNEXT_DISABLE=1" in text
 
 
-def test_missing_platform_ends_the_process(tmp_path):
+def test_missing_platform_ends_the_process(tmp_path, libraries):
     code = (
         "from sglang_ext import register; register.entry_points = lambda group: ()\n"
         "from sglang.srt.plugins import load_plugins; load_plugins(); print('still here')"
     )
-    assert process.run(["-c", code], tmp_path / "log") == 1
+    with libraries.forking():
+        assert process.run(["-c", code], tmp_path / "log") == 1
     text = (tmp_path / "log").read_text()
     assert "qnext-plugin-sglang-cpu" in text and "still here" not in text
 
 
-def test_failure_to_register_ends_the_process(tmp_path):
+def test_failure_to_register_ends_the_process(tmp_path, libraries):
     """SGLang would log it and serve its own model."""
     code = (
         "import sys; from sglang.srt.plugins import load_plugins; from sglang.srt.utils.hf_transformers import common\n"
         "del common._CONFIG_REGISTRY; load_plugins(); print('still here')"
     )
-    assert process.run(["-c", code], tmp_path / "log") == 1
+    with libraries.forking():
+        assert process.run(["-c", code], tmp_path / "log") == 1
     text = (tmp_path / "log").read_text()
     assert "qnext-plugin cannot register with this SGLang" in text and "QNEXT_DISABLE=1" in text
     assert "still here" not in text

@@ -5,18 +5,23 @@ import re
 
 import pytest
 
-from qnext_plugin.engines import process
+from qnext_plugin.cli import main
 from tests.support.installed import ENGINE
 
 
-def qnext_verify(tmp_path, checkpoint, *options):
-    command = ["verify", str(checkpoint("odd-a")), "--engine", ENGINE, "--json", str(tmp_path / "json"), *options]
-    status = process.run(["-m", "qnext_plugin.cli", *command], tmp_path / "log", timeout=400)
-    return status, (tmp_path / "log").read_text(), json.loads((tmp_path / "json").read_text())
+@pytest.fixture
+def qnext_verify(tmp_path, checkpoint, warm, capsys):
+    def run(*options):
+        command = ["verify", str(checkpoint("odd-a")), "--engine", ENGINE, "--json", str(tmp_path / "json"), *options]
+        with warm.forking():
+            status = main(command)
+        return status, "".join(capsys.readouterr()), json.loads((tmp_path / "json").read_text())
+
+    return run
 
 
-def test_quick(tmp_path, checkpoint):
-    status, printed, report = qnext_verify(tmp_path, checkpoint, "--reference", str(tmp_path / "reference"))
+def test_quick(tmp_path, qnext_verify):
+    status, printed, report = qnext_verify("--reference", str(tmp_path / "reference"))
     print(printed)
     assert status == 0
     assert f"['{ENGINE}_ext.model']" in printed
@@ -30,8 +35,8 @@ def test_quick(tmp_path, checkpoint):
 
 
 @pytest.mark.exhaustive
-def test_engine_that_does_not_start_is_said(tmp_path, checkpoint):
-    status, printed, report = qnext_verify(tmp_path, checkpoint, "--no-such-flag")
+def test_engine_that_does_not_start_is_said(qnext_verify):
+    status, printed, report = qnext_verify("--no-such-flag")
     assert status == 1
     verdicts = [row["verdict"] for row in report["rows"]]
     assert re.match(r"engine failed: .*unrecognized arguments: --no-such-flag", verdicts[0]), printed

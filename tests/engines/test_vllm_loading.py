@@ -29,7 +29,7 @@ LAYERS = {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def loaded(tmp_path_factory, warm):
     """By checkpoint and rank, the layers that hold their weights as stored; every parameter has been compared."""
 
     @cache
@@ -41,7 +41,8 @@ def loaded(tmp_path_factory):
         if "plain" in names:
             every_linear = r"model\..*\.(linear_attn|self_attn|mlp|shared_expert)\.\w+"
             write_adapter(root / "adapter", root / "plain", every_linear, rank=5, alpha=7)
-        return call("vllm_loading:check", root.with_name(f"{root.name}-worker"), timeout=1800, root=str(root))
+        with warm.forking():
+            return call("vllm_loading:check", root.with_name(f"{root.name}-worker"), timeout=1800, root=str(root))
 
     return lambda name: group(group_of(name))
 

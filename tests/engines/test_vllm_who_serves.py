@@ -57,12 +57,13 @@ print("blocks are", "kept" if config.cache_config.block_size == size else "forgo
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory):
+def registry(tmp_path_factory, libraries):
     directory = tmp_path_factory.mktemp("registry")
 
     def read(name, **env):
         out, log = directory / f"{name}.json", directory / f"{name}.log"
-        assert process.run(["-c", REGISTRY, str(out)], log, env) == 0, process.tail(log)
+        with libraries.forking():
+            assert process.run(["-c", REGISTRY, str(out)], log, env) == 0, process.tail(log)
         return json.loads(out.read_text())
 
     read.log = lambda name: (directory / f"{name}.log").read_text()
@@ -89,10 +90,11 @@ OF_ITSELF = "kept" if Version(version("vllm")) >= Version("0.33") else "forgotte
 
 
 @pytest.mark.parametrize(("env", "said"), [({}, "kept"), ({"QNEXT_DISABLE": "1"}, OF_ITSELF)], ids=["ours", "off"])
-def test_blocks_keep_their_size_when_a_process_sets_up_again(checkpoint, tmp_path, env, said):
+def test_blocks_keep_their_size_when_a_process_sets_up_again(checkpoint, tmp_path, libraries, env, said):
     """As each engine process does, once it has enlarged them: see ``compat.KeepsBlockSize``."""
     log = tmp_path / "log"
-    assert process.run(["-c", BLOCK_SIZE, str(checkpoint("tiny"))], log, env) == 0, process.tail(log)
+    with libraries.forking():
+        assert process.run(["-c", BLOCK_SIZE, str(checkpoint("tiny"))], log, env) == 0, process.tail(log)
     assert f"blocks are {said}\n" in log.read_text()
 
 
@@ -113,14 +115,16 @@ def test_native_class_on_an_accelerator_that_ours_does_not_know(registry, tmp_pa
     assert registry.log("other").count("the platform is Other. vllm's own model serves") == 1
 
 
-def test_another_draft_is_refused_before_a_process_starts(checkpoint, tmp_path):
+def test_another_draft_is_refused_before_a_process_starts(checkpoint, tmp_path, libraries):
     log = tmp_path / "log"
-    assert process.run(["-c", ANOTHER_DRAFT, str(checkpoint("tiny"))], log) != 0
+    with libraries.forking():
+        assert process.run(["-c", ANOTHER_DRAFT, str(checkpoint("tiny"))], log) != 0
     assert "speculative method 'ngram_gpu' found, expected one of mtp, ngram" in log.read_text(), process.tail(log)
 
 
-def test_numba_leaves_the_number_of_threads_and_the_next_engine_alone(checkpoint, tmp_path):
+def test_numba_leaves_the_number_of_threads_and_the_next_engine_alone(checkpoint, tmp_path, libraries):
     log = tmp_path / "log"
-    status = process.run(["-c", NGRAMS, str(checkpoint("tiny"))], log, {"OMP_NUM_THREADS": "1"})
+    with libraries.forking():
+        status = process.run(["-c", NGRAMS, str(checkpoint("tiny"))], log, {"OMP_NUM_THREADS": "1"})
     assert status == 0, process.tail(log)
     assert "threads of torch: 1 1\n" in log.read_text()

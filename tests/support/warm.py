@@ -1,7 +1,8 @@
-"""Processes that are forked from one that has imported the engine, which is most of what a start takes.
+"""Processes that are forked from one that has imported the engine, or its libraries: most of what a start takes.
 
-They are as new as others, but for what import leaves behind. What a start of its own means is left to others: servers,
-commands and ranks of a group are started as users start them.
+They are as new as others, but for what import leaves behind, and so are the processes that they start. What a start of
+its own means is left to some of each kind: the server ``demo``, those of ``test_lora`` and ``test_vllm_server`` with
+their ranks, and a command of ``test_doctor`` are started as users start them.
 """
 
 import json
@@ -29,6 +30,20 @@ MODULES = {
 # What the engine reads from the environment while it is imported, and a start of ours would set too late.
 ENVIRONMENT = {"vllm": {}, "sglang": {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}}
 
+# What takes longest of the packages that the engine imports.
+LIBRARIES = {
+    "vllm": (
+        *("torch._inductor.compile_fx", "transformers.modeling_gguf_pytorch_utils", "transformers.models.auto"),
+        *("openai.types.responses", "fastapi", "aiohttp.web", "xgrammar"),
+    ),
+    "sglang": (
+        *("torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo", "transformers.activations"),
+        *("transformers.modeling_gguf_pytorch_utils", "transformers.modeling_layers", "flashinfer", "gguf"),
+        *("compressed_tensors.config", "openai.types.responses", "fastapi", "aiohttp.web", "xgrammar"),
+    ),
+}
+ROOT = Path(__file__).parents[2]
+
 
 class Forked:
     """As much of a ``Popen`` as ``process`` uses."""
@@ -53,10 +68,10 @@ class Forked:
 
 
 class Warm:
-    """The process that has imported an engine; it is started when it is first used."""
+    """The process that has imported ``modules`` in an ``environment``; it is started when it is first used."""
 
-    def __init__(self, engine: str, log: Path) -> None:
-        self.engine, self.log = engine, log
+    def __init__(self, modules: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        self.modules, self.log, self.environment = modules, log, environment
         self.process: subprocess.Popen[str] | None = None
         self.lock = threading.Lock()
 
@@ -66,7 +81,7 @@ class Warm:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.process is None:
-            command = [sys.executable, "-m", "tests.workers.warm", *MODULES[self.engine]]
+            command = [sys.executable, "-m", "tests.workers.warm", *self.modules]
             with self.log.open("w") as log:
                 self.process = subprocess.Popen(
                     command,
@@ -74,7 +89,8 @@ class Warm:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    env=os.environ | ENVIRONMENT[self.engine],
+                    env=os.environ | self.environment,
+                    cwd=ROOT,
                 )
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -95,12 +111,12 @@ class Warm:
         env: Mapping[str, str] = MappingProxyType({}),
         python: str = sys.executable,
     ) -> Iterator[Forked]:
-        """As ``process.started``, of ``-m MODULE``."""
-        minus_m, module, *argv = command
-        assert (minus_m, python) == ("-m", sys.executable), command
+        """As ``process.started``."""
+        assert python == sys.executable
         pipe = log.with_name(f"{log.name}.input")
         os.mkfifo(pipe)
-        pid = self.ask(module=module, argv=argv, env=dict(env), input=str(pipe), log=str(log))["pid"]
+        here, env = os.getcwd(), os.environ | dict(env)
+        pid = self.ask(command=list(command), directory=here, env=env, input=str(pipe), log=str(log))["pid"]
         child = Forked(self, pid, pipe.open("wb"))
         try:
             yield child

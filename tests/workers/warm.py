@@ -1,8 +1,9 @@
-"""Import an engine once, then fork a process for each command: ``python -m tests.workers.warm MODULE ...``.
+"""Import modules once, then fork a process for each command: ``python -m tests.workers.warm MODULE ...``.
 
-A line of JSON on the standard input asks for ``{"module", "argv", "env", "input", "log"}``, to be run as by
-``python -m`` in a process group of its own, with the pipe ``input`` as its standard input and ``log`` as its output; it
-is answered with the ``pid``. Or the line asks for the ``returncode`` of a ``pid``, which is null while that runs.
+A line of JSON on the standard input asks for ``{"command", "directory", "env", "input", "log"}``, to be run as by
+``python *command`` in that directory and a process group of its own, with the pipe ``input`` as its standard input and
+``log`` as its output; it is answered with the ``pid``. Or the line asks for the ``returncode`` of a ``pid``, which is
+null while that runs.
 """
 
 import gc
@@ -16,7 +17,7 @@ from importlib import import_module
 from typing import Any
 
 
-def fork(module: str, argv: list[str], env: dict[str, str], input: str, log: str) -> int:
+def fork(command: list[str], directory: str, env: dict[str, str], input: str, log: str) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -28,11 +29,14 @@ def fork(module: str, argv: list[str], env: dict[str, str], input: str, log: str
         os.dup2(out, 1)
         os.dup2(out, 2)
         os.environ.update(env)
-        # SGLang asks for "spawn", whose processes would import it again.
+        os.chdir(directory)
+        sys.path[:0] = [directory, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+        # Engines ask for "spawn", whose processes would import them again.
         multiprocessing.set_start_method("fork", force=True)
         multiprocessing.set_start_method = lambda *args, **kwargs: None
-        sys.argv = [module, *argv]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        forked = multiprocessing.get_context("fork")
+        multiprocessing.get_context = lambda method=None: forked
+        run(*command)
         status = 0
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -45,6 +49,15 @@ def fork(module: str, argv: list[str], env: dict[str, str], input: str, log: str
         os._exit(status)
 
 
+def run(option: str, program: str, *argv: str) -> None:
+    """Run a program as ``python`` does, whose ``option`` is ``-m`` or ``-c``."""
+    sys.argv = [program if option == "-m" else option, *argv]
+    if option == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        exec(program, {"__name__": "__main__"})
+
+
 def returncode(pid: int) -> int | None:
     ended, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
@@ -53,13 +66,13 @@ def returncode(pid: int) -> int | None:
 def main(*modules: str) -> None:
     asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # engines print while they are imported
+    os.dup2(2, 1)  # some modules print while they are imported
     for module in modules:
         import_module(module)
     gc.freeze()
     for line in asked:
         request: dict[str, Any] = json.loads(line)
-        answer = {"pid": fork(**request)} if "module" in request else {"returncode": returncode(request["pid"])}
+        answer = {"pid": fork(**request)} if "command" in request else {"returncode": returncode(request["pid"])}
         print(json.dumps(answer), file=answers, flush=True)
 
 
