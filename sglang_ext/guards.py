@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qnext_plugin.checkpoint.schema import RefusedUpdate
+from qnext_plugin.checkpoint.coverage import RefusedUpdate
 from qnext_plugin.checkpoint.stored import Checkpoint
 
 Around = Callable[..., Any]

@@ -7,11 +7,11 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
 from qnext_plugin.checkpoint.cache_scales import for_attention
+from qnext_plugin.checkpoint.coverage import RefusedUpdate
 from qnext_plugin.checkpoint.layouts import KINDS, section_sizes, ungroup
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.merged import EXPERTS, PARTS, layer_name
 from qnext_plugin.checkpoint.quantized_layers import holds_codes
-from qnext_plugin.checkpoint.schema import RefusedUpdate
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import QNextConfig
 from sglang_ext.quantization import converted, is_plain

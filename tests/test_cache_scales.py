@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache, cache_scale, for_attention
+from qnext_plugin.checkpoint.coverage import RefusedUpdate, UpdateCheck
 from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
-from qnext_plugin.checkpoint.schema import RefusedUpdate, UpdateCheck
 from qnext_plugin.checkpoint.stored import Checkpoint, read_checkpoint
 from qnext_plugin.config import QNextConfig
 from tests.support.cache_scales import NAMES, SETTINGS, add_cache_scales, scale

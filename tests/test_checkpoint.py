@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qnext_plugin.checkpoint.coverage import RefusedUpdate, UpdateCheck, check_coverage
 from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
 from qnext_plugin.checkpoint.listing import collapse
-from qnext_plugin.checkpoint.schema import RefusedUpdate, UpdateCheck, check_coverage, expected_tensors
+from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import KEYS, QNextConfig
 

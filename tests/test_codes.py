@@ -5,7 +5,7 @@ import torch
 
 from qnext_plugin.checkpoint.codes import PER_BYTE, coded
 from qnext_plugin.checkpoint.formats import dequantize
-from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.checkpoint.quantizers import FORMATS
 from qnext_plugin.ops.cpu import packer, packing
 from tests.support.packed import dequantize as of_packed
 

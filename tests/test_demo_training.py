@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qnext_plugin.checkpoint.coverage import check_coverage
 from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.checkpoint.make_demo import DIRECTORY
-from qnext_plugin.checkpoint.schema import check_coverage
 from qnext_plugin.cli import main
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.reference import ReferenceModel, formulas

@@ -10,9 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from qnext_plugin.checkpoint.coverage import check_coverage
 from qnext_plugin.checkpoint.headers import TensorInfo, read_headers
 from qnext_plugin.checkpoint.layouts import LAYOUTS, inverse_row_order, regroup, row_order, section_sizes, ungroup
-from qnext_plugin.checkpoint.schema import check_coverage, expected_tensors
+from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
 from tests.support.configs import PUBLISHED
 

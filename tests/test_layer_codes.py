@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from qnext_plugin.checkpoint.formats import dequantize
 from qnext_plugin.checkpoint.headers import describe, read_headers
 from qnext_plugin.checkpoint.layer_codes import Codes, common, stored_codes, to_codes
-from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
+from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.checkpoint.quantization import is_quantized, stored_modules
+from qnext_plugin.checkpoint.quantizers import FORMATS
 from qnext_plugin.ops.cpu import stored
 from tests.support.packed import dequantize as of_packed
 

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from qnext_plugin.checkpoint.coverage import RefusedUpdate
 from qnext_plugin.checkpoint.guard import LoadGuard, Role, Weights
-from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.checkpoint.merged import layer_name
-from qnext_plugin.checkpoint.schema import RefusedUpdate, expected_tensors
+from qnext_plugin.checkpoint.quantizers import FORMATS
+from qnext_plugin.checkpoint.schema import expected_tensors
 from qnext_plugin.config import QNextConfig
 
 CONFIG = QNextConfig.from_dict(

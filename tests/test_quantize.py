@@ -8,16 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qnext_plugin.checkpoint.coverage import check_coverage
 from qnext_plugin.checkpoint.formats import dequantize, stored_format
 from qnext_plugin.checkpoint.headers import read_headers
-from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
+from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from qnext_plugin.checkpoint.quantization import (
     check_quantization,
     is_quantized,
     stored_modules,
 )
-from qnext_plugin.checkpoint.schema import check_coverage, weight_shapes
+from qnext_plugin.checkpoint.quantizers import FORMATS
+from qnext_plugin.checkpoint.schema import weight_shapes
 from qnext_plugin.cli.checkpoint import _FORMATS
 from qnext_plugin.config import QNextConfig
 from tests.support.dequantized import dequantized

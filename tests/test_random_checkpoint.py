@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qnext_plugin.checkpoint.coverage import check_coverage
 from qnext_plugin.checkpoint.headers import read_headers
 from qnext_plugin.checkpoint.make_random import random_tensor, write_random_checkpoint
-from qnext_plugin.checkpoint.schema import check_coverage
 from qnext_plugin.cli import main
 from qnext_plugin.config import FULL, LINEAR, QNextConfig
 

@@ -25,7 +25,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 
 from qnext_plugin.checkpoint import quantized_layers
-from qnext_plugin.checkpoint.formats import FORMATS, Leaves, scale_name, stored_format
+from qnext_plugin.checkpoint.dequantization import scale_name
+from qnext_plugin.checkpoint.formats import FORMATS, Leaves, stored_format
 from qnext_plugin.checkpoint.headers import Shape
 from qnext_plugin.checkpoint.quantization import is_quantized
 from qnext_plugin.checkpoint.quantized_layers import Engine, choose_method, view_of, without_exclusions

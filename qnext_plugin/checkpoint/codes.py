@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnext_plugin.checkpoint.formats import AWQ_ORDER, Stored, scale_by_group, stored_format, stored_minus
+from qnext_plugin.checkpoint.dequantization import AWQ_ORDER, Stored, scale_by_group, stored_minus
+from qnext_plugin.checkpoint.formats import stored_format
 from qnext_plugin.checkpoint.headers import describe
 
 PER_BYTE = {"u4": 2, "e2m1": 2, "i8": 1, "e4m3": 1}

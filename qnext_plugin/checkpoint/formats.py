@@ -1,4 +1,4 @@
-"""The stored formats of quantized modules: how each is recognized, checked and decoded.
+"""The stored formats of quantized modules: how each is recognized and checked; ``dequantization`` decodes them.
 
 A format is recognized by the names and dtypes of a module's tensors, module by module, because configurations describe
 modules in lists that often do not fit. Each quantizer names its tensors as follows (``rows`` are outputs, ``in`` are
@@ -13,30 +13,34 @@ inputs; a group of inputs shares a scale):
     awq                 qweight int32 [in, rows/8]        scales [groups, rows], qzeros int32 [groups, rows/8]
     quark               as modelopt or compressed-tensors, with packed bytes in ``weight``
 
-A scale stored as uint8 or float8_e8m0 (the MX formats) is an exponent, ``2 ** (scale - 127)``. ``make_quantized.py``
-writes each format.
+A scale stored as uint8 or float8_e8m0 (the MX formats) is an exponent, ``2 ** (scale - 127)``. ``quantizers.py`` writes
+each format.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from qnext_plugin.checkpoint.dequantization import (
+    Stored,
+    dequantize_awq,
+    dequantize_bytes,
+    dequantize_fp4,
+    dequantize_gptq,
+    dequantize_words,
+    scale_name,
+)
 from qnext_plugin.checkpoint.headers import Shape, TensorInfo, describe
 from qnext_plugin.checkpoint.layouts import FP8_BLOCK
 from qnext_plugin.checkpoint.schema import FLOAT_DTYPES
 
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of the eight rows in an AWQ word
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The FP4 numbers, by code."""
 _EXPONENTS = ("U8", "F8_E8M0")
 _SCALES = ("weight_scale_inv", "weight_scale")
 
 Leaves = Mapping[str, TensorInfo]
-Stored = Mapping[str, Tensor]
 Decoder = Callable[[Stored, Mapping[str, Any]], Tensor]
 
 
@@ -72,11 +76,6 @@ def stored_format(leaves: Leaves) -> str:
     if dtype not in formats:
         raise ValueError(f"{name} is {dtype}, which no known format has")
     return formats[dtype]
-
-
-def scale_name(leaves: Container[str]) -> str:
-    """Return the name of a module's scale, except in the formats of GPTQ and AWQ."""
-    return "weight_scale_inv" if "weight_scale_inv" in leaves else "weight_scale"
 
 
 def problem(leaves: Leaves, shape: Shape) -> str | None:
@@ -173,52 +172,6 @@ def dequantize(tensors: Stored, quantization_config: Mapping[str, Any]) -> Tenso
     return FORMATS[name].decode(tensors, quantization_config)
 
 
-def _bytes(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
-    zero = tensors["weight_zero_point"].float() if "weight_zero_point" in tensors else 0.0
-    return _scaled(tensors["weight"].float(), zero, tensors)
-
-
-def _fp4(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
-    weight = tensors["weight"] if "weight" in tensors else tensors["weight_packed"]
-    codes = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).long()
-    return _scaled(torch.tensor(E2M1, dtype=torch.float32, device=weight.device)[codes], 0.0, tensors)
-
-
-def _packed(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
-    words = tensors["weight_packed"]
-    rows, columns = tensors["weight_shape"].tolist()
-    bits = 32 * words.shape[1] // columns
-    zero: Tensor | float = 2.0 ** (bits - 1)
-    if "weight_zero_point" in tensors:
-        zero = tensors["weight_zero_point"]
-        # Bytes are relative to the middle of the range, words are not.
-        zero = zero + 2.0 ** (bits - 1) if zero.dtype == torch.int8 else unpack(zero.T, bits)[:, :rows].T.float()
-        if zero.amin() < 0 or zero.amax() >= 2**bits:
-            raise ValueError(f"a weight of {bits} bits has a zero point out of its range")
-    return _scaled(unpack(words, bits)[:, :columns].float(), zero, tensors)
-
-
-def _gptq(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
-    bits = 32 * tensors["qzeros"].shape[1] // tensors["scales"].shape[1]
-    zeros = unpack(tensors["qzeros"], bits) + stored_minus(config) & 2**bits - 1
-    return _by_groups(unpack(tensors["qweight"].T, bits).T, zeros, tensors)
-
-
-def stored_minus(quantization_config: Mapping[str, Any]) -> int:
-    """Return what was subtracted from the zero points in ``qzeros``; raises ``ValueError`` if that is not known."""
-    form = str(quantization_config.get("packing_format") or quantization_config.get("checkpoint_format") or "gptq")
-    offsets = {"gptq": 1, "auto_gptq": 1, "gptq_v2": 0, "gptqmodel": 0}
-    name = form.removeprefix("auto_round:")
-    if name not in offsets:
-        raise ValueError(f"the packing format of GPTQ is {form!r}, expected one of {', '.join(offsets)}")
-    return offsets[name]
-
-
-def _awq(tensors: Stored, config: Mapping[str, Any]) -> Tensor:
-    values, zeros = (unpack(tensors[name], 4, AWQ_ORDER) for name in ("qweight", "qzeros"))
-    return _by_groups(values, zeros, tensors)
-
-
 _INPUTS = {"input_scale": FLOAT_DTYPES, "input_global_scale": FLOAT_DTYPES, "input_zero_point": ("I8", "F8_E4M3")}
 _BYTES = _INPUTS | dict.fromkeys(_SCALES, FLOAT_DTYPES)
 _FP4 = _INPUTS | {"weight": ("U8",), "weight_packed": ("U8",)}
@@ -226,13 +179,17 @@ _WORDS = {"qweight": ("I32",), "qzeros": ("I32",), "scales": FLOAT_DTYPES, "g_id
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         "fp8": Format(
-            _bytes, _byte_shapes, _BYTES | {"weight": ("F8_E4M3",), "weight_zero_point": ("F8_E4M3", *FLOAT_DTYPES)}
+            dequantize_bytes,
+            _byte_shapes,
+            _BYTES | {"weight": ("F8_E4M3",), "weight_zero_point": ("F8_E4M3", *FLOAT_DTYPES)},
         ),
-        "int8": Format(_bytes, _byte_shapes, _BYTES | {"weight": ("I8",), "weight_zero_point": ("I8",)}),
-        "mxfp8": Format(_bytes, _mxfp8_shapes, _INPUTS | dict.fromkeys(_SCALES, _EXPONENTS) | {"weight": ("F8_E4M3",)}),
-        "mxfp4": Format(_fp4, _mxfp4_shapes, _FP4 | {"weight_scale": _EXPONENTS}),
+        "int8": Format(dequantize_bytes, _byte_shapes, _BYTES | {"weight": ("I8",), "weight_zero_point": ("I8",)}),
+        "mxfp8": Format(
+            dequantize_bytes, _mxfp8_shapes, _INPUTS | dict.fromkeys(_SCALES, _EXPONENTS) | {"weight": ("F8_E4M3",)}
+        ),
+        "mxfp4": Format(dequantize_fp4, _mxfp4_shapes, _FP4 | {"weight_scale": _EXPONENTS}),
         "nvfp4": Format(
-            _fp4,
+            dequantize_fp4,
             _nvfp4_shapes,
             {
                 **_FP4,
@@ -240,7 +197,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             },
         ),
         "packed": Format(
-            _packed,
+            dequantize_words,
             _packed_shapes,
             {
                 **_INPUTS,
@@ -249,63 +206,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             },
             in_words=True,
         ),
-        "gptq": Format(_gptq, _gptq_shapes, _WORDS, in_words=True),
-        "awq": Format(_awq, _awq_shapes, _WORDS, in_words=True),
+        "gptq": Format(dequantize_gptq, _gptq_shapes, _WORDS, in_words=True),
+        "awq": Format(dequantize_awq, _awq_shapes, _WORDS, in_words=True),
     }
 )
-
-
-def _scaled(values: Tensor, zero: Tensor | float, tensors: Stored) -> Tensor:
-    """Compute ``(values - zero) * scale`` in place."""
-    scale = tensors[scale_name(tensors)]
-    # float8_e8m0 holds the same bytes, but not every operation knows the dtype.
-    is_exponent = scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
-    scale = torch.exp2(scale.view(torch.uint8).float() - 127) if is_exponent else scale.float()
-    if "weight_global_scale" in tensors:
-        scale = scale / tensors["weight_global_scale"].float()
-    if "weight_scale_2" in tensors:
-        scale = scale * tensors["weight_scale_2"].float()
-    scale = scale_by_group(scale, *values.shape)
-    if "weight_g_idx" in tensors and scale.shape[1] > 1:  # groups are not of consecutive inputs
-        group = tensors["weight_g_idx"].long()
-        zero = zero[:, group] if isinstance(zero, Tensor) else zero
-        return values.sub_(zero).mul_(scale[:, group])
-    groups = values.unflatten(1, (scale.shape[1], -1))  # a view, to allocate no second weight
-    groups.sub_(scale_by_group(zero, *values.shape).unsqueeze(-1) if isinstance(zero, Tensor) else zero)
-    groups.mul_(scale.unsqueeze(-1))
-    return values
-
-
-def scale_by_group(scale: Tensor, rows: int, columns: int) -> Tensor:
-    """Reshape scales of ``[rows, in]`` to ``[rows or 1, groups]``.
-
-    They may be given per tensor, row, group of inputs or 128x128 block.
-    """
-    if scale.numel() == 1:
-        return scale.reshape(1, 1)
-    if scale.ndim == 4:  # ModelOpt's blocks
-        scale = scale[:, 0, :, 0]
-    if scale.ndim == 1:
-        scale = scale[:, None]
-    if scale.shape[0] != rows:
-        scale = scale.repeat_interleave(FP8_BLOCK, 0)[:rows]
-        if columns % FP8_BLOCK:
-            scale = scale.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-    return scale
-
-
-def _by_groups(values: Tensor, zeros: Tensor, tensors: Stored) -> Tensor:
-    """Compute the weight ``[rows, in]`` from ``[in, rows]`` values and ``[groups, rows]`` zero points."""
-    scales, groups = tensors["scales"].float(), tensors.get("g_idx")
-    if groups is None:
-        groups = torch.arange(len(values)) // (len(values) // len(scales))
-    return ((values - zeros[groups.long()]) * scales[groups.long()]).T.contiguous()
-
-
-def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """Unpack int32 ``[..., words]`` to values ``[..., words * 32 // bits]``.
-
-    ``order`` is the place of each value in its word.
-    """
-    places = torch.tensor(order or range(32 // bits), dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> places * bits) & (1 << bits) - 1).flatten(-2)

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 
 from qnext_plugin.checkpoint.cache_scales import cache_scale
+from qnext_plugin.checkpoint.coverage import UpdateCheck, check_stream
 from qnext_plugin.checkpoint.listing import collapse
-from qnext_plugin.checkpoint.schema import PACKED_WEIGHTS, QUANT_COMPANIONS, UpdateCheck, both_forms, check_stream
+from qnext_plugin.checkpoint.schema import PACKED_WEIGHTS, QUANT_COMPANIONS, both_forms
 from qnext_plugin.config import QNextConfig
 
 Role = Literal["trunk", "draft"]

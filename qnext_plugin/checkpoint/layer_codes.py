@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from qnext_plugin.checkpoint.codes import PER_BYTE, coded
-from qnext_plugin.checkpoint.formats import Leaves, Stored, stored_format
+from qnext_plugin.checkpoint.dequantization import Stored
+from qnext_plugin.checkpoint.formats import Leaves, stored_format
 from qnext_plugin.checkpoint.headers import Shape
 from qnext_plugin.checkpoint.layouts import FP8_BLOCK
 

@@ -110,7 +110,7 @@ def write_random_checkpoint(
 
     ``overrides`` replaces keys of ``config.json`` (None removes a key). ``max_shard_size`` is in bytes; a larger weight
     gets a separate shard. A weight depends only on ``seed`` and the tensor's name. With ``format``, a key of
-    ``make_quantized.FORMATS``, the tensors are those that ``quantize_checkpoint`` would write from this checkpoint. One
+    ``quantizers.FORMATS``, the tensors are those that ``quantize_checkpoint`` would write from this checkpoint. One
     weight is in memory at a time. Raises ``ValueError`` before anything is written if an argument is unknown, the
     configuration is invalid, the directory is not empty or the disk is too small.
     """

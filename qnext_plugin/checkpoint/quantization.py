@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qnext_plugin.checkpoint.formats import Leaves, problem, stored_format, stored_minus
+from qnext_plugin.checkpoint.dequantization import stored_minus
+from qnext_plugin.checkpoint.formats import Leaves, problem, stored_format
 from qnext_plugin.checkpoint.headers import Shape, TensorInfo
 from qnext_plugin.checkpoint.layouts import LAYOUTS
 from qnext_plugin.checkpoint.listing import listing

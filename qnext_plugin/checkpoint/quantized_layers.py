@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qnext_plugin.checkpoint.coverage import RefusedUpdate
 from qnext_plugin.checkpoint.headers import describe
 from qnext_plugin.checkpoint.layer_codes import to_codes
 from qnext_plugin.checkpoint.listing import collapse
 from qnext_plugin.checkpoint.merged import layer_name, parameter_of
 from qnext_plugin.checkpoint.quantization import is_quantized, of_one_row, stored_modules
-from qnext_plugin.checkpoint.schema import FLOAT_DTYPES, RefusedUpdate
+from qnext_plugin.checkpoint.schema import FLOAT_DTYPES
 from qnext_plugin.checkpoint.stored import Checkpoint
 
 Config = TypeVar("Config")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qnext_plugin.checkpoint import hub
 from qnext_plugin.checkpoint.cache_scales import cache_scales, check_cache_scales
+from qnext_plugin.checkpoint.coverage import check_coverage
 from qnext_plugin.checkpoint.formats import Leaves, dequantize
 from qnext_plugin.checkpoint.headers import (
     INDEX_FILE,
@@ -35,7 +36,7 @@ from qnext_plugin.checkpoint.quantization import (
     of_one_row,
     stored_modules,
 )
-from qnext_plugin.checkpoint.schema import check_coverage, weight_shapes
+from qnext_plugin.checkpoint.schema import weight_shapes
 from qnext_plugin.config import QNextConfig, read_config
 
 MODELOPT_FILE = "hf_quant_config.json"  # ModelOpt's file for the settings that others write to config.json

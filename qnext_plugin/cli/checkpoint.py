@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-# The keys of ``make_quantized.FORMATS``, which imports torch.
+# The keys of ``quantizers.FORMATS``, which imports torch.
 _FORMATS = (
     *("fp8-block", "fp8-channel", "w8a8", "w4a16", "mxfp8", "mxfp4", "nvfp4-llm-compressor"),
     *("awq", "gptq", "gptq-int8", "nvfp4", "mxfp4-quark"),

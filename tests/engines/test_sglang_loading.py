@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.checkpoint.quantizers import FORMATS
 from tests.support.groups import group_of, in_groups
 from tests.support.reads import check_reads
 from tests.support.shards import OUTER_RANKS, RANKS, make

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
-from qnext_plugin.checkpoint.make_quantized import FORMATS
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.quantizers import FORMATS
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import CHECKPOINTS
 from tests.support.groups import group_of, in_groups

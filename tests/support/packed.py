@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qnext_plugin.checkpoint.formats import E2M1
+from qnext_plugin.checkpoint.dequantization import E2M1
 from qnext_plugin.ops.cpu import packer, packing
 from qnext_plugin.ops.cpu.packing import CODES, MIDDLE, Form
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qnext_plugin.checkpoint.make_quantized import FORMATS, IGNORE, quantize_checkpoint
+from qnext_plugin.checkpoint.make_quantized import IGNORE, quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
+from qnext_plugin.checkpoint.quantizers import FORMATS
 from qnext_plugin.verify.scenarios import Scenario, tokens
 from tests.support.cache_scales import FORM_OF_SCALES, add_cache_scales
 from tests.support.dequantized import write_dequantized

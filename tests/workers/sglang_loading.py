@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.checkpoint.quantizers import FORMATS
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.ops.cpu import stored as stored_codes
 from tests.support.cache_scales import FORM_OF_SCALES, SETTINGS, scale

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qnext_plugin.checkpoint.make_quantized import FORMATS
+from qnext_plugin.checkpoint.quantizers import FORMATS
 from qnext_plugin.config import QNextConfig
 from qnext_plugin.engines.config import mtp_arguments
 from qnext_plugin.ops.cpu import stored as stored_codes

@@ -10,7 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core.registry import cpu_target
 
-from qnext_plugin.checkpoint.formats import E2M1
+from qnext_plugin.checkpoint.dequantization import E2M1
 from qnext_plugin.ops.cpu.packing import BLOCK
 
 FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
