@@ -167,8 +167,9 @@ def theirs(binaries: Path, gguf: Path, batch: int, length: int, output: int = 0)
 def compared(model: Path, gguf: Path, pairs: int) -> dict[str, Any]:
     """What ``bench/tables.py`` renders: rates, ratios, limits, and decode steps taken apart."""
     from qnext_plugin.bench import report
+    from qnext_plugin.bench.limits import add_limits
     from qnext_plugin.bench.side import Side, Task
-    from qnext_plugin.cli.bench import add_limits, measured_ceilings
+    from qnext_plugin.cli.bench import measured_ceilings
 
     both: list[dict[str, Any]] = []
     rates = []

@@ -1,15 +1,20 @@
 """Count from the configuration what a step must move and compute, and how fast it can therefore be."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from qnext_plugin.bench.ceilings import Ceilings
 from qnext_plugin.checkpoint.headers import TensorInfo
 from qnext_plugin.checkpoint.schema import expected_tensors
-from qnext_plugin.config import FULL, LINEAR
+from qnext_plugin.checkpoint.stored import read_checkpoint
+from qnext_plugin.config import FULL, LINEAR, QNextConfig
+from qnext_plugin.plan.caches import default_state_dtype
 from qnext_plugin.plan.sizes import Serving
 
 
@@ -119,3 +124,26 @@ def limit(
     if not output:
         return batch * length / model.prefill(batch, length).seconds(ceilings)
     return batch * tokens_per_step / model.decode(batch, length + output / 2).seconds(ceilings)
+
+
+def add_limits(
+    workloads: Mapping[str, dict[str, Any]],
+    engines: Mapping[str, str],
+    ceilings: Mapping[str, float],
+    directory: Path,
+    task: Any,
+) -> None:
+    """Add by side the tokens per second that the machine's rates allow, if one device does all the work.
+
+    ``engines`` maps sides to engines; ``task`` is the work of each side.
+    """
+    metadata = read_checkpoint(str(directory))
+    dtype = getattr(torch, task.dtype)
+    serving = Serving(QNextConfig.from_dict(metadata.config), 1, task.draft_tokens, dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, row in workloads.items():
+        row["limit"] = {}
+        for side, engine in engines.items():
+            model = Model(serving, default_state_dtype(engine, device, metadata.config, dtype), metadata.headers)
+            steps = statistics.median(row.get("tokens per step", {}).get(side, [1.0]))
+            row["limit"][side] = limit(model, Ceilings(**ceilings), tokens_per_step=steps, **task.workloads[name])

@@ -161,3 +161,11 @@ def plot(report: Report, file: Path) -> None:
         fontsize=10,
     )
     figure.savefig(file, dpi=150)
+
+
+def add_acceptance(workloads: Mapping[str, dict[str, Any]], draft_tokens: int) -> None:
+    """Add the share of accepted drafts, computed from the tokens per step, of which one is not a draft."""
+    for row in workloads.values():
+        if draft_tokens and "tokens per step" in row:
+            steps = row["tokens per step"].items()
+            row["acceptance"] = {name: [(one - 1) / draft_tokens for one in each] for name, each in steps}

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import sys
 import tempfile
 import time
@@ -101,6 +100,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     from qnext_plugin.bench import report
+    from qnext_plugin.bench.limits import add_limits
     from qnext_plugin.bench.side import Task, read_once
 
     if args.plot:
@@ -115,7 +115,7 @@ def _bench(args: argparse.Namespace) -> int:
         read_once(directory)
         pairs = [dict(_measured(args, sides, task, logs / f"{i + 1}", i + 1)) for i in range(args.pairs)]
     found = make_report(args, sides, pairs, ceilings)
-    add_acceptance(found.workloads, found.mtp)
+    report.add_acceptance(found.workloads, found.mtp)
     if not args.serve and found.ranks == 1:
         add_limits(found.workloads, {side.name: side.engine for side in sides}, ceilings, directory, task)
     print(f"\n{report.text(found)}")
@@ -264,46 +264,6 @@ def make_report(
         },
         workloads=summary(pairs),
     )
-
-
-def add_acceptance(workloads: Mapping[str, dict[str, Any]], draft_tokens: int) -> None:
-    """Add the share of accepted drafts, computed from the tokens per step, of which one is not a draft."""
-    for row in workloads.values():
-        if draft_tokens and "tokens per step" in row:
-            steps = row["tokens per step"].items()
-            row["acceptance"] = {name: [(one - 1) / draft_tokens for one in each] for name, each in steps}
-
-
-def add_limits(
-    workloads: Mapping[str, dict[str, Any]],
-    engines: Mapping[str, str],
-    ceilings: Mapping[str, float],
-    directory: Path,
-    task: Any,
-) -> None:
-    """Add by side the tokens per second that the machine's rates allow, if one device does all the work.
-
-    ``engines`` maps sides to engines; ``task`` is the work of each side.
-    """
-    import torch
-
-    from qnext_plugin.bench.ceilings import Ceilings
-    from qnext_plugin.bench.limits import Model, limit
-    from qnext_plugin.checkpoint.stored import read_checkpoint
-    from qnext_plugin.config import QNextConfig
-    from qnext_plugin.plan.caches import default_state_dtype
-    from qnext_plugin.plan.sizes import Serving
-
-    metadata = read_checkpoint(str(directory))
-    dtype = getattr(torch, task.dtype)
-    serving = Serving(QNextConfig.from_dict(metadata.config), 1, task.draft_tokens, dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, row in workloads.items():
-        row["limit"] = {}
-        for side, engine in engines.items():
-            model = Model(serving, default_state_dtype(engine, device, metadata.config, dtype), metadata.headers)
-            steps = statistics.median(row.get("tokens per step", {}).get(side, [1.0]))
-            row["limit"][side] = limit(model, Ceilings(**ceilings), tokens_per_step=steps, **task.workloads[name])
 
 
 @contextmanager
