@@ -1,8 +1,6 @@
 """Which branch our SGLang layers take on a GPU, shown without one."""
 
 import glob
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -107,48 +105,6 @@ def test_experts_run_beside_the_shared_one(monkeypatch, config, backend, pages, 
 def test_megamoe_is_refused(monkeypatch, config):
     with pytest.raises(ValueError, match="--moe-a2a-backend megamoe found, expected another one"):
         sparse_block(monkeypatch, config, backend="megamoe")
-
-
-class Streams:
-    """What is done with two streams, in order, in the place of CUDA's."""
-
-    def __init__(self, monkeypatch, *, capturing):
-        from sglang_ext import streams
-
-        self.done, self.current = [], self.stream("main")
-        monkeypatch.setattr(streams, "get_is_capture_mode", lambda: capturing)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
-        monkeypatch.setattr(torch.cuda, "stream", self.on)
-
-    def stream(self, name):
-        return SimpleNamespace(name=name, wait_stream=lambda other: self.done.append(f"{name} waits for {other.name}"))
-
-    @contextmanager
-    def on(self, stream):
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-    def run(self, what):
-        self.done.append(f"{what} on {self.current.name}")
-        return what
-
-
-@pytest.mark.parametrize("capturing", [True, False])
-def test_two_parts_of_a_layer_run_beside_each_other_in_a_graph(monkeypatch, capturing):
-    from sglang_ext.streams import both
-
-    streams = Streams(monkeypatch, capturing=capturing)
-    parts = partial(streams.run, "first"), partial(streams.run, "second")
-    assert both(streams.stream("other"), *parts) == ("first", "second")
-    assert streams.done == (
-        ["other waits for main", "first on main", "second on other", "main waits for other"]
-        if capturing
-        else ["first on main", "second on main"]
-    )
-    streams.done.clear()
-    both(None, *parts)
-    assert streams.done == ["first on main", "second on main"]
 
 
 class Copies(TorchDispatchMode):
