@@ -178,12 +178,9 @@ def test_engine_that_is_not_installed_is_named(capsys, monkeypatch, tmp_path):
     assert "sglang is not installed in this environment" in capsys.readouterr().err
 
 
-def test_on_a_gpu_drafts_can_be_set_and_products_are_exact(monkeypatch):
-    for name in ("TRITON_F32_DEFAULT", "VLLM_USE_V2_MODEL_RUNNER"):
-        monkeypatch.delenv(name, raising=False)
-    exact, first_runner = {"TRITON_F32_DEFAULT": "ieee"}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    assert gpu_environment("vllm", EngineConfig(draft_tokens=2)) == exact | first_runner
-    assert gpu_environment("vllm", EngineConfig()) == gpu_environment("sglang", EngineConfig(draft_tokens=2)) == exact
-    assert gpu_environment("vllm", EngineConfig(dtype="bfloat16")) == {}
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # as the user wants it
-    assert gpu_environment("vllm", EngineConfig(draft_tokens=2)) == exact
+def test_on_a_gpu_products_are_exact(monkeypatch):
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    assert gpu_environment(EngineConfig()) == {"TRITON_F32_DEFAULT": "ieee"}
+    assert gpu_environment(EngineConfig(dtype="bfloat16")) == {}
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")  # as the user wants it
+    assert gpu_environment(EngineConfig()) == {}

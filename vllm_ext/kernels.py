@@ -22,6 +22,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn  # noqa: F401  registers the op that calls us
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 
 from qnext_plugin.config import GatedDeltaNetDims, QNextConfig
 
@@ -42,8 +43,8 @@ def select_kernels(dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> "CpuKern
 
 
 def register_cpu_kernels(vllm_config: VllmConfig) -> None:
-    """Register the kernels that vLLM lacks on CPUs, through vLLM's extension point; idempotent."""
-    if current_platform.is_cpu() and vllm_config.speculative_config is not None:
+    """Register the kernels that vLLM lacks on CPUs without Triton, through vLLM's extension point; idempotent."""
+    if current_platform.is_cpu() and not HAS_TRITON and vllm_config.speculative_config is not None:
         from vllm_ext.cpu import triton
 
         triton.register()

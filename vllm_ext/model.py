@@ -42,7 +42,7 @@ from qnext_plugin import __version__
 from qnext_plugin.checkpoint.merged import packed_modules
 from qnext_plugin.config import FULL, QNextConfig
 from vllm_ext import compat
-from vllm_ext.config import check_speculation, qnext_config, scatters_tokens
+from vllm_ext.config import check_runner, check_speculation, qnext_config, scatters_tokens
 from vllm_ext.gated_attention import GatedAttention
 from vllm_ext.gated_delta_net import GatedDeltaNet
 from vllm_ext.kernels import choose_gemms, register_cpu_kernels
@@ -205,6 +205,7 @@ class Qwen3NextForCausalLM(
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        check_runner(vllm_config)
         check_speculation(vllm_config)
         compat.apply(vllm_config)
         register_cpu_kernels(vllm_config)

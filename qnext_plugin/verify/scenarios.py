@@ -74,8 +74,8 @@ def scenarios(vocab_size: int = VOCAB_SIZE, scale: float = 1, texts: Sequence[Pr
     found = {
         "mixed_lengths": Scenario((lengths,)),
         "arrivals": Scenario(
-            # There are more requests than can run at once, and they end at different times.
-            (tuple(tokens(1 + 37 * i % 101, seed=400 + i, vocab_size=vocab_size) for i in range(20)),),
+            # There are more requests than can run at once, and they end at different times. Every sixth has one token.
+            (tuple(tokens(1 + i % 6 * 37 % 101, seed=400 + i, vocab_size=vocab_size) for i in range(20)),),
             max_tokens=(2, 24, 7, 40, 13),
             drafts="cycle",
         ),

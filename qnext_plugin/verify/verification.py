@@ -43,24 +43,19 @@ def serve(
         start = Start(engine, checkpoint, config, runs, directory / name, native)
         starts.append(start)
         try:
-            start.run(TIMEOUT, say, env=gpu_environment(engine, config) if torch.cuda.is_available() else {})
+            start.run(TIMEOUT, say, env=gpu_environment(config) if torch.cuda.is_available() else {})
         except EngineFailed as e:
             failures[name] = e.reason
             say(f"{name}: engine failed: {e}")
     return starts, failures
 
 
-def gpu_environment(engine: str, config: EngineConfig) -> dict[str, str]:
+def gpu_environment(config: EngineConfig) -> dict[str, str]:
     """Return what an engine on a GPU needs in its environment to be verified; what the user has set stays.
 
-    On vLLM drafts can be set in its first model runner only. Triton's products are in TF32 unless they are told to be
-    exact, which is an error of 1e-3 in float32.
+    Triton's products are in TF32 unless they are told to be exact, which is an error of 1e-3 in float32.
     """
-    needed = {}
-    if config.dtype == "float32":
-        needed["TRITON_F32_DEFAULT"] = "ieee"
-    if engine == "vllm" and config.draft_tokens:
-        needed["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    needed = {"TRITON_F32_DEFAULT": "ieee"} if config.dtype == "float32" else {}
     return {name: value for name, value in needed.items() if name not in os.environ}
 
 

@@ -5,6 +5,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - starts ``compiled``, ``mtp3-compiled``: ``bfloat16-compiled``, and the compiled server of ``test_vllm_server``
 - ``mtp1``: ``mtp2`` and ``mtp3``; its aborts: ``mtp2-starved``
 - ``dflash-head``: ``eagle3-head``
+- ``second-runner-*``: ``test_vllm_gpu_check`` for the kernels; ``mtp2`` and ``mtp3`` in the first runner
 - ``mtp3-by-batch``: ``ngram3`` for numbers of drafts that differ, none included; ``mtp3-adaptive``: ``mtp3``
 - ``prefix-no-buffer``: ``mtp1-no-buffer``; ``eagle3-prefix``: ``ngram`` and ``standalone``
 - ``tp2``, ``pp2``: ``tp2-mtp2``, ``pp2-mtp2``
@@ -26,16 +27,18 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from qnext_plugin.engines import process
 from qnext_plugin.engines.config import ENGINES
 from qnext_plugin.engines.process import EngineFailed
 from qnext_plugin.verify.runner import Start
@@ -64,12 +67,28 @@ EXHAUSTIVE = {"compiled", "mtp1", "mtp3-compiled", "prefix-no-buffer", "prefix-u
     "bfloat16-ep2-mtp2",
     "dflash-head",
     "eagle3-prefix",
+    "second-runner",
+    "second-runner-mtp2",
+    "second-runner-cpu",
+    "second-runner-gpu",
     "mtp3-by-batch",
     "mtp3-adaptive",
 }
 
 # Files of tests that hold for one engine only carry its name.
 collect_ignore_glob = [f"*test_{engine}_*" for engine in ENGINES if engine != ENGINE]
+
+
+def starting(config: str, warm: Warm) -> AbstractContextManager[Any]:
+    """While this lasts, processes are started as the configuration asks for."""
+    if mode := MATRIX[config].interpreted:
+        started = process.started
+
+        def interpreted(command: Sequence[str], *args: Any) -> AbstractContextManager[Any]:
+            return started(("-m", "tests.workers.vllm_interpreted", *command[2:], mode), *args)
+
+        return patch.object(process, "started", interpreted)
+    return nullcontext() if CONFIGS[config].compiled else warm.forking()  # a compiler has threads
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -121,7 +140,7 @@ def serve(
             chosen = replace(chosen, flags=(*chosen.flags, *drafts))
         start = Start(ENGINE, directory, chosen, runs(config), root / config)
         try:
-            with nullcontext() if chosen.compiled else warm.forking():  # a compiler has threads
+            with starting(config, warm):
                 start.run(timeout=600)
         except EngineFailed as e:
             return e

@@ -55,7 +55,16 @@ def test_draft_computes_what_the_oracle_does(serve, checkpoint, config):
 
 @pytest.mark.parametrize("config", configs(ENGINE))
 def test_expected_kernels_ran(serve, config):
-    assert serve(config).serving["kernels"] == expected_kernels(ENGINE, CONFIGS[config])
+    expected = expected_kernels(ENGINE, CONFIGS[config])
+    if MATRIX[config].interpreted == "kernels":
+        expected = ["prefill: triton, torch", "verify: triton, triton"]
+    assert serve(config).serving["kernels"] == expected
+
+
+@pytest.mark.parametrize("config", [config for config in configs(ENGINE) if MATRIX[config].interpreted])
+def test_second_runner_serves(serve, config):
+    serving, scheduled_ahead = serve(config).serving, MATRIX[config].interpreted != "cpu"
+    assert (serving["runner"], serving["async"]) == ("vllm.v1.worker.cpu.model_runner", scheduled_ahead)
 
 
 def expected_kernels(engine, config):

@@ -39,7 +39,7 @@ class Draft:
 def test_what_serves_is_found_in_either_model_runner_with_full_graphs(monkeypatch, runner):
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
-    from vllm_ext.tools.inside import runner_module, serving_modules, set_drafts
+    from vllm_ext.tools.inside import runner_module, serving_modules
 
     monkeypatch.setattr(Model, "__module__", "vllm_ext.model")
     monkeypatch.setattr(Draft, "__module__", "vllm_ext.mtp")
@@ -59,9 +59,6 @@ def test_what_serves_is_found_in_either_model_runner_with_full_graphs(monkeypatc
     worker = SimpleNamespace(model_runner=made)
     assert serving_modules(worker) == {"vllm_ext.model", "vllm_ext.mtp"}
     assert runner_module(worker) == f"vllm.v1.worker.{runner}"
-    if runner == "gpu.model_runner":
-        with pytest.raises(RuntimeError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-            set_drafts(worker, [], "cycle")
 
 
 @pytest.mark.parametrize("drafts", [False, True])

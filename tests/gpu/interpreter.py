@@ -6,11 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 
-def enable() -> None:
+def enable_triton() -> None:
     """Before the first import of vLLM's kernels, and only in a process that does nothing else.
 
-    On a CPU vLLM turns Triton off and puts its C++ kernels in place of the Triton ones, so it is told that there
-    is a driver, and that this CPU is a device it does not know.
+    On a CPU vLLM turns Triton off, so it is told that there is a driver.
     """
     if "triton" in sys.modules:
         raise RuntimeError("Triton is imported already, so its interpreter cannot be turned on: run scripts/gpu-check")
@@ -30,7 +29,7 @@ def enable() -> None:
 
     # vLLM's convolution replaces pointers in what it is handed to compute its grid; the compiler ignores that.
     import triton.language as tl
-    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _implicit_cvt
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
     init = GridExecutor.__init__
 
@@ -65,6 +64,13 @@ def enable() -> None:
 
     InterpreterBuilder.create_dot, InterpreterBuilder.binary_op = float_dot, float_op
 
+
+def enable() -> None:
+    """As ``enable_triton``, for our GPU layer: vLLM is told that this CPU is a device it does not know.
+
+    So it does not put its C++ kernels in place of the Triton ones.
+    """
+    enable_triton()
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
     from vllm.platforms.interface import PlatformEnum
@@ -80,6 +86,13 @@ def enable() -> None:
     from vllm.triton_utils import HAS_TRITON
 
     assert HAS_TRITON, "vLLM still has Triton turned off"
+    enable_delta_rule()
+
+
+def enable_delta_rule() -> None:
+    """After ``enable_triton``: for the kernels that vLLM has taken from flash-linear-attention."""
+    import triton.language as tl
+    from triton.runtime.interpreter import _implicit_cvt
 
     # The interpreter replaces `tl.exp` while a kernel runs, but not the names that these modules have given it.
     from vllm.third_party.flash_linear_attention import ops

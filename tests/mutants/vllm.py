@@ -151,6 +151,34 @@ def first_view_of_a_page_copied(worker: Any) -> AbstractContextManager[Any]:
     return patch.object(gpu_model_runner, "copy_kv_cache_blocks_inplace", utils.copy_kv_cache_blocks_inplace)
 
 
+def placeholders_run_as_a_prompt(worker: Any) -> AbstractContextManager[Any]:
+    """As in vLLM's second model runner: a prompt of one token that joins others is computed with its placeholders."""
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState as State
+
+    return patch.object(State, "prepare_attn", State.prepare_attn.__wrapped__)
+
+
+def placeholders_go_on_from_an_old_state(worker: Any) -> AbstractContextManager[Any]:
+    """As in vLLM: with placeholders, that prompt goes on from what the last user of its slot has left."""
+    from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder as Builder
+
+    return patch.object(Builder, "build", Builder.build.__wrapped__)
+
+
+def old_state_in_other_groups(worker: Any) -> AbstractContextManager[Any]:
+    """The same for the groups of layers that get their metadata from those of the first."""
+    from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder as Builder
+
+    return patch.object(Builder, "update_block_table", Builder.update_block_table.__wrapped__)
+
+
+def state_left_in_the_block_before(worker: Any) -> AbstractContextManager[Any]:
+    """vLLM's second model runner copies no state to a request's next block."""
+    from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
+
+    return patch.object(MambaSpecDecodeGPUContext, "run_fused_precopy", lambda *args: None)
+
+
 def seeds_ignored(worker: Any) -> AbstractContextManager[Any]:
     sampler = worker.model_runner.sampler.topk_topp_sampler
     forward = sampler.forward
@@ -195,6 +223,10 @@ MUTANTS = [
     Mutant(verify_commits_one_step_early, "drafts_of_the_model", "ngram3"),
     Mutant(conv_window_not_rolled_back, "arrivals", "ngram3"),
     Mutant(state_copy_ignores_accepted_drafts, "multi_turn", "ngram3"),
+    Mutant(placeholders_go_on_from_an_old_state, "arrivals", "mtp2"),
+    Mutant(placeholders_run_as_a_prompt, "arrivals", "second-runner-mtp2"),
+    Mutant(old_state_in_other_groups, "arrivals", "second-runner-mtp2"),
+    Mutant(state_left_in_the_block_before, "prefix_chunked", "second-runner-mtp2"),
     Mutant(unused_slots_poisoned, "prefix_aba", harmless=True),
     Mutant(unused_slots_poisoned, "drafts_in_every_pattern", "mtp3", harmless=True),
 ]

@@ -48,6 +48,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     # As if the trunk's experts were pruned and the draft's not; no rank holds as many ids as another.
     "wide-draft": _SMALL | {"vocab_size": 331, "num_nextn_predict_layers": 0},
     "without-draft": _SMALL | {"num_nextn_predict_layers": 0},
+    # For Triton's interpreter, which runs the programs of a kernel one after another.
+    "xs": _SMALL | {"num_hidden_layers": 4, "linear_num_key_heads": 1, "linear_num_value_heads": 2},
 }
 WIDE = 13  # experts of that draft; the trunk's layers have eight
 NULLS = {"mlp_only_layers": None, "pad_token_id": None, "eos_token_id": [258, 256]}

@@ -36,13 +36,17 @@ SCENARIOS = scenarios() | {
 
 @dataclass(frozen=True)
 class Case:
-    """One start of each of ``engines``; ``drafts`` is vLLM's name of who drafts."""
+    """One start of each of ``engines``; ``drafts`` is vLLM's name of who drafts.
+
+    ``interpreted`` is a mode of ``tests.workers.vllm_interpreted``, in which it then runs.
+    """
 
     config: EngineConfig
     scenarios: tuple[str, ...]
     checkpoint: str = "tiny"
     engines: tuple[str, ...] = ("vllm",)
     drafts: str = "mtp"
+    interpreted: str = ""
 
 
 def _shared(name: str, engines: tuple[str, ...] = ENGINES, checkpoint: str = "tiny", **sizes: Any) -> Case:
@@ -71,6 +75,8 @@ _BY_BATCH = (
 )
 _STEPS = Path(__file__).with_name("adaptive.json")  # three for one request, one or two for two, then none, then three
 _ADAPTIVE = ("--speculative-adaptive", "--speculative-adaptive-config", str(_STEPS))
+# vLLM's defaults on a GPU, but for graphs; prompts come in pieces, beside requests that decode.
+_SECOND = EngineConfig(prefix_caching=True, token_budget=128, num_blocks=160, flags=("--async-scheduling",))
 _DRAFTING = EngineConfig(draft_tokens=3, prefix_caching=True, token_budget=128)  # prompts come in pieces
 MATRIX = {
     "eager": _shared("eager", num_blocks=48),
@@ -144,6 +150,17 @@ MATRIX = {
         _shared("mtp2-starved", ("vllm",), draft_tokens=3, num_blocks=52),
         scenarios=("aborts", "prefix_chunked"),
         drafts="ngram",
+    ),
+    "second-runner": Case(_SECOND, ("mixed_lengths", "prefix_aba"), interpreted="runner"),
+    "second-runner-mtp2": Case(
+        replace(_SECOND, draft_tokens=2),
+        ("drafts_in_every_pattern", "arrivals", "prefix_chunked"),
+        "xs",
+        interpreted="runner",
+    ),
+    "second-runner-cpu": Case(replace(_SECOND, draft_tokens=2), ("drafts_in_every_pattern",), interpreted="cpu"),
+    "second-runner-gpu": Case(
+        replace(_SECOND, draft_tokens=2), ("drafts_in_every_pattern", "prefix_chunked"), "xs", interpreted="kernels"
     ),
     "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, "wide-draft", ENGINES),
     "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),

@@ -1,4 +1,4 @@
-"""Pipeline parallelism on CPUs: adds what vLLM's first model runner, the only one that CPUs have, lacks there."""
+"""Pipeline parallelism on CPUs: adds what vLLM's first model runner, the only one without Triton, lacks there."""
 
 from collections.abc import Callable
 from functools import cache

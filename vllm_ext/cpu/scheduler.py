@@ -1,4 +1,4 @@
-"""A scheduler for pipeline parallelism with MTP under vLLM's first model runner, the only one that CPUs have.
+"""A scheduler for pipeline parallelism with MTP under vLLM's first model runner, the only one without Triton.
 
 The user chooses it with ``--scheduler-cls vllm_ext.scheduler.PipelineDraftScheduler``.
 """

@@ -44,10 +44,11 @@ def serving_classes() -> dict[str, str]:
 def check(vllm_config: Any) -> None:
     """Check a configuration as the model does before it reads a weight."""
     from vllm_ext import compat
-    from vllm_ext.config import check_speculation, qnext_config, uses_mtp
+    from vllm_ext.config import check_runner, check_speculation, qnext_config, uses_mtp
     from vllm_ext.quantization import read_checkpoint
     from vllm_ext.weights import check_checkpoint
 
+    check_runner(vllm_config)
     check_speculation(vllm_config)
     compat.apply(vllm_config)
     mtp = "required" if uses_mtp(vllm_config) else "optional"

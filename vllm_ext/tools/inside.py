@@ -4,7 +4,7 @@ Drafts of random weights are almost never accepted: without control, tests would
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +39,7 @@ def set_drafts(worker: Any, sequences: Sequence[Sequence[int]], pattern: str) ->
     without a draft model, it proposes D, only the right ones, and one more, in turn. ``own`` lets the engine draft.
     """
     runner, steps = worker.model_runner, itertools.count()
-    if getattr(runner, "speculator", None) is not None and pattern != "own":
-        raise RuntimeError("vLLM's second model runner drafts by itself; start it with VLLM_USE_V2_MODEL_RUNNER=0")
-    drafter = getattr(runner, "drafter", None)
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)  # of the first or second runner
     if drafter is None:
         return
     propose = drafter.__class__.propose
@@ -49,8 +47,9 @@ def set_drafts(worker: Any, sequences: Sequence[Sequence[int]], pattern: str) ->
     def proposed(*args: Any, **kwargs: Any) -> Any:
         drafts = propose(drafter, *args, **kwargs)
         if isinstance(drafts, list):
-            return _listed(worker.model_runner, args, sequences, pattern, next(steps))
-        return _tensor(worker.model_runner, kwargs, drafts, sequences, pattern, next(steps))
+            return _listed(runner, args, sequences, pattern, next(steps))
+        requests = _first_requests(runner, kwargs) if hasattr(runner, "drafter") else _second_requests(runner, args[0])
+        return _tensor(requests, drafts, sequences, pattern, next(steps))
 
     if pattern == "own":
         drafter.__dict__.pop("propose", None)
@@ -58,17 +57,36 @@ def set_drafts(worker: Any, sequences: Sequence[Sequence[int]], pattern: str) ->
         drafter.propose = proposed
 
 
-def _tensor(
-    runner: Any, kwargs: dict[str, Any], drafts: Tensor, sequences: Sequence[Sequence[int]], pattern: str, step: int
-) -> Tensor:
-    """Overwrite a draft model's tokens, as many for each request."""
-    last, depth = kwargs["token_indices_to_sample"], drafts.shape[1]
+def _first_requests(runner: Any, kwargs: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
+    """Return each request's prompt and the position of its first draft, in vLLM's first model runner."""
+    last = kwargs["token_indices_to_sample"]
     if last is None:
         last = kwargs["common_attn_metadata"].query_start_loc[1:].long() - 1
     positions = kwargs["target_positions"][last.long()].tolist()
-    for row, (request, position) in enumerate(zip(runner.input_batch.req_ids, positions, strict=False)):
+    for request, position in zip(runner.input_batch.req_ids, positions, strict=False):
+        yield list(runner.requests[request].prompt_token_ids), position + 2
+
+
+def _second_requests(runner: Any, batch: Any) -> Iterator[tuple[list[int], int]]:
+    """Return the same in vLLM's second model runner, which keeps a request's tokens in a slot on the device."""
+    states = runner.req_states
+    for slot in batch.idx_mapping_np.tolist():
+        length = int(states.prompt_len.np[slot])
+        yield states.all_token_ids.gpu[slot, :length].tolist(), int(states.num_computed_tokens.gpu[slot]) + 1
+
+
+def _tensor(
+    requests: Iterable[tuple[list[int], int]],
+    drafts: Tensor,
+    sequences: Sequence[Sequence[int]],
+    pattern: str,
+    step: int,
+) -> Tensor:
+    """Overwrite a draft model's tokens, as many for each request."""
+    depth = drafts.shape[1]
+    for row, (prompt, start) in enumerate(requests):
         right = depth if pattern == "right" else (step + row) % (depth + 1)
-        tokens = _continued(runner, request, sequences, position + 2, right, depth)
+        tokens = _continued(prompt, sequences, start, right, depth)
         drafts[row, : len(tokens)] = drafts.new_tensor(tokens)
     return drafts
 
@@ -83,16 +101,13 @@ def _listed(
     for row, request in enumerate(batch.req_ids[: len(sampled)]):
         turn, right = (0, depth) if pattern == "right" else divmod(step + row, depth + 1)
         length = (depth, right, min(right + 1, depth))[turn % 3]
-        start = int(batch.num_tokens_no_spec[row])
-        drafts.append(_continued(runner, request, sequences, start, right, length) if sampled[row] else [])
+        start, prompt = int(batch.num_tokens_no_spec[row]), list(runner.requests[request].prompt_token_ids)
+        drafts.append(_continued(prompt, sequences, start, right, length) if sampled[row] else [])
     return drafts
 
 
-def _continued(
-    runner: Any, request: str, sequences: Sequence[Sequence[int]], start: int, right: int, length: int
-) -> list[int]:
-    """Return up to ``length`` tokens that follow in a request's sequence, only the first ``right`` unchanged."""
-    prompt = list(runner.requests[request].prompt_token_ids)
+def _continued(prompt: list[int], sequences: Sequence[Sequence[int]], start: int, right: int, length: int) -> list[int]:
+    """Return up to ``length`` tokens that follow in a prompt's sequence, only the first ``right`` unchanged."""
     found = [sequence for sequence in sequences if list(sequence[: len(prompt)]) == prompt]
     following = max(found, key=len)[start : start + length] if found else []
     return [token if i < right else (token + 1) % 256 for i, token in enumerate(following)]

@@ -149,7 +149,11 @@ SCHEDULING = (
     ),
     Feature(
         "scheduling ahead of the results",
-        expected("vLLM turns it off on a CPU. On GPUs it is vLLM's own and was not run"),
+        tested(
+            ANSWERS,
+            starts="second-runner second-runner-mtp2 second-runner-gpu",
+            why="vLLM's second model runner, in Triton's interpreter; vLLM turns it off on a CPU",
+        ),
         tested(ANSWERS, starts="prefix ngram eagle3 mtp3-tree"),
         "async-scheduling",
         "disable-overlap-schedule num-continuous-decode-steps scheduler-recv-interval",
