@@ -11,7 +11,6 @@ from transformers import Qwen3NextConfig as TransformersConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.triton_utils import HAS_TRITON
 
 from qnext_plugin.checkpoint.cache_scales import asks_for_fp8_cache
 from qnext_plugin.checkpoint.stored import read_served, refuse_quantizing
@@ -157,17 +156,16 @@ def scatters_tokens(config: QNextConfig, vllm_config: VllmConfig) -> bool:
 
 
 def check_runner(vllm_config: VllmConfig) -> None:
-    """Raise ``ValueError`` on a CPU where vLLM's second model runner, its default on GPUs, cannot serve this model.
+    """Raise ``ValueError`` on a CPU where vLLM's second model runner, its default on GPUs, would serve untested.
 
     vLLM chooses it on a CPU where it finds Triton, as in its official image for CPUs.
     """
-    if not current_platform.is_cpu() or not vllm_config.use_v2_model_runner:
-        return
-    found, instead = "vLLM's second model runner found on a CPU", "set VLLM_USE_V2_MODEL_RUNNER=0"
-    if not HAS_TRITON:
-        raise ValueError(f"{found}, and no Triton for this CPU, which it needs: {instead}")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError(f"{found} with pipeline parallelism, which is tested there with the first one only: {instead}")
+    staged = vllm_config.parallel_config.pipeline_parallel_size > 1
+    if staged and current_platform.is_cpu() and vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "pipeline parallelism with vLLM's second model runner found; on CPU it is tested with the first one only: "
+            "set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
 
 
 SPECULATIVE_METHODS = ("mtp", "ngram", "suffix", "eagle3", "dflash")
