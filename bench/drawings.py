@@ -28,7 +28,7 @@ def row_order() -> str:
             figure.text(at(order, name) + width / 2, y + 22, name, "on", anchor="middle", style="bold")
     figure.text(36, top - 12, "checkpoint: key head 1 and its value heads", "soft")
     figure.text(at(grouped, "q2"), top - 12, "key head 2 and its value heads", "soft")
-    figure.text(36, bottom - 12, "model:", "soft")
+    figure.text(at(flat, "q1") + width / 2 + 8, bottom - 12, "model:", "soft")
     for section, title in {"q": "all q", "k": "all k", "v": "all v", "z": "all z"}.items():
         names = [name for name in flat if name[0] == section]
         first, last = at(flat, names[0]), at(flat, names[-1]) + width

@@ -88,7 +88,7 @@ def concurrency() -> str:
     names = {"a": "vLLM", "b": "SGLang"}
     figure.legend(24, 56, list(names.items()), 90)
     for i, (machine, engines) in enumerate(found.items()):
-        left, right, top, bottom = 60 + 370 * i, 340 + 370 * i, 104, 280
+        left, right, top, bottom = 74 + 370 * i, 340 + 370 * i, 104, 280
         figure.text(left, 84, machine, style="bold")
         lines = {color: {int(n): at_once for n, at_once in engines[name].items()} for color, name in names.items()}
         chart(figure, (left, right, top, bottom), lines, ("1", "10", "100", "1000"))
@@ -104,7 +104,7 @@ def context() -> str:
     figure.text(24, 32, "A layer's decode step in microseconds of one CPU thread, by context", style="bold")
     figure.legend(24, 56, list(kinds.items()), 150)
     lines = {color: {int(n): statistics.median(found[kind][n]) for n in found[kind]} for color, kind in kinds.items()}
-    chart(figure, (70, 670, 80, 250), lines, ("100", "1000", "10000"), last=True, unit=" us")
+    chart(figure, (84, 670, 80, 250), lines, ("100", "1000", "10000"), last=True, unit=" us")
     figure.text(370, 286, "tokens of context", "soft", anchor="middle", style="small")
     return figure.render()
 
@@ -132,8 +132,8 @@ def chart(
 
     for tick in ticks:
         y = at(lengths[0], float(tick))[1]
-        figure.line([(left, y), (right, y)], "edge")
-        figure.text(left - 8, y + 4, f"{int(tick):,}", "soft", anchor="end", style="small")
+        figure.line([(left - 16, y), (right, y)], "edge")
+        figure.text(left - 22, y + 4, f"{int(tick):,}", "soft", anchor="end", style="small")
     for length in lengths:
         figure.text(at(length, 1)[0], bottom + 18, f"{length:,}", "soft", anchor="middle", style="small")
     for i, (color, line) in enumerate(lines.items()):
