@@ -129,13 +129,18 @@ DRAFTS = (
     Feature(
         "suffixes",
         expected(
-            "takes the same path through the model as n-grams; tried by hand, because its package needs CUDA to build"
+            "takes the same path through the model as n-grams; tried by hand, because its package is published as "
+            "source only, with a build that installs torch 2.7 with CUDA (docs/mtp.md shows one without)"
         ),
         NONE,
     ),
     Feature(
         "a draft model",
-        refused("only with these are the states of Gated DeltaNet layers tested", "vllm_ext/config.py", "was wrong"),
+        refused(
+            "only with these are the states of Gated DeltaNet layers tested",
+            "vllm_ext/config.py",
+            "vLLM writes its keys and values to the blocks of states",
+        ),
         tested(ANSWERS, starts="standalone"),
         "spec-model",
         "speculative-draft-model-path speculative-draft-model-revision speculative-draft-load-format "
@@ -149,7 +154,11 @@ DRAFTS = (
     Feature(
         "DFlash, DSpark, UNO, several MTP layers",
         tested(ANSWERS, starts="dflash-head", why="DFlash; the others are refused"),
-        refused("only with these are the states of Gated DeltaNet layers tested", "sglang_ext/config.py"),
+        refused(
+            "only with these are the states of Gated DeltaNet layers tested",
+            "sglang_ext/config.py",
+            "with DFLASH on a CPU SGLang would answer sampled requests greedily; GPU not run",
+        ),
         "",
         "uno-lora-path enable-multi-layer-eagle speculative-dflash-block-size speculative-domino-candidate-pool-size "
         "speculative-dspark-block-size speculative-dspark-sps-table-path speculative-dspark-confidence-sts-path "
@@ -165,7 +174,9 @@ DRAFTS = (
     ),
     Feature(
         "another way to verify or to sample drafts",
-        refused("nothing else is tested with this", "vllm_ext/config.py"),
+        refused(
+            "nothing else is tested with this", "vllm_ext/config.py", "drafts drawn at random ignore a request's seed"
+        ),
         refused("--speculative-use-rejection-sampling found", "sglang_ext/config.py", "on a CPU; GPU not run"),
         "",
         "speculative-use-rejection-sampling speculative-use-block-verification",
