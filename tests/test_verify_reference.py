@@ -14,6 +14,7 @@ from qnext_plugin.verify.rows import Query
 from qnext_plugin.verify.scenarios import tokens
 from tests.support import directories
 from tests.support.checkpoints import CHECKPOINTS, write_checkpoint
+from tests.support.quantized import FORMS, dequantized, write
 from tests.support.tolerances import STREAMED_LOGPROB
 
 QUERIES = [Query((*tokens(1, 1), 7), 1), Query(tokens(90, 2), 89), Query(tokens(35, 3), 5)]
@@ -44,6 +45,22 @@ def test_streamed_reads_fused_experts(tmp_path):
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for a, b in zip(Streamed(checkpoint)(QUERIES), expected, strict=True):
         assert torch.equal(a.logprobs, b.logprobs)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantized")
+    write(root)
+    return root
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quantized_weights_are_those_of_their_dequantized_twin(quantized, form):
+    """By another library's decoders; one form stores a shared expert fused."""
+    twin = dequantized(quantized, form)
+    for streamed, whole in zip(module.reference(quantized / form)(QUERIES), Whole(twin)(QUERIES), strict=True):
+        closest = whole.closest(streamed.ids, streamed.logprobs)
+        assert (streamed.logprobs - closest).abs().max() < STREAMED_LOGPROB
 
 
 def test_files_that_transformers_does_not_find_are_streamed(tmp_path):

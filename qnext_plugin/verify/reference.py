@@ -1,7 +1,8 @@
 """Next-token log-probabilities from `transformers`, the reference for every engine.
 
-``Whole`` loads a checkpoint. ``Streamed`` keeps in memory only one decoder layer without its experts, and one expert.
-Both use the modules of `transformers`. ``Recorded`` looks up in a file what was computed before.
+``Whole`` loads a checkpoint. ``Streamed`` keeps in memory only one decoder layer without its experts, and one expert;
+it also reads quantized checkpoints, and dequantizes their weights. Both use the modules of `transformers`. ``Recorded``
+looks up in a file what was computed before.
 """
 
 import hashlib
@@ -22,16 +23,19 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
+from qnext_plugin.checkpoint.quantization import is_quantized, stored_modules
+from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.verify.rows import Query, Reference, Rows
 
 _VOCAB_CHUNK = 8192
 
 
 def reference(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Reference:
-    """Return ``Whole`` if there is enough memory and ``transformers`` finds the files, otherwise ``Streamed``."""
-    parameters = sum(torch.Size(info.shape).numel() for info in read_headers(checkpoint).values())
+    """Return ``Whole`` if it fits in memory, is not quantized and ``transformers`` finds it, otherwise ``Streamed``."""
+    stored = read_checkpoint(str(checkpoint))
+    parameters = sum(torch.Size(info.shape).numel() for info in (stored.headers or {}).values())
     fits = 1.25 * parameters * dtype.itemsize < _available_bytes()
-    found = any((checkpoint / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    found = stored.quantization is None and any((checkpoint / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
     return Whole(checkpoint, dtype) if fits and found else Streamed(checkpoint, dtype)
 
 
@@ -69,7 +73,9 @@ class Streamed:
     """
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.headers, self.dtype = read_headers(checkpoint), dtype
+        self.checkpoint, self.dtype = read_checkpoint(str(checkpoint)), dtype
+        self.headers = self.checkpoint.headers or {}
+        self.modules = stored_modules(self.headers)
         self.config = Qwen3NextConfig.from_pretrained(checkpoint)
         self.config._attn_implementation, self.config._experts_implementation = "sdpa", "eager"
 
@@ -114,11 +120,23 @@ class Streamed:
         return torch.cat([nn.functional.linear(hidden, head) for head in heads], dim=-1).float().log_softmax(-1)
 
     def _tensor(self, name: str, rows: Any = slice(None)) -> Tensor:
-        """Return rows of a tensor of the checkpoint; the file is mapped, so other rows are not read."""
+        """Return rows of a tensor of the checkpoint; the file is mapped, so other rows of a plain one are not read."""
+        module, _, leaf = name.rpartition(".")
+        for half, part in enumerate(("gate_proj", "up_proj")):
+            fused = f"{module.removesuffix(part)}gate_up_proj"
+            if module not in self.modules and fused in self.modules and module.endswith(part):
+                return self._tensor(f"{fused}.{leaf}").chunk(2)[half][rows]
+        leaves = self.modules.get(module, {})
+        if leaf == "weight" and leaves and is_quantized(leaves):
+            whole = {leaf: self._read(f"{module}.{leaf}") for leaf in leaves}
+            return self.checkpoint.dequantize(whole)[rows].to(self.dtype)
+        return self._read(name)[rows].to(self.dtype, copy=True)
+
+    def _read(self, name: str) -> Tensor:
         if name not in self.headers:
-            raise ValueError(f"the checkpoint has no {name}, which transformers needs; compare on an unquantized one")
+            raise ValueError(f"the checkpoint has no {name}, which transformers needs")
         with safe_open(self.headers[name].file, framework="pt") as file:
-            return file.get_tensor(name)[rows].to(self.dtype, copy=True)
+            return file.get_tensor(name)
 
 
 @dataclass
