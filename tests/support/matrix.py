@@ -31,6 +31,10 @@ SCENARIOS = scenarios() | {
         hits=((1, 0), (2, 0), (4, 0), (5, 0)),
     ),
     "draft_logits": Scenario(((tokens(61, seed=7),),), drafts="cycle", draft_logits=True),
+    # The last prompt waits until the first request ends, then joins the others.
+    "one_token_joins": Scenario(
+        ((*(tokens(3 + i, seed=i) for i in range(8)), tokens(1, seed=50)),), max_tokens=(2, 4, 4, 4, 4, 4, 4, 4, 4)
+    ),
 }
 
 
@@ -154,7 +158,7 @@ MATRIX = {
     "second-runner": Case(_SECOND, ("mixed_lengths", "prefix_aba"), interpreted="runner"),
     "second-runner-mtp2": Case(
         replace(_SECOND, draft_tokens=2),
-        ("drafts_in_every_pattern", "arrivals", "prefix_chunked"),
+        ("one_token_joins", "drafts_in_every_pattern", "prefix_chunked"),
         "xs",
         interpreted="runner",
     ),
