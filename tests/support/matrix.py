@@ -164,7 +164,7 @@ MATRIX = {
     ),
     "second-runner-cpu": Case(replace(_SECOND, draft_tokens=2), ("drafts_in_every_pattern",), interpreted="cpu"),
     "second-runner-gpu": Case(
-        replace(_SECOND, draft_tokens=2), ("drafts_in_every_pattern", "prefix_chunked"), "xs", interpreted="kernels"
+        replace(_SECOND, draft_tokens=2), ("one_token_joins", "prefix_chunked"), "xs", interpreted="kernels"
     ),
     "tp2-mtp2": Case(EngineConfig(draft_tokens=2, tensor_parallel=2, num_blocks=64), _DRAFTS, "wide-draft", ENGINES),
     "pp2": Case(EngineConfig(pipeline_parallel=2, num_blocks=48), _PLAIN, engines=ENGINES),
