@@ -68,6 +68,18 @@ def test_figures_are_drawn_from_the_results():
     assert check.returncode == 0, check.stdout + check.stderr
 
 
+def test_the_speeds_of_the_readme_are_those_of_the_results():
+    from bench.figures import results
+
+    def span(cpu, kind):
+        ratios = [w["ratio"] for name, w in results(f"{cpu}eager")["workloads"].items() if name.startswith(kind)]
+        return " to ".join(sorted({f"{min(ratios):.1f}", f"{max(ratios):.1f}"}))
+
+    first, second = ([span(cpu, kind) for kind in ("prefill", "decode")] for cpu in ("cpu-", "cpu-avx2-"))
+    claim = "{} times as fast at prompts and {} at decoding with AVX512-BF16, and {} and {} times with AVX2 alone"
+    assert claim.format(*first, *second) in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_the_figures_of_memory_are_those_of_the_plan():
     from bench import plan_80b
     from bench.figures import results
