@@ -1,12 +1,15 @@
-"""Sampling with MTP draws from the distribution that it draws from without."""
+"""Sampling with MTP draws from the distribution that it draws from without, and a request gets what it asks for."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import pytest
 import torch
 
-from tests.support.sampling import MUTANT, TOKENS
+from tests.support.installed import ENGINE
+from tests.support.sampling import MUTANT, NUMBERS, SCHEMA, TOKENS, UNITS, WORDS
 
 
 def p_value(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
@@ -40,7 +43,6 @@ def test_a_wrong_state_shows_in_the_distribution(samples):
     assert min(p_value([s[i] for s in plain], [s[i] for s in broken]) for i in range(1, TOKENS)) < 1e-12
 
 
-@pytest.mark.only("vllm")
 def test_greedy_answers_are_those_without_drafts_whatever_is_asked_for(samples):
     expected, found = samples[0]["greedy"], samples[2]["greedy"]
     assert found["without"] == expected["without"]
@@ -49,3 +51,25 @@ def test_greedy_answers_are_those_without_drafts_whatever_is_asked_for(samples):
         assert found["own"][i] == expected["own"][i], name
         assert found["drafted"][i] == expected["own"][i], f"{name}, right and wrong drafts"
     assert all(count > 2 for count in found["accepted"]), found["accepted"]
+
+
+def is_of_the_schema(text):
+    value = json.loads(text)
+    return (
+        value.keys() == SCHEMA["properties"].keys()
+        and value["unit"] in UNITS
+        and 2 <= len(value["numbers"]) <= 4
+        and all(number in NUMBERS for number in value["numbers"])
+        and value["yes"] in (True, False)
+    )
+
+
+@pytest.mark.parametrize(
+    "backend", {"vllm": ["xgrammar", "guidance", "outlines"], "sglang": ["xgrammar", "llguidance"]}[ENGINE]
+)
+def test_answers_with_drafts_are_of_their_form_by_every_backend(samples, backend):
+    found = samples[2]["structured"][backend]
+    print(found)
+    for _, text in found["own"] + found["drafted"]:
+        assert re.fullmatch(WORDS, text) if text[0] != "{" else is_of_the_schema(text)
+    assert all(count > 5 for count in found["accepted"])

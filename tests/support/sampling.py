@@ -10,10 +10,29 @@ from tests.support.installed import ENGINE
 
 SAMPLES, TOKENS = 4000, 5
 ARGUMENTS = {"skip_tokenizer_init": False} | {
-    "vllm": {"max_num_seqs": 512},
-    "sglang": {"max_running_requests": 256, "max_mamba_cache_size": 264},
+    "vllm": {
+        "max_num_seqs": 512,
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    },
+    "sglang": {
+        "max_running_requests": 256,
+        "max_mamba_cache_size": 264,
+        "constrained_json_disable_any_whitespace": True,
+    },
 }[ENGINE]
 REGEX = "([a-d][0-9]){12}"
+UNITS, NUMBERS = ("day", "week"), (1, 2, 7)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "unit": {"type": "string", "enum": list(UNITS)},
+        "numbers": {"type": "array", "items": {"type": "integer", "enum": list(NUMBERS)}, "minItems": 2, "maxItems": 4},
+        "yes": {"type": "boolean"},
+    },
+    "required": ["unit", "numbers", "yes"],
+    "additionalProperties": False,
+}
+WORDS = "(ab|cd|[0-9]{3}){5}-(yes|no)"
 MUTANT = f"tests.mutants.{ENGINE}:verify_commits_one_step_early"
 
 
@@ -30,5 +49,6 @@ def draw(checkpoint: Path, drafts: int, root: Path) -> dict[str, Any]:
             tokens=TOKENS,
             mutants=[MUTANT] if drafts else [],
             regex=REGEX,
+            formats=[{"json": SCHEMA}, {"regex": WORDS}],
         )
     return drawn

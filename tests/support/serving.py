@@ -114,22 +114,30 @@ class Server(server.Server):
     def chat(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         return self.client.chat.completions.create(model=NAME, messages=messages, **options)
 
-    def request(self, prompt: tuple[int, ...], max_tokens: int, temperature: float, **more: Any) -> dict[str, Any]:
-        """Keyword arguments of a POST that asks for ``max_tokens`` more ids and their log-probabilities."""
+    def request(
+        self, prompt: tuple[int, ...], max_tokens: int, temperature: float, n: int = 1, **more: Any
+    ) -> dict[str, Any]:
+        """Keyword arguments of a POST that asks ``n`` times for ``max_tokens`` ids and their log-probabilities."""
+        sampling = {"temperature": temperature, "ignore_eos": True, "n": n}
         if self.engine == "vllm":
             body = {"model": NAME, "prompt": prompt, "max_tokens": max_tokens, "logprobs": 0, "return_token_ids": True}
-            return {"url": "/v1/completions", "json": body | {"temperature": temperature, "ignore_eos": True} | more}
-        sampling = {"max_new_tokens": max_tokens, "temperature": temperature, "ignore_eos": True}
+            return {"url": "/v1/completions", "json": body | sampling | more}
+        sampling["max_new_tokens"] = max_tokens
         body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
         return {"url": "/generate", "json": body | more}
 
     def parse(self, response: httpx.Response) -> Answer:
+        (answer,) = self.parse_all(response)
+        return answer
+
+    def parse_all(self, response: httpx.Response) -> list[Answer]:
+        """The answers to a prompt that asked for several."""
         assert response.status_code == 200, f"{response.status_code}: {response.text[:500]}"
+        found = response.json()
         if self.engine == "vllm":
-            choice = response.json()["choices"][0]
-            return Answer(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
-        rows = response.json()["meta_info"]["output_token_logprobs"]
-        return Answer(tuple(row[1] for row in rows), tuple(row[0] for row in rows))
+            return [Answer(tuple(c["token_ids"]), tuple(c["logprobs"]["token_logprobs"])) for c in found["choices"]]
+        each = [one["meta_info"]["output_token_logprobs"] for one in (found if isinstance(found, list) else [found])]
+        return [Answer(tuple(row[1] for row in rows), tuple(row[0] for row in rows)) for rows in each]
 
     def metrics(self) -> dict[str, float]:
         """Sums over labels, by the names in ``METRICS``."""

@@ -9,6 +9,7 @@ from qnext_plugin.verify.worker import Worker
 Options = dict[str, Any]
 Ask = Callable[[Sequence[Sequence[int]], Sequence[Options]], list[tuple[list[int], str]]]
 """Answers prompts together, each with the engine's own options; returns token ids and text."""
+LETTERS = 94  # ids below are printable ASCII: vLLM begins an answer's text with what a prompt leaves of a character
 
 
 def answers(engine: Worker, ask: Ask, prompts: Sequence[Sequence[int]], asked: Sequence[Options]) -> dict[str, Any]:
@@ -47,3 +48,10 @@ def greedy(
 def own_word(tokenizer: Any, ids: Sequence[int]) -> str:
     """Return the text of the first of these tokens that is a token by itself again."""
     return next(word for token in ids if tokenizer.encode(word := tokenizer.decode([token])) == [token])
+
+
+def structured(engine: Worker, ask: Ask, formats: Sequence[Options]) -> dict[str, Any]:
+    """Return ``answers`` in each format: the most likely one, and three that are sampled."""
+    asked = [{**some, "temperature": temperature} for some in formats for temperature in (0, 1, 1, 1)]
+    prompts = [list(tokens(20, 70 + i, LETTERS)) for i in range(len(asked))]
+    return answers(engine, ask, prompts, asked)

@@ -1,21 +1,31 @@
-"""Samples of one vLLM engine, and greedy answers under what a request may ask for."""
+"""Samples of one vLLM engine, and answers under what a request may ask for."""
 
 import pkgutil
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+from tests.workers import common
 from tests.workers.common import Options, greedy, own_word
 from vllm_ext.tools.engine import Engine
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.0}
+BACKENDS = ("xgrammar", "guidance", "outlines")  # not lm-format-enforcer, which does not find vLLM 0.32's tokenizers
 
 
 def sample(
-    engine: Engine, prompt: list[int], samples: int, tokens: int, mutants: list[str], regex: str
+    engine: Engine,
+    prompt: list[int],
+    samples: int,
+    tokens: int,
+    mutants: list[str],
+    regex: str,
+    formats: list[Options],
 ) -> dict[str, Any]:
     """Under ``""`` and each mutant, a ``module:function``, token ids ``[samples, tokens]``. With drafts also the share
-    of first ones that were ``accepted``; ``regex`` is for the other engine."""
+    of first ones that were ``accepted``, and answers in ``formats`` by each backend; ``regex`` is for the other engine.
+    """
     from vllm import SamplingParams
 
     def draw(samples: int, **sampling: float) -> list[list[int]]:
@@ -36,6 +46,8 @@ def sample(
     for name in mutants:
         with pkgutil.resolve_name(name)(engine.worker):
             out[name] = draw(samples, **SAMPLING)
+    if drafts:
+        out["structured"] = {name: structured(engine, name, formats) for name in BACKENDS}
     out["greedy"] = greedy(engine, partial(ask, engine), {"ignore_eos": True}, partial(options, engine))
     return out
 
@@ -60,3 +72,19 @@ def options(engine: Engine, likely: list[int]) -> dict[str, Options]:
         "allowed tokens": {"allowed_token_ids": [token for token in range(256) if token != likely[3]]},
         "bad words": {"bad_words": [word]},
     }
+
+
+def structured(engine: Engine, backend: str, formats: Sequence[Options]) -> dict[str, Any]:
+    """Return what ``common.structured`` does, as if the engine had been started with this backend."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    llm = engine.llm.llm_engine
+    manager = llm.engine_core.engine_core.structured_output_manager
+    asked = [{"structured_outputs": StructuredOutputsParams(**some), "max_tokens": 200} for some in formats]
+    with (
+        patch.object(llm.vllm_config.structured_outputs_config, "backend", backend),
+        patch.object(manager, "backend", None),  # vLLM makes it for the first request, and keeps it
+    ):
+        found = common.structured(engine, partial(ask, engine), asked)
+        assert manager.backend is not None
+        return {"class": type(manager.backend).__name__, **found}

@@ -113,6 +113,17 @@ def test_a_prompt_of_one_token_beside_others_starts_from_nothing(server, checkpo
     assert max(errors)[0] <= TOLERANCE, sorted(errors)[-5:]
 
 
+def test_several_answers_to_a_prompt_are_each_right(server, checkpoint):
+    request, model = Request(tokens(70, seed=3000), 16, temperature=1), whole(checkpoint("tiny"))
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        answers = server.parse_all(client.post(**server.request(request.prompt, 16, request.temperature, n=6)))
+    assert len({answer.token_ids for answer in answers}) == 6
+    for answer in answers:
+        assert len(answer.token_ids) == 16
+        (expected,) = model([Query((*request.prompt, *answer.token_ids), 16)])
+        assert error(request, answer, expected) <= TOLERANCE or expected.margin.min() < EXPERT_TIE
+
+
 def assert_idle(server: Server) -> None:
     """No request is left in the engine, dropped ones included, and no slot of the cache is held."""
     deadline = time.monotonic() + 60  # an idle SGLang counts every half minute

@@ -42,12 +42,6 @@ def test_logprobs_are_of_the_tokens_returned(server):
         assert 1 <= len(top) <= 3 and max(top.values()) <= chosen
 
 
-def test_several_answers(server):
-    answer = server.client.completions.create(model=NAME, prompt="abc", max_tokens=8, temperature=1, n=3, **WHOLE)
-    assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    assert answer.usage.completion_tokens == 24
-
-
 def test_grammar(server):
     answer = server.client.completions.create(
         model=NAME, prompt="abc", max_tokens=16, temperature=1, extra_body={"regex": "[a-d]{7}"}

@@ -3,6 +3,8 @@
 from tests.support.features.cells import ANSWERS, GPU, Feature, expected, refused, tested
 
 ASKED = "test_sampling.test_greedy_answers_are_those_without_drafts_whatever_is_asked_for"
+FORMS = "test_sampling.test_answers_with_drafts_are_of_their_form_by_every_backend"
+SEVERAL = "test_load.test_several_answers_to_a_prompt_are_each_right"
 
 SAMPLING = (
     Feature(
@@ -23,20 +25,22 @@ SAMPLING = (
     Feature(
         "min-p and logit bias, with drafts",
         refused("The min_p and logit_bias sampling parameters", "vllm/sampling_params.py"),
-        expected("SGLang does not apply `min_p` to verified tokens; logit bias works as without drafts"),
+        tested(ASKED, why="logit bias; SGLang does not apply `min_p` to verified tokens"),
     ),
     Feature(
         "penalties, stops, bad words, minimum of tokens, allowed tokens, with drafts",
         tested(ASKED, "test_hostile_requests.test_answer_is_clean_and_others_are_served"),
-        expected(
-            "of the tokens of a step, SGLang counts one for penalties and for a minimum of tokens; bad words and "
-            "allowed tokens are ignored, because SGLang has neither"
+        tested(
+            ASKED,
+            "test_hostile_requests.test_answer_is_clean_and_others_are_served",
+            why="stops; of the tokens of a step, SGLang counts one for penalties and for a minimum of tokens; bad "
+            "words and allowed tokens are ignored, because SGLang has neither",
         ),
     ),
     Feature(
         "several answers to a prompt (`n`)",
-        tested("test_vllm_server.test_mtp_past_the_trained_length"),
-        tested("test_sglang_server.test_several_answers"),
+        tested(SEVERAL),
+        tested(SEVERAL),
     ),
     Feature(
         "log-probabilities of answer and prompt, with drafts",
@@ -52,13 +56,15 @@ SAMPLING = (
     Feature(
         "structured output, with drafts",
         tested(
+            FORMS,
             "test_coder_tools.test_strict_arguments_are_of_the_schema_and_the_stream_adds_up",
-            why="with the default backend; the others produce the same masks",
+            why="xgrammar, guidance and outlines; with lm-format-enforcer vLLM 0.32 answers the requests of any model "
+            "with an error, because that package imports a module that vLLM no longer has",
         ),
         tested(
+            FORMS,
             "test_sglang_speculation.test_grammar_holds_over_accepted_drafts",
-            "test_sglang_server.test_grammar",
-            why="with the default backend; llguidance produces the same masks; outlines is refused with drafts",
+            why="xgrammar and llguidance; outlines is refused with drafts",
         ),
         "structured-outputs-config reasoning-parser reasoning-parser-plugin reasoning-config",
         "grammar-backend disable-outlines-disk-cache",
