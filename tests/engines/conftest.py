@@ -21,7 +21,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - ``test_verify``, an engine that does not start: ``test_*_bad_input``, ``tests/test_verify_judgement.py``
 - ``test_bench``: ``tests/test_bench.py``, and for the way to an engine ``test_verify``
 - what loads a checkpoint with packed words where vLLM lacks their operator: ``gptq`` of the same
-- ``test_*_dry_run``, a GPU path started without a GPU: ``test_*_gpu_check`` and ``test_sglang_gpu_branches``
+- ``test_*_dry_run``, other starts than the first: the first, and the record of all in ``tests/test_gpu_dry_run.py``
 - ``test_vllm_scattered_tokens`` with two ranks: its other tests
 - ``test_package``: ``scripts/setup``, which builds and installs the package that all tests here import
 """

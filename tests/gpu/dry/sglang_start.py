@@ -1,6 +1,6 @@
 """SGLang's own scheduler, workers and graph capture on a GPU that is not there; run in a process of its own.
 
-python -m tests.gpu.dry.sglang_start OUT.json [--native] [--drafts N] [--capability 90] [FLAGS OF THE SERVER]
+python -m tests.gpu.dry.sglang_start OUT.json [--native] [--drafts N] [--capability 90] [--tp N] [FLAGS OF THE SERVER]
 """
 
 import argparse
@@ -8,22 +8,24 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.dry.start import record, write_checkpoint
+from tests.gpu.dry.ranks import pretend
+from tests.gpu.dry.start import record, serve_without_weights
 from tests.gpu.dry.trace import TRACE
 
 # Prompts that come in a step, by their lengths: alone, chunked, after a cached prefix, beside decode steps.
 SCRIPT = {0: [5, 70], 4: [300], 14: [300, 40], 20: [1]}
 
 
-def serve(model: Path, drafts: int, flags: Sequence[str], steps: int) -> dict[str, Any]:
+def serve(model: Path, drafts: int, tp: int, flags: Sequence[str], steps: int) -> dict[str, Any]:
     """Start a server's scheduler, answer ``SCRIPT``, and return what served."""
     from sglang.srt.distributed import bootstrap
+    from sglang.srt.distributed.device_communicators import pynccl, shm_broadcast
     from sglang.srt.managers import scheduler as s
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import breakable_cuda_graph as breakable
@@ -34,11 +36,14 @@ def serve(model: Path, drafts: int, flags: Sequence[str], steps: int) -> dict[st
     load_plugins()
     active = breakable.rt.cudaStreamCaptureStatus.cudaStreamCaptureStatusActive
     breakable._capture_status = lambda stream: active if TRACE.capturing else None
-    bootstrap.get_default_distributed_backend = lambda device: "gloo"
+    bootstrap.get_default_distributed_backend = lambda device: "fake"
+    pretend(tp, pynccl, shm_broadcast)
     label(drafts)
     arguments = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init"]
     arguments += ["--cuda-graph-bs-decode", "1", "4", "--cuda-graph-bs-prefill", "16", "128"]
     arguments += ["--max-running-requests", "8", "--chunked-prefill-size", "128", "--max-total-tokens", "20000"]
+    if tp > 1:
+        arguments += ["--tp-size", str(tp), "--disable-custom-all-reduce"]
     if drafts:
         arguments += ["--speculative-algo", "NEXTN", "--speculative-num-steps", str(drafts)]
         arguments += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(drafts + 1)]
@@ -138,6 +143,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--native", action="store_true", help="SGLang's own model")
     parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--tp", type=int, default=1, help="ranks, of which this process is the first")
     parser.add_argument("--steps", type=int, default=40, help="of the scheduler's loop")
     parser.add_argument("--all-configs", action="store_true", help="compile every configuration of autotuned kernels")
     parser.add_argument("--mutant", help="a function of sglang_mutants.py that breaks something")
@@ -151,17 +157,16 @@ def main() -> None:
     jit.patch_flashinfer()
     jit.patch_cute(options.capability)
 
-    def serve_model() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as directory, mode:
-            sglang_ops.guard_kernels()
-            write_checkpoint(Path(directory), options.preset, options.overrides)
-            if options.mutant:
-                from tests.gpu.dry import sglang_mutants
+    def serve_model(model: Path) -> dict[str, Any]:
+        return serve(model, options.drafts, options.tp, flags, options.steps)
 
-                getattr(sglang_mutants, options.mutant)()
-            return serve(Path(directory), options.drafts, flags, options.steps)
+    with mode:
+        sglang_ops.guard_kernels()
+        if options.mutant:
+            from tests.gpu.dry import sglang_mutants
 
-    record(options.out, serve_model)
+            getattr(sglang_mutants, options.mutant)()
+        record(options.out, partial(serve_without_weights, options.preset, options.overrides, serve_model))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,14 @@ def write_checkpoint(directory: Path, preset: str, overrides: dict[str, Any]) ->
     config = make_random._raw_config(preset, "bfloat16", "published", keys) | overrides
     make_random._write_tokenizer(directory, config["max_position_embeddings"])
     (directory / "config.json").write_text(json.dumps(config))
+
+
+def serve_without_weights(
+    preset: str, overrides: dict[str, Any], serve: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoint(Path(directory), preset, overrides)
+        return serve(Path(directory))
 
 
 def record(out: Path, serve: Callable[[], dict[str, Any]]) -> NoReturn:

@@ -4,31 +4,22 @@ from collections import Counter
 
 import torch
 
+from tests.gpu.dry.ranks import pretend
 from tests.gpu.dry.trace import TRACE
 
 
-def without_nccl(name: str) -> None:
-    original = getattr(torch.distributed, name)
-
-    def replaced(*args, **kwargs):
-        if "nccl" in str(kwargs.get("backend")):
-            kwargs["backend"] = "gloo"
-        return original(
-            *["gloo" if a == "nccl" else a for a in args], **{k: v for k, v in kwargs.items() if k != "device_id"}
-        )
-
-    setattr(torch.distributed, name, replaced)
-
-
-def apply(capability: int) -> None:
+def apply(ranks: int) -> None:
     from vllm import platforms
 
     platforms.builtin_platform_plugins["cuda"] = lambda: "vllm.platforms.cuda.CudaPlatform"  # it would ask NVML
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda fn: fn()  # a process of its own would ask the driver
-    for name in ("init_process_group", "new_group"):
-        without_nccl(name)
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators import pynccl, shm_broadcast
+
+    pretend(ranks, pynccl, shm_broadcast)
+    parallel_state._node_count = lambda group: 1  # ranks would find each other by shared memory
     label()
 
 

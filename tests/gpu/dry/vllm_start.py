@@ -1,17 +1,17 @@
 """vLLM's own engine, worker and graph capture on a GPU that is not there; run in a process of its own.
 
-python -m tests.gpu.dry.vllm_start OUT.json [--native] [--drafts N] [--capability 90] [--v1] [--args JSON]
+python -m tests.gpu.dry.vllm_start OUT.json [--native] [--drafts N] [--capability 90] [--tp N] [--v1] [--args JSON]
 """
 
 import argparse
 import json
 import os
-import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.gpu.dry.start import record, write_checkpoint
+from tests.gpu.dry.start import record, serve_without_weights
 
 # Prompts that arrive at a step, in tokens; each begins with the same tokens. They make batches of prompts, of decodes
 # beside a prompt, of a prompt in pieces, of a prefix from the cache beside one that is not in it, and of one token.
@@ -30,7 +30,7 @@ def first_chunks(scheduler: Any) -> dict[int, int]:
     return found
 
 
-def serve(model: Path, drafts: int, more: dict[str, Any]) -> dict[str, Any]:
+def serve(model: Path, drafts: int, tp: int, more: dict[str, Any]) -> dict[str, Any]:
     """Start the engine, run ``SCRIPT``, and return what served."""
     from vllm import LLM, SamplingParams
 
@@ -46,6 +46,9 @@ def serve(model: Path, drafts: int, more: dict[str, Any]) -> dict[str, Any]:
         "num_gpu_blocks_override": 200,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4, 8]},
     }
+    if tp > 1:
+        engine |= {"tensor_parallel_size": tp, "distributed_executor_backend": "external_launcher"}
+        engine["disable_custom_all_reduce"] = True  # it would ask which GPUs reach each other
     if drafts:
         engine["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
     core = LLM(**(engine | more)).llm_engine
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--native", action="store_true", help="vLLM's own model")
     parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--tp", type=int, default=1, help="ranks, of which this process is the first")
     parser.add_argument("--v1", action="store_true", help="the older model runner")
     parser.add_argument("--args", type=json.loads, default={}, help="arguments of the engine")
     parser.add_argument("--all-configs", action="store_true", help="compile every configuration of autotuned kernels")
@@ -90,6 +94,8 @@ def main() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DISABLE_COMPILE_CACHE": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+        "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
         "HF_HUB_OFFLINE": "1",
     }
     from tests.gpu.dry import install, jit, vllm_ops, vllm_patches
@@ -98,17 +104,17 @@ def main() -> None:
     jit.patch_flashinfer()
     jit.patch_cute(options.capability)
 
-    def serve_model() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as directory, mode:
-            write_checkpoint(Path(directory), options.preset, options.overrides)
-            vllm_patches.apply(options.capability)
-            if options.mutant:
-                from tests.gpu.dry import vllm_mutants
+    with mode:
+        vllm_patches.apply(options.tp)
+        if options.mutant:
+            from tests.gpu.dry import vllm_mutants
 
-                getattr(vllm_mutants, options.mutant)()
-            return serve(Path(directory), options.drafts, options.args)
+            getattr(vllm_mutants, options.mutant)()
 
-    record(options.out, serve_model)
+        def serve_model(model: Path) -> dict[str, Any]:
+            return serve(model, options.drafts, options.tp, options.args)
+
+        record(options.out, partial(serve_without_weights, options.preset, options.overrides, serve_model))
 
 
 if __name__ == "__main__":

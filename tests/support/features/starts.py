@@ -171,10 +171,8 @@ SCHEDULING = (
     ),
     Feature(
         "compiled and captured graphs",
-        tested(
-            ANSWERS, "test_vllm_dry_run.test_it_starts_serves_and_compiles_every_kernel", starts="bfloat16-compiled"
-        ),
-        tested("test_sglang_dry_run.test_everything_runs_and_compiles", why="the GPU path, on a simulated GPU"),
+        tested(ANSWERS, "test_vllm_dry_run.test_a_start_launches_what_is_recorded", starts="bfloat16-compiled"),
+        tested("test_sglang_dry_run.test_a_start_launches_what_is_recorded", why="the GPU path, on a simulated GPU"),
         "enforce-eager compilation-config cudagraph-capture-sizes max-cudagraph-capture-size optimization-level "
         "performance-mode",
         "disable-cuda-graph cuda-graph-config enable-torch-compile enable-torch-compile-debug-mode "

@@ -1,0 +1,121 @@
+"""The starts on a simulated GPU, and the record of what each launched, which is kept beside this file."""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.gpu.dry.report import summary
+
+ROOT = Path(__file__).parents[3]
+TIMEOUT = 1200
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine's starts by name, and the kinds of batches that are recorded, by the pattern of a phase's name."""
+
+    name: str
+    starts: dict[str, list[str]]
+    phases: dict[str, str]
+
+    @property
+    def file(self) -> Path:
+        return Path(__file__).with_name(f"{self.name}.json")
+
+    def records(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        return found
+
+    def keep(self, name: str, found: dict[str, Any]) -> dict[str, Any] | None:
+        """Put a start's summary into the record; return what was there before."""
+        records = self.records()
+        before = records.get(name)
+        if before != found:
+            order = [*self.starts, *sorted((records.keys() | {name}) - self.starts.keys())]
+            records[name] = found
+            self.file.write_text(json.dumps({key: records[key] for key in order if key in records}, indent=1) + "\n")
+        return before
+
+    def run(self, directory: Path, arguments: Sequence[str], environment: str) -> dict[str, Any]:
+        """Run a start in an environment of ``scripts/setup`` and return its report."""
+        out, log = directory / "out.json", directory / "log"
+        call(environment, log, f"tests.gpu.dry.{self.name}_start", out, *arguments)
+        assert out.exists(), log.read_text()[-3000:]
+        report: dict[str, Any] = json.loads(out.read_text())
+        return report
+
+    def start(self, directory: Path, name: str) -> dict[str, Any]:
+        """Run the start of this name and return its summary."""
+        report = self.run(directory, self.starts[name], self.name.replace("vllm", "dry"))
+        return summary(report, self.phases)
+
+
+def call(environment: str, log: Path, module: str, *arguments: str | Path) -> None:
+    """Run a module of the tests in an environment of ``scripts/setup``; its output is in ``log``."""
+    activate = ROOT / ".qnext" / environment / "activate"
+    assert activate.exists(), f"run scripts/setup {environment} first"
+    with log.open("w") as output:
+        subprocess.run(
+            ["bash", "-c", 'source "$0" && exec python -m "$@"', activate, module, *arguments],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            timeout=TIMEOUT,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        )
+
+
+TP = {
+    f"{side}, TP {n}": [*flags, "--tp", str(n)]
+    for n in (4, 8)
+    for side, flags in (("ours", []), ("native", ["--native"]))
+}
+VLLM = Engine(
+    "vllm",
+    starts={
+        name: ["--drafts", "2", *flags]
+        for name, flags in {
+            "ours": [],
+            "native": ["--native"],
+            **TP,
+            "ours, sm_80": ["--capability", "80"],
+            "ours, sm_100": [
+                *("--capability", "100"),
+                *("--args", json.dumps({"moe_backend": "triton", "attention_backend": "TRITON_ATTN"})),
+            ],
+        }.items()
+    },
+    phases={
+        "verify, no drafts": r"^run \[1, 1\]$",
+        "verify, captured": r"^capture Model ",
+        "prompts": r"^run \[5, 70\]$",
+        "drafts beside a prompt": r"^run \[3, 3, 1000\]$",
+        "a prompt in pieces": r"^run \[773, 3\]$",
+    },
+)
+ON_TRITON = ["--attention-backend", "triton"]
+SGLANG = Engine(
+    "sglang",
+    starts={
+        "ours": ["--drafts", "3"],
+        "native": ["--drafts", "3", "--native"],
+        "ours, no drafts": [],
+        "native, no drafts": ["--native"],
+        **{name: ["--drafts", "3", *flags] for name, flags in TP.items()},
+        "ours, sm_80": ["--drafts", "3", "--capability", "80", *ON_TRITON],
+        "ours, sm_100": ["--drafts", "3", "--capability", "100", *ON_TRITON, "--moe-runner-backend", "triton"],
+    },
+    # Graphs: a step of four sequences, or 128 tokens of prompts without attention and delta rule.
+    phases={
+        "decode": "^capture decode 4",
+        "verify 3 drafts": "^capture verify 4",
+        "draft": "^capture draft 4",
+        "draft extend": "^capture draft extend 4",
+        "prompts": "^capture prefill 128",
+        "run prompts": r"^run extend of \[5, 70\]",
+    },
+)

@@ -1,0 +1,122 @@
+"""What the starts on a simulated GPU recorded: ours against each engine's own model, and the figures of the document.
+
+``tests/engines/test_*_dry_run.py`` runs the starts again and compares them with this record.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.dry.report import ATTENTION, DELTA_NET, EXPERTS, PARTS
+from tests.gpu.dry.starts import SGLANG, VLLM
+from tests.gpu.dry.trace import GPUS
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
+RECORDS = {name: engine.records() for name, engine in ENGINES.items()}
+STARTS = [(engine, start) for engine in ENGINES for start in RECORDS[engine] if start in ENGINES[engine].starts]
+PAIRS = [
+    (engine, start, phase)
+    for engine, start in STARTS
+    if start.startswith("ours") and start.replace("ours", "native") in RECORDS[engine]
+    for phase in RECORDS[engine][start]["phases"]
+]
+MODELS = {
+    ("vllm", "ours"): "vllm_ext.model",
+    ("vllm", "native"): "vllm.model_executor.models.qwen3_next",
+    ("sglang", "ours"): "sglang_ext.model",
+    ("sglang", "native"): "sglang.srt.models.qwen3_next",
+}
+# Launches of a layer's part in SGLang's graphs; there are no copies.
+BUDGETS = {
+    "decode": {DELTA_NET: 6, ATTENTION: 6, EXPERTS: 11},
+    "verify 3 drafts": {DELTA_NET: 7, ATTENTION: 6, EXPERTS: 11},
+}
+
+
+@pytest.mark.parametrize(("engine", "start"), STARTS)
+def test_every_start_serves_and_compiles_every_kernel(engine, start):
+    found = RECORDS[engine][start]
+    capability = int(start.partition("sm_")[2] or 90)
+    assert not found["failure"] and not found["kernels that do not compile"] and not found["waits in graphs"]
+    assert found["kernels"] > 30 and found["largest shared memory"] <= GPUS[capability][3]
+    assert found["served"]["unfinished"] == 0
+    assert found["served"]["model"] == MODELS[engine, start.split(",")[0]]
+
+
+@pytest.mark.parametrize(("engine", "start", "phase"), PAIRS)
+def test_ours_launches_and_copies_at_most_as_much(engine, start, phase):
+    ours, native = (RECORDS[engine][name]["phases"][phase] for name in (start, start.replace("ours", "native")))
+    assert ours["between ranks"] <= native["between ranks"]
+    if engine == "sglang":  # vLLM's own leaves its norms to torch.compile, which is off
+        assert ours["launches"] <= native["launches"] and ours["copies"] <= native["copies"]
+    for part in ours["parts"].keys() & native["parts"].keys():
+        for what in ("launches", "copies"):
+            assert ours["parts"][part][what] <= native["parts"][part][what], (part, what)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_add_one_sum_to_a_part_of_a_layer(engine):
+    alone, first = (RECORDS[engine][start]["phases"] for start in ("ours", "ours, TP 4"))
+    for phase in alone.keys() & first.keys():
+        for part, each in first[phase]["parts"].items():
+            before = alone[phase]["parts"][part]
+            assert each["launches"] <= before["launches"] + 1 and each["copies"] == before["copies"], (phase, part)
+
+
+@pytest.mark.parametrize("phase", BUDGETS)
+def test_sglangs_graphs_stay_in_the_budget(phase):
+    found = RECORDS["sglang"]["ours, no drafts" if phase == "decode" else "ours"]["phases"][phase]["parts"]
+    assert {part: each["launches"] for part, each in found.items()} == BUDGETS[phase]
+    assert not any(each["copies"] for each in found.values())
+    assert found[DELTA_NET]["streams"] == found[EXPERTS]["streams"] == 2
+
+
+def test_a_prompt_is_one_step_where_it_is_one_with_vllms_own_model():
+    ours, native = (RECORDS["vllm"][side]["served"] for side in ("ours", "native"))
+    assert ours["block_size"] == native["block_size"] == 576
+    assert ours["first_chunks"] == native["first_chunks"] == {str(n): n for n in (500, 1000, 2000, 4000)}
+
+
+def vllm_table():
+    rows = [
+        "| Batch | Part of a layer | Ours | of them copies | vLLM's own | of them copies |",
+        "|---|---|---|---|---|---|",
+    ]
+    ours, native = (RECORDS["vllm"][side]["phases"] for side in ("ours", "native"))
+    for phase in ours:
+        for part, name in PARTS.items():
+            cells = [each[phase]["parts"][part][what] for each in (ours, native) for what in ("launches", "copies")]
+            rows.append(f"| {phase} | {name} | {' | '.join(map(str, cells))} |")
+    return rows
+
+
+def sglang_table():
+    rows = ["| Launches in a graph | ours | SGLang's own |", "|---|---|---|"]
+    for phase in ("decode", "verify 3 drafts", "draft", "draft extend", "prompts"):
+        more = ", no drafts" if phase in ("decode", "prompts") else ""
+        ours, native = (RECORDS["sglang"][side + more]["phases"][phase] for side in ("ours", "native"))
+
+        def row(what, value, phase=phase, ours=ours, native=native):
+            rows.append(f"| {phase}: {what} | {value(ours)} | {value(native)} |")
+
+        if phase in BUDGETS:
+            for part in (DELTA_NET, EXPERTS):
+                row(f"`{part}`", lambda each, part=part: each["parts"][part]["launches"])
+            row("48 layers", lambda each: each["in all layers"])
+        else:
+            row("1 layer" if phase.startswith("draft") else "4 layers", lambda each: each["launches"])
+        row("copies in 4 layers", lambda each: each["copies"])
+    return rows
+
+
+@pytest.mark.parametrize(("engine", "table"), [("vllm", vllm_table), ("sglang", sglang_table)])
+def test_the_document_has_the_figures(engine, table):
+    """Where the record has others, this writes them and fails."""
+    old = DOCUMENT.read_text()
+    before, begin, rest = old.partition(f"<!-- dry run: {engine} -->\n")
+    _, end, after = rest.partition("\n<!-- end of dry run -->")
+    new = before + begin + "\n".join(table()) + end + after
+    if new != old:
+        DOCUMENT.write_text(new)
+        pytest.fail(f"{DOCUMENT} had other figures; it has been written again")
