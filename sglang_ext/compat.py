@@ -11,6 +11,7 @@ import torch
 from sglang.srt.platforms import current_platform
 from sglang.version import __version__
 
+from qnext_plugin.ops.packages import CHOICES
 from qnext_plugin.replacements import Feature, Replacement, install
 
 ON_CPU: bool = current_platform.device_type == "cpu"
@@ -108,6 +109,8 @@ class Uses:
     adapters: bool = False
     quantization: bool = False
     """True if the process reads the configuration of a quantized checkpoint."""
+    packages: tuple[str, ...] = ()
+    """The packages whose kernels compute prompts, as `qnext_plugin.ops.packages` names them."""
 
 
 @cache
@@ -128,6 +131,9 @@ DRAFTS_ON_CPUS = Feature("drafts on CPUs", lambda uses: ON_CPU and bool(uses.dra
 UNRESERVED_DRAFTS = Feature("drafts at the end of the context", lambda uses: uses.drafts in ("NGRAM", "STANDALONE"))
 NGRAM = Feature("NGRAM", lambda uses: uses.drafts == "NGRAM")
 NGRAM_ON_CPUS = Feature("NGRAM on CPUs", lambda uses: ON_CPU and uses.drafts == "NGRAM")
+PACKAGES = Feature("kernels of other packages", lambda uses: bool(uses.packages))
+FLA = Feature("flash-linear-attention", lambda uses: "fla" in uses.packages)
+CAUSAL_CONV1D = Feature("causal-conv1d", lambda uses: "causal_conv1d" in uses.packages)
 LORA_ON_CPUS = Feature("LoRA on CPUs", lambda uses: ON_CPU and uses.adapters)
 QUANTIZATION_ON_CPUS = Feature("quantized checkpoints on CPUs", lambda uses: ON_CPU and uses.quantization)
 
@@ -206,6 +212,31 @@ REPLACEMENTS = (
         "retrieve_parent_token",
     ),
     kernel(ON_CPUS, f"{GDN}:fused_gdn_gating", f"{OUR_GDN}:fused_gdn_gating", "A_log", "a", "b", "dt_bias"),
+    *(
+        Replacement(
+            PACKAGES,
+            target=f"sglang.srt.layers.attention.linear.utils:LinearAttnKernelBackend._value2member_map_[{name}]",
+            ours="sglang.srt.layers.attention.linear.utils:LinearAttnKernelBackend.TRITON",
+            why="SGLang takes a name that it does not know for one that cannot serve",
+            until="it lets others name kernels for prompts",
+            kind="set",
+        )
+        for name in CHOICES
+    ),
+    Replacement(
+        FLA,
+        target="sglang.srt.layers.attention.linear.kernels.gdn_triton:TritonGDNKernel.extend",
+        ours="sglang_ext.gpu_prefill:extend",
+        why="SGLang lets others add names of kernels, and no kernels",
+        until="it lets others add kernels for prompts",
+    ),
+    Replacement(
+        CAUSAL_CONV1D,
+        target=f"{GDN}:GDNAttnBackend._convolve_prefill",
+        ours="sglang_ext.gpu_prefill:convolve_prefill",
+        why="SGLang has no choice of convolutions",
+        until="it has one that others can extend",
+    ),
     kernel(ON_CPUS, f"{STATES}:track_mamba_states_all_layers", f"{OUR_GDN}:track_states_all_layers"),
     kernel(ON_CPUS, f"{STATES}:track_mamba_states_if_needed", f"{OUR_GDN}:track_states"),
     kernel(

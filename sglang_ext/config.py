@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from qnext_plugin.checkpoint.kinds import check_kind
 from qnext_plugin.checkpoint.stored import Checkpoint
 from qnext_plugin.config import FULL, QNextConfig
+from qnext_plugin.ops import packages
 from sglang_ext import compat
 from sglang_ext.compat import ON_CPU, unpadded
 from sglang_ext.state import cache_params
@@ -177,6 +178,25 @@ def check_exchange(backend: str | None) -> None:
             "--moe-a2a-backend megamoe found, expected another one: these experts have no megamoe kernel; drop it, "
             "or set QNEXT_DISABLE=1 to serve SGLang's own model"
         )
+
+
+def check_packages(option: str | None, keeps_middle_states: bool) -> tuple[str, ...]:
+    """Return the packages that ``--linear-attn-prefill-backend`` names; raise ``ValueError`` if one cannot serve.
+
+    ``keeps_middle_states`` tells whether the cache of prefixes keeps states of the middle of a prompt.
+    """
+    found = packages.asked(option)
+    if ON_CPU and found:
+        raise ValueError(f"--linear-attn-prefill-backend {option} found, whose kernels need a GPU; drop it")
+    for name in found:
+        packages.load(name)
+    if "fla" in found and keeps_middle_states:
+        raise ValueError(
+            f"--linear-attn-prefill-backend {option} found with a prefix cache that keeps states of the middle of a "
+            "prompt, which flash-linear-attention does not return; add --disable-radix-cache, or "
+            "--mamba-radix-cache-strategy no_buffer and --disable-overlap-schedule"
+        )
+    return found
 
 
 def draft_config(config: QNextConfig) -> QNextConfig:

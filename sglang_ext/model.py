@@ -28,7 +28,14 @@ from qnext_plugin.checkpoint.merged import MERGED, packed_modules
 from qnext_plugin.config import FULL, QNextConfig
 from sglang_ext import compat, guards
 from sglang_ext.compat import ON_CPU
-from sglang_ext.config import captured_layers, check_dtype, check_grammars, drafting, qnext_config
+from sglang_ext.config import (
+    captured_layers,
+    check_dtype,
+    check_grammars,
+    check_packages,
+    drafting,
+    qnext_config,
+)
 from sglang_ext.gated_attention import GatedAttention
 from sglang_ext.gated_delta_net import GatedDeltaNet
 from sglang_ext.kernels import plain_weights, register_cpu_kernels
@@ -165,7 +172,10 @@ class Qwen3NextForCausalLM(nn.Module):
         self.qnext_config = self.checkpoint.complete(qnext_config(config, get_parallel().attn_tp_size))
         drafts = drafting(get_spec(), get_model(), self.checkpoint, self.qnext_config, get_parallel().pp_size)
         check_grammars(get_exec().kernel.grammar_backend, drafts)
-        compat.apply(compat.Uses(model=True, drafts=drafts, adapters=get_lora().enable_lora))
+        mamba = get_exec().mamba
+        asked = check_packages(mamba.linear_attn_prefill_backend, mamba.enable_mamba_extra_buffer)
+        adapters = get_lora().enable_lora
+        compat.apply(compat.Uses(model=True, drafts=drafts, adapters=adapters, packages=asked))
         register_cpu_kernels()
         guards.vocab_size = self.qnext_config.vocab_size
         self.loading = Loading(

@@ -69,6 +69,7 @@ def register() -> None:
     try:
         register_config()
         register_models()
+        register_kernels()
     except Exception as e:
         raise SystemExit(
             f"qnext-plugin cannot register with this SGLang ({type(e).__name__}: {e}); install a supported one, or "
@@ -97,6 +98,15 @@ def register_models() -> None:
     from sglang.srt.models.registry import ModelRegistry, import_model_classes
 
     ModelRegistry.models.update(import_model_classes(MODELS, strict=True))
+
+
+def register_kernels() -> None:
+    """Let ``--linear-attn-prefill-backend`` name the packages whose kernels we call."""
+    from sglang.srt.arg_groups.choices import LINEAR_ATTN_KERNEL_BACKEND_CHOICES, add_linear_attn_kernel_backend_choices
+
+    from qnext_plugin.ops.packages import CHOICES
+
+    add_linear_attn_kernel_backend_choices(name for name in CHOICES if name not in LINEAR_ATTN_KERNEL_BACKEND_CHOICES)
 
 
 def platform() -> str | None:

@@ -13,7 +13,7 @@ BELOW = {
     "mutants": {"mutants"},
     "workers": {"workers", "support"},
 }
-_WITHOUT_GPU = ("test_gpu_check.py", "test_gpu_dry_run.py", "engines/test_vllm_gpu_check.py")
+_WITHOUT_GPU = ("test_gpu_check.py", "test_gpu_dry_run.py", "test_ops_packages.py", "engines/test_vllm_gpu_check.py")
 GPU_CHECK = {file: {"gpu"} for file in (*_WITHOUT_GPU, *(f"engines/test_{e}_dry_run.py" for e in ("vllm", "sglang")))}
 """``scripts/gpu-check`` and what runs of it without a GPU stand on what the tests for GPUs write down."""
 FILES = sorted(file.relative_to(TESTS) for file in TESTS.rglob("*.py"))

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 # What one adapter has and the other does not, with the reason.
 ONLY = {
     "vllm_ext/gpu_kernels.py": "vLLM's GPU kernels are called by the layer; SGLang's by its own attention backend",
-    "vllm_ext/gpu_prefill.py": "the same",
+    "vllm_ext/gpu_prefill.py: GpuPrefill": "the same",
     "vllm_ext/placeholders.py": "SGLang pads no prompt with placeholders for drafts",
     "vllm_ext/norm.py: ZeroCenteredRMSNorm": "SGLang's own serves as it is",
     "sglang_ext/norm.py: RMSNormGated": "vLLM's own has a CPU path",

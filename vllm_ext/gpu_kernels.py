@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
 from qnext_plugin.kernel_log import record
+from qnext_plugin.ops import packages
 from vllm_ext.compat import has_fused_mtp_decode
 from vllm_ext.gpu_prefill import GpuPrefill, once
 from vllm_ext.state import DeltaNetLayer, conv_view, state_dtypes
@@ -55,6 +56,12 @@ def check_asked_kernel(obstacle: str, num_drafts: int) -> None:
         raise ValueError(f"VLLM_GDN_DECODE_KERNEL=cuda found, and vLLM's kernel cannot serve: {obstacle}; unset it")
 
 
+def asked_packages(vllm_config: VllmConfig) -> tuple[str, ...]:
+    """Return the packages that ``gdn_prefill_backend`` of ``--additional-config`` names, which vLLM reads as Triton."""
+    more = vllm_config.additional_config
+    return packages.asked(more.get("gdn_prefill_backend")) if isinstance(more, dict) else ()
+
+
 class GpuKernels:
     """The kernels of Gated DeltaNet layers on GPUs.
 
@@ -64,7 +71,11 @@ class GpuKernels:
     """
 
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
-        self.prefill = GpuPrefill(dims, vllm_config)
+        asked = asked_packages(vllm_config)
+        self.prefill = GpuPrefill(dims, vllm_config, asked)
+        self.convolution = "causal_conv1d" if "causal_conv1d" in asked else "triton"
+        if self.convolution == "causal_conv1d":
+            packages.load(self.convolution)
         self.obstacle = fused_mtp_decode_obstacle(dims, vllm_config)
         check_asked_kernel(self.obstacle, vllm_config.num_speculative_tokens)
         self.fused_mtp_decode = not self.obstacle
@@ -82,7 +93,7 @@ class GpuKernels:
         """Return for each phase the name that ``record`` will get, and why no faster kernel serves."""
         reason = f"no fused kernel: {self.obstacle}" if self.obstacle else "in a batch without prefills"
         return {
-            "prefill": (f"triton, {self.prefill.backend}", self.prefill.obstacle),
+            "prefill": (f"{self.convolution}, {self.prefill.backend}", self.prefill.obstacle),
             "decode": ("triton, triton", ""),
             "verify": ("triton, triton" if self.obstacle else "triton, cuda fused with the norm", reason),
         }
@@ -205,22 +216,27 @@ class GpuKernels:
         out: Tensor,
     ) -> None:
         """Compute prefills and, before them, the decodes of a mixed batch; both share one launch of the convolution."""
-        mixed = causal_conv1d_fn(
-            qkv.transpose(0, 1),
-            layer.conv1d.weight.squeeze(1),
-            None,
-            activation="silu",
-            conv_states=conv_view(layer.kv_cache[0]),
-            has_initial_state=metadata.has_initial_state,
-            cache_indices=metadata.non_spec_state_indices_tensor,
-            query_start_loc=metadata.non_spec_query_start_loc,
-            metadata=metadata,
-        ).transpose(0, 1)
+        weight, states = layer.conv1d.weight.squeeze(1), conv_view(layer.kv_cache[0])
+        slots, starts = metadata.non_spec_state_indices_tensor, metadata.non_spec_query_start_loc
+        if self.convolution == "causal_conv1d":
+            mixed = packages.causal_conv1d_in_slots(qkv, weight, states, slots, metadata.has_initial_state, starts)
+        else:
+            mixed = causal_conv1d_fn(
+                qkv.transpose(0, 1),
+                weight,
+                None,
+                activation="silu",
+                conv_states=states,
+                has_initial_state=metadata.has_initial_state,
+                cache_indices=slots,
+                query_start_loc=starts,
+                metadata=metadata,
+            ).transpose(0, 1)
         d = metadata.num_decode_tokens
         if d:
             self._decode(layer, metadata, mixed[:d], b[:d], a[:d], out[:d])
         self.prefill.run(layer, metadata, qkv, mixed, b, a, out)
-        record(f"prefill: triton, {self.prefill.backend}")
+        record(f"prefill: {self.convolution}, {self.prefill.backend}")
 
     def _conv_verify(self, layer: DeltaNetLayer, metadata: GDNAttentionMetadata, qkv: Tensor) -> Tensor:
         n, slots = metadata.num_spec_decodes, metadata.spec_state_indices_tensor

@@ -1,11 +1,11 @@
-"""The delta rule of prompts on GPUs: FlashInfer's kernel on the states where they are, vLLM's other kernels, or torch.
+"""The delta rule of prompts on GPUs: FlashInfer's kernel on the states where they are, other kernels, or torch.
 
 With prefix caching, FlashInfer's kernel also returns states in the middle of a prompt. The scheduler then need not end
 a step where a prefix is to be cached.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -25,6 +25,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
+from qnext_plugin.ops import packages
 from vllm_ext import compat
 from vllm_ext.state import DeltaNetLayer, conv_view
 
@@ -60,14 +61,14 @@ def flashinfer_prefill() -> Callable[..., Any] | None:
 
 
 class GpuPrefill:
-    """The prefill of Gated DeltaNet layers.
+    """The prefill of Gated DeltaNet layers. ``asked`` names the packages whose operators the user wants.
 
     ``backend`` is the kernel that serves, ``obstacle`` why not a faster one. ``checkpoint_alignment`` is the number of
     tokens at whose multiples the kernel can return states, or None; ``checkpoint_grid`` the one at whose multiples
     vLLM asks for them, or None.
     """
 
-    def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
+    def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig, asked: Sequence[str]) -> None:
         self._vllm_config, vllms = vllm_config, ChunkGatedDeltaRule()
         self._built_for = self.backend = vllms.gdn_prefill_backend
         self._flashinfer: Callable[..., Any] | None = None
@@ -76,6 +77,9 @@ class GpuPrefill:
         self.checkpoint_alignment: int | None = None
         if self.obstacle:
             self.backend = "torch"
+        elif "fla" in asked:
+            packages.load("fla")
+            self._chunk, self.backend = packages.chunk_gated_delta_rule, "fla"
         elif self.backend == "flashinfer" and not dims.head_k_dim == dims.head_v_dim == 128:
             self._chunk, self.backend = vllms.forward_native, "triton"
             self.obstacle = f"FlashInfer takes heads of 128, not {dims.head_k_dim} and {dims.head_v_dim}"
@@ -252,6 +256,8 @@ class GpuPrefill:
                 from vllm.model_executor.layers.mamba.ops.gdn_chunk_cutedsl import prepare_metadata_cutedsl
 
                 indices, offsets = prepare_metadata_cutedsl(starts.int(), n)
+            elif self.backend == "fla":
+                indices = prepare_chunk_indices(starts.int(), FLA_CHUNK_SIZE)
             self._gathered(layer, mixed, b, a, state, starts.int(), indices, offsets)
             return
         out = torch.empty_like(z, memory_format=torch.contiguous_format)

@@ -52,7 +52,7 @@ def check(hf_config: Any, dtype: Any, args: Any) -> None:
 
     from qnext_plugin.checkpoint.stored import read_served
     from sglang_ext import compat
-    from sglang_ext.config import check_dtype, check_exchange, check_grammars, drafting, qnext_config
+    from sglang_ext.config import check_dtype, check_exchange, check_grammars, check_packages, drafting, qnext_config
 
     compat.check_platform()
     check_dtype(dtype)
@@ -63,7 +63,9 @@ def check(hf_config: Any, dtype: Any, args: Any) -> None:
     check_grammars(args.grammar_backend, drafts)
     if drafts == "NEXTN":
         check_exchange(args.speculative_moe_a2a_backend)
-    compat.apply(compat.Uses(model=True, drafts=drafts, adapters=args.enable_lora))
+    keeps_middle_states = not args.disable_radix_cache and args.mamba_radix_cache_strategy.startswith("extra_buffer")
+    asked = check_packages(args.linear_attn_prefill_backend, keeps_middle_states)
+    compat.apply(compat.Uses(model=True, drafts=drafts, adapters=args.enable_lora, packages=asked))
     if checkpoint.headers is not None:
         checkpoint.check(checkpoint.complete(config), mtp="required" if drafts == "NEXTN" else "optional")
 

@@ -31,7 +31,10 @@ used = dict(lora_config=1, speculative_config=1, parallel_config=parallel, cache
 compat.lacks_bfloat16 = lambda: True
 apply = lambda: [compat.apply(SimpleNamespace(**used, use_v2_model_runner=v2)) for v2 in (False, True)]
 """,
-    "sglang": "apply = lambda: compat.apply(compat.Uses(model=True, drafts='NGRAM', adapters=True, quantization=True))",
+    "sglang": """
+used = dict(drafts="NGRAM", adapters=True, quantization=True, packages=("fla", "causal_conv1d"))
+apply = lambda: compat.apply(compat.Uses(model=True, **used))
+""",
 }
 TWICE = """
 from qnext_plugin.replacements import IN_FORCE, resolve

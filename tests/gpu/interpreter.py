@@ -7,9 +7,9 @@ from typing import Any
 
 
 def enable_triton() -> None:
-    """Before the first import of vLLM's kernels, and only in a process that does nothing else.
+    """Before the first import of Triton, and only in a process that does nothing else; Triton finds a driver.
 
-    On a CPU vLLM turns Triton off, so it is told that there is a driver.
+    On a CPU vLLM turns Triton off where there is none.
     """
     if "triton" in sys.modules:
         raise RuntimeError("Triton is imported already, so its interpreter cannot be turned on: run scripts/gpu-check")
@@ -91,15 +91,20 @@ def enable() -> None:
 
 def enable_delta_rule() -> None:
     """After ``enable_triton``: for the kernels that vLLM has taken from flash-linear-attention."""
+    import vllm.third_party.flash_linear_attention.ops as ops
+
+    repair(ops.__name__, ops.chunk_delta_h)
+
+
+def repair(package: str, *with_loops: Any) -> None:
+    """Repair the imported modules of a package with flash-linear-attention's kernels, and those of their loops."""
     import triton.language as tl
     from triton.runtime.interpreter import _implicit_cvt
 
     # The interpreter replaces `tl.exp` while a kernel runs, but not the names that these modules have given it.
-    from vllm.third_party.flash_linear_attention import ops
-
-    for module in [m for name, m in sys.modules.items() if name.startswith(f"{ops.__name__}.")]:
+    for module in [m for name, m in sys.modules.items() if name.startswith(f"{package}.")]:
         for name in ("exp", "exp2", "log", "log2"):
             if hasattr(module, name):
                 setattr(module, name, lambda x, name=name: getattr(tl, name)(x))
-    # Nor are the indices of its loops tensors, as they are on a device.
-    ops.chunk_delta_h.range = lambda *bounds: map(_implicit_cvt, range(*bounds))
+    for module in with_loops:  # Nor are the indices of loops tensors, as they are on a device.
+        module.range = lambda *bounds: map(_implicit_cvt, range(*bounds))

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tests.gpu.dry import packages
 from tests.gpu.dry.compiler import patch_triton
 from tests.gpu.dry.device import patch_torch_cuda
 from tests.gpu.dry.tensors import PYTHON, Hybrid, data_ptr
@@ -63,6 +64,7 @@ def install(capability: int, fakes: dict, *, all_configs: bool = False) -> Hybri
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda self: True)
     FakeTensor.data_ptr = data_ptr
     patch_triton(capability, all_configs)
+    packages.install()
     track_modules()
     remember_python_operators()
     fake_mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)

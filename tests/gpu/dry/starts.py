@@ -12,6 +12,7 @@ from tests.gpu.dry.report import summary
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 1200
+PACKAGES = "fla,causal_conv1d"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Engine:
 
     def start(self, directory: Path, name: str) -> dict[str, Any]:
         """Run the start of this name and return its summary."""
-        report = self.run(directory, self.starts[name], self.name.replace("vllm", "dry"))
+        report = self.run(directory, self.starts[name], environment_of(self.name, name))
         return summary(report, self.phases)
 
 
@@ -67,6 +68,11 @@ def call(environment: str, log: Path, module: str, *arguments: str | Path) -> No
             timeout=TIMEOUT,
             env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         )
+
+
+def environment_of(engine: str, name: str) -> str:
+    """Return the environment of ``scripts/setup`` for a start: flash-linear-attention is in that of vLLM's dry run."""
+    return "dry" if engine == "vllm" or "packages" in name else engine
 
 
 TP = {
@@ -87,6 +93,7 @@ VLLM = Engine(
                 *("--capability", "100"),
                 *("--args", json.dumps({"moe_backend": "triton", "attention_backend": "TRITON_ATTN"})),
             ],
+            "ours, packages": ["--args", json.dumps({"additional_config": {"gdn_prefill_backend": PACKAGES}})],
         }.items()
     },
     phases={
@@ -108,6 +115,7 @@ SGLANG = Engine(
         **{name: ["--drafts", "3", *flags] for name, flags in TP.items()},
         "ours, sm_80": ["--drafts", "3", "--capability", "80", *ON_TRITON],
         "ours, sm_100": ["--drafts", "3", "--capability", "100", *ON_TRITON, "--moe-runner-backend", "triton"],
+        "ours, packages": ["--linear-attn-prefill-backend", PACKAGES, "--disable-radix-cache"],
     },
     # Graphs: a step of four sequences, or 128 tokens of prompts without attention and delta rule.
     phases={
