@@ -40,6 +40,8 @@ def fork(command: list[str], directory: str, env: dict[str, str], input: str, lo
         status = 0
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
