@@ -61,6 +61,14 @@ def test_every_file_that_is_named_is_there(document):
     assert not missing
 
 
+def test_the_evaluation_asks_for_tasks_that_are_there():
+    folder = ROOT / "bench" / "evaluation"
+    tasks = {re.search(r"^task: (\w+)$", file.read_text(), re.MULTILINE)[1] for file in folder.glob("*.yaml")}
+    (own,) = (c for c in commands(ROOT / "docs" / "evaluation.md", "lm-eval/bin/lm_eval", "run") if "gsm8k" not in c)
+    assert (ROOT / own[own.index("--include_path") + 1]).samefile(folder)
+    assert tasks == set(own[own.index("--tasks") + 1 : own.index("--apply_chat_template")])
+
+
 def test_figures_are_drawn_from_the_results():
     check = subprocess.run(
         [sys.executable, "-m", "bench.figures", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
