@@ -85,7 +85,7 @@ def starting(config: str, warm: Warm) -> AbstractContextManager[Any]:
         started = process.started
 
         def interpreted(command: Sequence[str], *args: Any) -> AbstractContextManager[Any]:
-            return started(("-m", "tests.workers.vllm_interpreted", *command[2:], mode), *args)
+            return started(("-m", "tests.gpu.vllm_interpreted", *command[2:], mode), *args)
 
         return patch.object(process, "started", interpreted)
     return nullcontext() if CONFIGS[config].compiled else warm.forking()  # a compiler has threads

@@ -42,7 +42,7 @@ SCENARIOS = scenarios() | {
 class Case:
     """One start of each of ``engines``; ``drafts`` is vLLM's name of who drafts.
 
-    ``interpreted`` is a mode of ``tests.workers.vllm_interpreted``, in which it then runs.
+    ``interpreted`` is a mode of ``tests.gpu.vllm_interpreted``, in which it then runs.
     """
 
     config: EngineConfig

@@ -1,6 +1,6 @@
 """A process in which vLLM's second model runner runs on a CPU, with its Triton kernels in Triton's interpreter.
 
-``python -m tests.workers.vllm_interpreted DIRECTORY MODE`` does what ``qnext_plugin.engines.worker`` does. Modes:
+``python -m tests.gpu.vllm_interpreted DIRECTORY MODE`` does what ``qnext_plugin.engines.worker`` does. Modes:
 
 - ``cpu``: as on a CPU for which there is Triton
 - ``runner``: the runner does what it does on a GPU
