@@ -8,7 +8,7 @@ from qnext_plugin.engines.remote import started_engine
 from qnext_plugin.verify.scenarios import tokens
 from tests.support.installed import ENGINE
 
-SAMPLES, TOKENS = 4000, 5
+SAMPLES, TOKENS = 10_000, 5
 ARGUMENTS = {"skip_tokenizer_init": False} | {
     "vllm": {
         "max_num_seqs": 512,
