@@ -42,8 +42,8 @@ WEATHER = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
-    write_random_checkpoint(root / "bfloat16", overrides=CONFIG | {"num_hidden_layers": 4})  # each is compiled
     # The same weights: they depend on the tensor's name only.
+    write_random_checkpoint(root / "bfloat16", overrides=CONFIG)
     write_random_checkpoint(root / "plain", dtype="float32", overrides=CONFIG)
     write_random_checkpoint(root / "yarn", dtype="float32", overrides=CONFIG | {"rope_scaling": YARN})
     return root
