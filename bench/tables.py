@@ -1,4 +1,4 @@
-"""The tables of measured results in README.md and docs/results.md, written from ``bench/results/*.json``.
+"""The tables of measured results in README.md and ``docs/``, written from ``bench/results/*.json``.
 
     scripts/results [--check]
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "mtp.md")
 AGAINST = {
     "cpu-eager": "vLLM's own",
     "cpu-mtp": "vLLM's own, two drafts per step, none accepted",
@@ -35,9 +35,10 @@ def table(rows: list[list[str]]) -> str:
 
 
 def titles(found: dict[str, Any]) -> list[str]:
-    """What the columns of the sides are called."""
+    """What the columns of the sides are called; a side that is named by an engine has other flags."""
     engine = found.get("engines", {}).get("native", "vllm").split()[0]
     own = {"native": f"{ {'vllm': 'vLLM', 'sglang': 'SGLang'}[engine] }'s own"}
+    own |= dict.fromkeys(("vllm", "sglang"), "other flags")
     return [own.get(side, side) for side in found.get("sides", ["ours", "native"])]
 
 
