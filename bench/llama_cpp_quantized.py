@@ -38,7 +38,8 @@ AVX2 = {
 
 def quantize(model: Path, binaries: Path, format: str) -> Path:
     """Return ``model`` in a format of ours or a type of llama.cpp's; ``BF16`` and ``bfloat16`` are the model itself."""
-    from qnext_plugin.checkpoint.make_quantized import FORMATS, quantize_checkpoint
+    from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
+    from qnext_plugin.checkpoint.quantizers import FORMATS
 
     if format == "bfloat16":
         return model
