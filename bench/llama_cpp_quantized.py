@@ -60,10 +60,8 @@ def error(found: Sequence[Any], exact: Sequence[Any]) -> float:
     """Mean over ``(ids, logprobs)`` of each prompt, both ``[tokens, 256]``, against ``[tokens, vocab_size]``."""
     import torch
 
-    pairs = zip(found, exact, strict=True)
-    return (
-        torch.cat([(logprobs - all_.gather(1, ids)).abs().flatten() for (ids, logprobs), all_ in pairs]).mean().item()
-    )
+    errors = [logprobs - every.gather(1, ids) for (ids, logprobs), every in zip(found, exact, strict=True)]
+    return torch.cat(errors).abs().mean().item()
 
 
 def measure_ours(model: Path, prompts: Sequence[Sequence[int]]) -> tuple[dict[str, Any], list[Any]]:
@@ -72,7 +70,7 @@ def measure_ours(model: Path, prompts: Sequence[Sequence[int]]) -> tuple[dict[st
 
     scenario = Scenario((tuple(map(tuple, prompts)),), max_tokens=(1,), prompt_logprobs=True)
     with step.started("vllm", model) as remote, tempfile.TemporaryDirectory() as scratch:
-        found = {name: step.measured(remote, model, name) for name in NAMES}
+        found: dict[str, Any] = {name: step.measured(remote, model, name)["tokens per second"] for name in NAMES}
         file = Path(scratch) / "answers"
         remote.call(
             "qnext_plugin.verify.worker:run",
@@ -85,11 +83,6 @@ def measure_ours(model: Path, prompts: Sequence[Sequence[int]]) -> tuple[dict[st
         found["kernels"] = remote.serving(step.TIMEOUT)["kernels"]
         (answers,) = Result.load(file).batches
     return found, [(answer.ids, answer.logprobs) for answer in answers]
-
-
-def measure_theirs(binaries: Path, gguf: Path) -> dict[str, Any]:
-    each = {name: list(llama_cpp.theirs(binaries, gguf, **step.WORKLOADS[name])) for name in NAMES}
-    return {name: {"tokens per second": max(rates), "each": rates} for name, rates in each.items()}
 
 
 def main() -> None:
@@ -129,12 +122,12 @@ def main() -> None:
                 found, answers = measure_ours(file, prompts)
                 kernels[form] = found.pop("kernels")
             else:
-                found = measure_theirs(binaries, file)
+                found = {n: max(llama_cpp.theirs(binaries, file, **step.WORKLOADS[n])) for n in NAMES}
                 tops = [rows.topk(256) for rows in llama_cpp.logprobs(binaries, file, prompts)]
                 answers = [(top.indices, top.values) for top in tops]
             errors[form] = error(answers, exact)
             for name in NAMES:
-                rates[name][form].append(found[name]["tokens per second"])
+                rates[name][form].append(found[name])
             print(form, {name: rates[name][form][-1] for name in NAMES}, errors[form], flush=True)
     result = {
         "kind": "llama.cpp quantized",

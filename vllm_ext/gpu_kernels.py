@@ -24,7 +24,7 @@ from qnext_plugin.config import GatedDeltaNetDims
 from qnext_plugin.kernel_log import record
 from qnext_plugin.ops import packages
 from vllm_ext.compat import has_fused_mtp_decode
-from vllm_ext.gpu_prefill import GpuPrefill, once
+from vllm_ext.gpu_prefill import GpuPrefill, asked_packages, once
 from vllm_ext.state import DeltaNetLayer, conv_view, state_dtypes
 
 
@@ -54,12 +54,6 @@ def check_asked_kernel(obstacle: str, num_drafts: int) -> None:
     """Raise ``ValueError`` if the environment names the fused kernel, which cannot serve these drafts."""
     if obstacle and num_drafts and os.environ.get("VLLM_GDN_DECODE_KERNEL", "").strip().lower() == "cuda":
         raise ValueError(f"VLLM_GDN_DECODE_KERNEL=cuda found, and vLLM's kernel cannot serve: {obstacle}; unset it")
-
-
-def asked_packages(vllm_config: VllmConfig) -> tuple[str, ...]:
-    """Return the packages that ``gdn_prefill_backend`` of ``--additional-config`` names, which vLLM reads as Triton."""
-    more = vllm_config.additional_config
-    return packages.asked(more.get("gdn_prefill_backend")) if isinstance(more, dict) else ()
 
 
 class GpuKernels:

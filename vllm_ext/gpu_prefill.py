@@ -60,6 +60,12 @@ def flashinfer_prefill() -> Callable[..., Any] | None:
     return chunk_gated_delta_rule if needed <= signature(chunk_gated_delta_rule).parameters.keys() else None
 
 
+def asked_packages(vllm_config: VllmConfig) -> tuple[str, ...]:
+    """Return the packages that ``gdn_prefill_backend`` of ``--additional-config`` names, which vLLM reads as Triton."""
+    more = vllm_config.additional_config
+    return packages.asked(more.get("gdn_prefill_backend")) if isinstance(more, dict) else ()
+
+
 class GpuPrefill:
     """The prefill of Gated DeltaNet layers. ``asked`` names the packages whose operators the user wants.
 

@@ -23,6 +23,7 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 from qnext_plugin.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_headers
+from qnext_plugin.checkpoint.merged import MERGED, PARTS, layer_of
 from qnext_plugin.checkpoint.quantization import is_quantized, stored_modules
 from qnext_plugin.checkpoint.stored import read_checkpoint
 from qnext_plugin.verify.rows import Query, Reference, Rows
@@ -122,10 +123,10 @@ class Streamed:
     def _tensor(self, name: str, rows: Any = slice(None)) -> Tensor:
         """Return rows of a tensor of the checkpoint; the file is mapped, so other rows of a plain one are not read."""
         module, _, leaf = name.rpartition(".")
-        for half, part in enumerate(("gate_proj", "up_proj")):
-            fused = f"{module.removesuffix(part)}gate_up_proj"
-            if module not in self.modules and fused in self.modules and module.endswith(part):
-                return self._tensor(f"{fused}.{leaf}").chunk(2)[half][rows]
+        fused = layer_of(module)
+        if module not in self.modules and fused in self.modules:
+            layer, (section,) = PARTS[module.rpartition(".")[2]]
+            return self._tensor(f"{fused}.{leaf}").chunk(MERGED[layer].num_sections)[int(section)][rows]
         leaves = self.modules.get(module, {})
         if leaf == "weight" and leaves and is_quantized(leaves):
             whole = {leaf: self._read(f"{module}.{leaf}") for leaf in leaves}

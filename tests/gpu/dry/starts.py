@@ -31,16 +31,6 @@ class Engine:
         found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         return found
 
-    def keep(self, name: str, found: dict[str, Any]) -> dict[str, Any] | None:
-        """Put a start's summary into the record; return what was there before."""
-        records = self.records()
-        before = records.get(name)
-        if before != found:
-            order = [*self.starts, *sorted((records.keys() | {name}) - self.starts.keys())]
-            records[name] = found
-            self.file.write_text(json.dumps({key: records[key] for key in order if key in records}, indent=1) + "\n")
-        return before
-
     def run(self, directory: Path, arguments: Sequence[str], environment: str) -> dict[str, Any]:
         """Run a start in an environment of ``scripts/setup`` and return its report."""
         out, log = directory / "out.json", directory / "log"
@@ -49,10 +39,16 @@ class Engine:
         report: dict[str, Any] = json.loads(out.read_text())
         return report
 
-    def start(self, directory: Path, name: str) -> dict[str, Any]:
-        """Run the start of this name and return its summary."""
-        report = self.run(directory, self.starts[name], environment_of(self.name, name))
-        return summary(report, self.phases)
+    def repeat(self, directory: Path, name: str) -> None:
+        """Run the start of this name, which must not fail; where it launches other things, record them and fail."""
+        found = summary(self.run(directory, self.starts[name], environment_of(self.name, name)), self.phases)
+        assert not found["failure"], found["failure"]
+        records = self.records()
+        if found != records.get(name):
+            records[name] = found
+            kept = {each: records[each] for each in self.starts if each in records}
+            self.file.write_text(json.dumps(kept, indent=1) + "\n")
+            raise AssertionError(f"{self.file} had no such launches for {name!r}; it has been written again")
 
 
 def call(environment: str, log: Path, module: str, *arguments: str | Path) -> None:
