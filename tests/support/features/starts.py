@@ -124,8 +124,14 @@ LOADING = (
     ),
     Feature(
         "weights in the host's memory, experts among them",
-        expected("the engine's own, for GPUs; not run. The input projections are then two products instead of one"),
-        GPU,
+        expected(
+            "the engine's own, for GPUs; not run. The input projections are then two products instead of one. Experts "
+            "are a layer of vLLM's, which other plugins that offload experts replace; none was tried beside this one"
+        ),
+        expected(
+            "the engine's own, for GPUs; not run. Experts are a layer of SGLang's, which other plugins that offload "
+            "experts replace; none was tried beside this one"
+        ),
         "offload-backend cpu-offload-gb cpu-offload-params offload-group-size offload-num-in-group "
         "offload-prefetch-step offload-params",
         "cpu-offload-gb offload-group-size offload-num-in-group offload-prefetch-step offload-mode "
