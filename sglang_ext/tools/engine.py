@@ -118,7 +118,9 @@ class Engine(Worker):
         return names | {"memory": said[0]["memory"], "compiled": max(one["compiled"] for one in said)}
 
     def reset(self) -> None:
-        if not (flushed := self.engine.flush_cache()).success:
+        # The scheduler still holds a request for a moment after it has sent the answer.
+        flush = self.engine.tokenizer_manager.flush_cache(timeout_s=10)
+        if not (flushed := self.engine.loop.run_until_complete(flush)).success:
             raise RuntimeError(f"SGLang did not empty its prefix cache: {flushed.message}")
 
     @contextmanager
@@ -189,6 +191,7 @@ class Engine(Worker):
     def answer(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Answered:
         sampling = {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
         requests = [list(prompt) for prompt in prompts]
+        self.reset()  # NGRAM also drafts from earlier answers, and the same prompts are asked several times
         begin = time.perf_counter()
         outputs = self.engine.generate(input_ids=requests, sampling_params=sampling)
         seconds = time.perf_counter() - begin
