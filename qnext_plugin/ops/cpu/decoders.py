@@ -63,10 +63,11 @@ class Builder(ir.IRBuilder):
         name = "llvm.x86.avx2.pmadd.wd" if LANES == 8 else "llvm.x86.avx512.pmaddw.d.512"
         return self.add(total, self.intrinsic(name, INTEGERS, a, b))
 
-    def prefetch(self, address: Any, offset: int) -> None:
+    def prefetch(self, address: Any) -> None:
+        """Fetch a line into the second cache: what is read next of several blocks can be more than the first holds."""
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         fetch = self.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        self.call(fetch, [self.at(address, offset, I8), I32(0), I32(3), I32(1)])
+        self.call(fetch, [self.at(address, 0, I8), I32(0), I32(2), I32(1)])
 
     def loop(self, count: Any, initial: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """Run ``body(i, values)`` for ``i`` below ``count``, which is at least 1; returns the last values."""

@@ -34,7 +34,6 @@ TOGETHER = 4  # blocks that are read at once for one row
 TOGETHER_FOR_ROWS = LANES // 8  # for more rows
 FEW_ROWS = 4  # the most rows that are computed at once from codes
 ROWS = 6 if LANES == 8 else 12  # from float32: sums fill 12 registers, weights and an input need others
-AHEAD = 2048  # bytes of a block that are fetched before they are read
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,16 @@ def product(decoder: Decoder, rows: int, together: int = 1) -> Function:
         out[r, b] += sum_c (sum_i x[c, i, r] codes[b, c, i] - zeros[b, c] sums[c, r]) scales[b, c] factors[c, r]
 
     ``c`` counts ``chunks``, parts of a group, ``i`` their inputs. All arguments are integers: ``weights`` is the
-    address of a block's lines, the next block is ``apart`` bytes away, a chunk has ``lines``. ``scales`` is float32
+    address of a block's lines, the next block is ``apart`` bytes away, what is read next ``ahead``, a chunk has
+    ``lines``. ``scales`` is float32
     [together, chunks, 2, BLOCK] with scales and zero points, ``x`` [inputs, rows], float32 or pairs of int16,
     ``factors`` float32 [chunks, 2, rows] with factors and sums, ``out`` float32 [rows, TOGETHER, BLOCK]. The decoder
     ``f32`` has neither scales nor factors, and a single chunk.
     """
     scaled = decoder.name != "f32"
 
-    def body(b: Builder, weights: Any, apart: Any, scales: Any, x: Any, factors: Any, out: Any, *counts: Any) -> None:
-        chunks, lines = counts
+    def body(b: Builder, weights: Any, apart: Any, ahead: Any, scales: Any, x: Any, *more: Any) -> None:
+        factors, out, chunks, lines = more
         starts = [b.add(weights, b.mul(apart, I64(i))) for i in range(together)]
         tables = [b.add(scales, b.mul(chunks, I64(8 * BLOCK * i))) for i in range(together)]
         same = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
@@ -82,7 +82,7 @@ def product(decoder: Decoder, rows: int, together: int = 1) -> Function:
                     address = b.call(same, [inputs]) if i else inputs
                     here = b.add(start, b.mul(at, I64(LINE)))
                     if scaled:
-                        b.prefetch(here, AHEAD)
+                        b.prefetch(b.add(here, ahead))
                     for s, step in enumerate(decoder.decode(b, here)):
                         for r in range(rows):
                             one = b.spread(address, 4 * (s * rows + r), number)
@@ -115,7 +115,7 @@ def product(decoder: Decoder, rows: int, together: int = 1) -> Function:
 
         b.loop(chunks, [], chunk)
 
-    return Function(f"product_{decoder.name}_{rows}_{together}", 8, body)
+    return Function(f"product_{decoder.name}_{rows}_{together}", 9, body)
 
 
 def tile(decoder: Decoder, dtype: torch.dtype = torch.float32) -> Function:
@@ -257,7 +257,10 @@ def choice(functions: Sequence[Function]) -> Any:
     def of_eight(_: Any, index: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
         return types.void(types.int64, *[types.int64] * 8), call
 
-    return intrinsic(of_five if functions[0].arguments == 5 else of_eight)
+    def of_nine(_: Any, index: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
+        return types.void(types.int64, *[types.int64] * 9), call
+
+    return intrinsic({5: of_five, 8: of_eight, 9: of_nine}[functions[0].arguments])
 
 
 PRODUCTS = [

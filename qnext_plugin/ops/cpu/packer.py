@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from numba import carray, njit
 from torch import Tensor
 
+from qnext_plugin.ops.cpu import pages
 from qnext_plugin.ops.cpu.jit import in_parallel, pointer, share
 from qnext_plugin.ops.cpu.packing import BLOCK, CODES, SCALES, Form
 
@@ -38,7 +39,7 @@ def pack(form: Form, codes: Tensor, scales: Tensor, zeros: Tensor | None = None,
     factors = None if outer is None else outer[..., None]
     sections = ((factors, 1), (scales, form.groups), (zeros, form.groups), (codes, 4 * lines))
     sources = [None if section is None else _padded(section, columns) for section, columns in sections]
-    packed = torch.zeros(*batch, *form.packed_shape(n), dtype=torch.uint8)
+    packed = pages.empty((*batch, *form.packed_shape(n)), torch.uint8).zero_()
     sizes = (prod(packed.shape[:-1]), form.codes, scales.itemsize, form.groups, lines, 0)
     addresses = (0 if source is None else source.data_ptr() for source in (*sources, packed))
     header = np.array([*sizes, *addresses, *form.offsets[:-1], packed.shape[-1]], np.int64)

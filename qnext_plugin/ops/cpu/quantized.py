@@ -101,13 +101,15 @@ def _region(data: Any) -> None:
     for count in counts:
         total += h.blocks * _jobs(count, h.most) * _cost(count)
     first, last = share(total)
-    for which, count in zip(used, counts):  # noqa: B905
+    for i in range(h.matrices):
+        which, count = used[i], counts[i]
         jobs, cost = h.blocks * _jobs(count, h.most), _cost(count)
         job, stop = max(-(-first // cost), 0), min(-(-last // cost), jobs)
         if job < stop:
             weights = h.packed + h.block_bytes * h.blocks * which
             if count <= FEW:
-                _few(h, weights, row, count, job, stop)
+                following = h.packed + h.block_bytes * h.blocks * used[i + 1] if last > jobs * cost else weights
+                _few(h, weights, row, count, job, stop, following)
             else:
                 _many(h, weights, row, count, job, stop)
         row, first, last = row + count, first - jobs * cost, last - jobs * cost
@@ -135,8 +137,8 @@ def _cost(count: Any) -> Any:
 
 
 @ONCE
-def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> None:
-    """Multiply ``count`` rows from ``row`` on by one matrix; a job is a block."""
+def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any, following: Any) -> None:
+    """Multiply ``count`` rows from ``row`` on by one matrix; a job is a block. What is read next is ``following``."""
     own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
     inputs, factors = 4 * FEW_ROWS * h.padded_k, own + 4 * h.factors_at
     per_part = 8 * FEW_ROWS * chunks
@@ -150,6 +152,8 @@ def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> Non
         together = 4 if count == 1 else kernels.TOGETHER_FOR_ROWS
         together = together if job + together <= stop else 1
         at = weights + h.block_bytes * job
+        then = at + h.block_bytes * together if job + together < stop else following
+        ahead = then - at - h.codes_at  # scales are before the codes, and are read first
         for b in range(together):
             read_scales(h, at + h.block_bytes * b, scales + 8 * BLOCK * chunks * b)
         for j in range(size):
@@ -159,7 +163,7 @@ def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> Non
             kernel = (h.codes * FEW_ROWS + end - begin - 1) * 2 + (together > 1)
             x, out = own + inputs * part, sums_at + 4 * TOGETHER * BLOCK * (begin - row)
             codes = at + h.codes_at
-            _product(kernel, codes, h.block_bytes, scales, x, factors + per_part * part, out, chunks, lines)
+            _product(kernel, codes, h.block_bytes, ahead, scales, x, factors + per_part * part, out, chunks, lines)
         _write(h, row, row + count, job, together, sums_at)
         job += together
 
@@ -196,7 +200,7 @@ def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> No
                 begin, end = bounds(row, count, parts, group * PARTS + i)
                 x = own + inputs * i + 4 * (end - begin) * k
                 kernel, out = kernels.FLOATS_AT + end - begin, sums_at + per_part * i
-                _product(kernel, tile, 0, 0, x, 0, out, 1, now * h.chunk)
+                _product(kernel, tile, 0, 0, 0, x, 0, out, 1, now * h.chunk)
             c += now
         for i in range(part, end_part):
             begin, end = bounds(row, count, parts, group * PARTS + i)
