@@ -100,11 +100,15 @@ PARALLELISM = (
     ),
 )
 
+_STREAMED = (
+    "`runai_streamer` by hand, with runai-model-streamer 0.17.1 and `qnext verify --mtp 2`; `fastsafetensors` and "
+    "`instanttensor` ask for CUDA"
+)
 LOADING = (
     Feature(
         "load formats",
-        tested("test_files.test_every_load_format_is_known_to_read_safetensors_or_other_files"),
-        tested("test_files.test_every_load_format_is_known_to_read_safetensors_or_other_files"),
+        tested("test_files.test_every_load_format_is_known_to_read_safetensors_or_other_files", why=_STREAMED),
+        tested("test_files.test_every_load_format_is_known_to_read_safetensors_or_other_files", why=_STREAMED),
         "load-format download-dir safetensors-load-strategy safetensors-prefetch-num-threads "
         "safetensors-prefetch-block-size model-loader-extra-config ignore-patterns pt-load-map-location",
         "load-format model-loader-extra-config download-dir weight-loader-disable-mmap "
