@@ -101,8 +101,8 @@ PARALLELISM = (
 )
 
 _STREAMED = (
-    "`runai_streamer` by hand, with runai-model-streamer 0.17.1 and `qnext verify --mtp 2`; `fastsafetensors` and "
-    "`instanttensor` ask for CUDA"
+    "`runai_streamer` by hand, with runai-model-streamer 0.17.1 and `qnext verify`, drafts included; "
+    "`fastsafetensors` and `instanttensor` ask for CUDA"
 )
 LOADING = (
     Feature(
