@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.dry.report import ATTENTION, DELTA_NET, EXPERTS, PARTS
-from tests.gpu.dry.starts import SGLANG, VLLM
+from tests.gpu.dry.starts import FORMS, SGLANG, VLLM
 from tests.gpu.dry.trace import GPUS
+from tests.support.cache_scales import scale
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
 ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
@@ -21,6 +22,7 @@ PAIRS = [
     if start.startswith("ours") and start.replace("ours", "native") in RECORDS[engine]
     for phase in RECORDS[engine][start]["phases"]
 ]
+QUANTIZED = [(engine, form) for engine in ENGINES for form in FORMS]
 MODELS = {
     ("vllm", "ours"): "vllm_ext.model",
     ("vllm", "native"): "vllm.model_executor.models.qwen3_next",
@@ -32,6 +34,12 @@ BUDGETS = {
     "decode": {DELTA_NET: 6, ATTENTION: 6, EXPERTS: 11},
     "verify 3 drafts": {DELTA_NET: 7, ATTENTION: 6, EXPERTS: 11},
 }
+
+
+def served_as_stored(record):
+    """The engine's classes for quantized weights, by the layers that they serve."""
+    classes = record["served"]["classes"]
+    return {name: n for name, n in classes.items() if not name.startswith("Unquantized") and "KVCache" not in name}
 
 
 @pytest.mark.parametrize(("engine", "start"), STARTS)
@@ -53,6 +61,30 @@ def test_ours_launches_and_copies_at_most_as_much(engine, start, phase):
     for part in ours["parts"].keys() & native["parts"].keys():
         for what in ("launches", "copies"):
             assert ours["parts"][part][what] <= native["parts"][part][what], (part, what)
+
+
+@pytest.mark.parametrize(
+    ("engine", "form"), [(engine, form) for engine, form in QUANTIZED if f"native, {form}" in RECORDS[engine]]
+)
+def test_no_layer_is_served_unquantized_that_the_engines_own_model_serves_as_stored(engine, form):
+    ours, native = (served_as_stored(RECORDS[engine][f"{side}, {form}"]) for side in ("ours", "native"))
+    assert ours == native and len(ours) == 2, (ours, native)  # linear layers and experts
+
+
+@pytest.mark.parametrize(("engine", "form"), QUANTIZED)
+def test_a_cache_in_fp8_is_written_and_read_with_the_checkpoints_scales(engine, form):
+    """The operators are handed the attention layers' own tensors, and these hold what the checkpoint stores."""
+    caches = RECORDS[engine][f"ours, {form}"]["served"]["cache"]
+    stored = {
+        "model.layers.1.self_attn.attn": "model.layers.1.self_attn",
+        "model.layers.3.self_attn.attn": "model.layers.3.self_attn",
+        "draft:model.layers.0.self_attn.attn": "mtp.layers.0.self_attn",
+    }
+    assert caches.keys() == stored.keys()
+    for name, layer in stored.items():
+        scales = f"k {scale(layer, 'k')}, v {scale(layer, 'v')}"
+        kind = "fp8" if engine == "vllm" else "float8_e4m3fn"
+        assert caches[name] == {"attention": [f"float8_e4m3fn, {scales}"], "write": [f"{kind}, {scales}"]}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -110,11 +142,28 @@ def sglang_table():
     return rows
 
 
-@pytest.mark.parametrize(("engine", "table"), [("vllm", vllm_table), ("sglang", sglang_table)])
-def test_the_document_has_the_figures(engine, table):
+def formats_table():
+    rows = [
+        "| Engine | Format | Ours | The engine's own | Classes for the weights, and layers |",
+        "|---|---|---|---|---|",
+    ]
+    for engine, form in QUANTIZED:
+        phase = "verify, captured" if engine == "vllm" else "verify 3 drafts"
+        ours, native = (RECORDS[engine].get(f"{side}, {form}") for side in ("ours", "native"))
+        launches = " | ".join(str(each["phases"][phase]["launches"]) if each else "-" for each in (ours, native))
+        classes = ", ".join(f"`{name}` {n}" for name, n in served_as_stored(ours).items())
+        rows.append(f"| {'vLLM' if engine == 'vllm' else 'SGLang'} | `{form}` | {launches} | {classes} |")
+    return rows
+
+
+TABLES = [("vllm", vllm_table), ("sglang", sglang_table), ("formats", formats_table)]
+
+
+@pytest.mark.parametrize(("name", "table"), TABLES)
+def test_the_document_has_the_figures(name, table):
     """Where the record has others, this writes them and fails."""
     old = DOCUMENT.read_text()
-    before, begin, rest = old.partition(f"<!-- dry run: {engine} -->\n")
+    before, begin, rest = old.partition(f"<!-- dry run: {name} -->\n")
     _, end, after = rest.partition("\n<!-- end of dry run -->")
     new = before + begin + "\n".join(table()) + end + after
     if new != old:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,6 +29,39 @@ def track_modules() -> None:
 
     m.register_module_forward_pre_hook(before)
     m.register_module_forward_hook(after, always_call=True)
+
+
+def keep_parameter_classes() -> None:
+    """Let a parameter on the GPU be of its engine's class, which loads it; torch would make it a mere FakeTensor."""
+    new, subclass = torch.nn.Parameter.__new__, torch.Tensor._make_subclass
+
+    @cache
+    def both(cls: type) -> type:
+        class Same(type(cls)):
+            """Engines also ask whether a parameter's type is one of theirs exactly."""
+
+            def __eq__(self, other):
+                return other is self or other is cls
+
+            __hash__ = type.__hash__
+
+        return Same(cls.__name__, (cls, FakeTensor), {})
+
+    def new_of_class(cls, data=None, requires_grad=True):
+        made = new(cls, data.detach() if isinstance(data, FakeTensor) else data, requires_grad)
+        if type(made) is FakeTensor and cls is not torch.nn.Parameter:
+            made.__class__ = both(cls)
+        return made
+
+    def subclass_of_class(cls, data, requires_grad=False, **kwargs):
+        if not isinstance(data, FakeTensor):
+            return subclass(cls, data, requires_grad, **kwargs)
+        made = data.detach()
+        made.__class__ = cls if issubclass(cls, FakeTensor) else both(cls)
+        return made
+
+    torch.nn.Parameter.__new__ = staticmethod(new_of_class)
+    torch.Tensor._make_subclass = staticmethod(subclass_of_class)
 
 
 def remember_python_operators() -> None:
@@ -66,6 +100,7 @@ def install(capability: int, fakes: dict, *, all_configs: bool = False) -> Hybri
     patch_triton(capability, all_configs)
     packages.install()
     track_modules()
+    keep_parameter_classes()
     remember_python_operators()
     fake_mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     return Hybrid(fake_mode, fakes)

@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 from tests.gpu.dry.tensors import shapes, tensors
 from tests.gpu.dry.trace import GPUS, TRACE
@@ -61,9 +62,13 @@ def patch_sglang(nvcc: bool) -> None:
 
 def patch_flashinfer() -> None:
     from flashinfer import sampling
+    from flashinfer.gemm import gemm_base
     from flashinfer.jit import core
 
     sampling.get_seed_and_offset = lambda *_, **__: (1, 0)
+    product = Module("flashinfer.fp8_blockscale_gemm_sm90")
+    runner = SimpleNamespace(get_workspace_size=lambda *_: 0, run_gemm=product.run_gemm)
+    gemm_base.get_fp8_blockscale_gemm_runner_sm90 = lambda: runner
     core.JitSpec.build_and_load = lambda self, *_, **__: Module(f"flashinfer.{self.name}")
 
 

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FAKES: dict[str, Callable[..., Any]] = {}
+from tests.gpu.dry import deep_gemm, scales
+from tests.gpu.dry.trace import TRACE
+
+FAKES: dict[str, Callable[..., Any]] = dict(deep_gemm.FAKES)
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -35,6 +38,8 @@ def flash_attention_3(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """FlashAttention 3 takes vectors of 16 bytes, head sizes in multiples of 8 up to 256, and int32 offsets."""
     names = ("cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "seqused_k", "max_q", "max_k", "page_table")
+    if k.dtype == torch.float8_e4m3fn:
+        scales.use("attention", k.dtype, *more[13:15])
     offsets = {"cu_seqlens_q": cu_seqlens_q} | dict(zip(names, more, strict=False))
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(x.dtype in (*HALVES, torch.float8_e4m3fn), f"FlashAttention 3 takes no {x.dtype} {name}")
@@ -59,6 +64,38 @@ def get_scheduler_metadata(batch: int, *more: Any) -> Tensor:
     lengths = more[7]
     require(lengths.dtype == torch.int32, f"FlashAttention 3 wants sequence lengths in int32, not {lengths.dtype}")
     return torch.empty(1 + -(-batch // 4) * 16, dtype=torch.int32, device=lengths.device)
+
+
+def watch_cache() -> None:
+    """Note the scales that SGLang's cache is given with keys and values, and for which layer it and attention run."""
+    from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    write = MHATokenToKVPool.set_kv_buffer
+
+    def watched(
+        self: Any, layer: Any, loc: Any, k: Tensor, v: Tensor, k_scale: Any = None, v_scale: Any = None, **more: Any
+    ) -> None:
+        if self.dtype == torch.float8_e4m3fn:
+            scales.use("write", self.dtype, k_scale, v_scale)
+        write(self, layer, loc, k, v, k_scale, v_scale, **more)
+
+    MHATokenToKVPool.set_kv_buffer = watched
+
+    def named(name: str) -> None:
+        run = getattr(FlashAttentionBackend, name)
+
+        def of_layer(self: Any, q: Tensor, k: Tensor, v: Tensor, layer: Any, *args: Any, **more: Any) -> Any:
+            scales.LAYERS.append(TRACE.names[id(layer)])
+            try:
+                return run(self, q, k, v, layer, *args, **more)
+            finally:
+                scales.LAYERS.pop()
+
+        setattr(FlashAttentionBackend, name, of_layer)
+
+    named("forward_extend")
+    named("forward_decode")
 
 
 def guard_kernels() -> None:

@@ -1,6 +1,7 @@
 """SGLang's own scheduler, workers and graph capture on a GPU that is not there; run in a process of its own.
 
-python -m tests.gpu.dry.sglang_start OUT.json [--native] [--drafts N] [--capability 90] [--tp N] [FLAGS OF THE SERVER]
+python -m tests.gpu.dry.sglang_start OUT.json [--native] [--drafts N] [--capability 90] [--tp N] [--model DIR]
+    [FLAGS OF THE SERVER]
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.dry.ranks import pretend
-from tests.gpu.dry.start import record, serve_without_weights
+from tests.gpu.dry.start import record, serve_without_weights, stored
 from tests.gpu.dry.trace import TRACE
 
 # Prompts that come in a step, by their lengths: alone, chunked, after a cached prefix, beside decode steps.
@@ -39,7 +40,7 @@ def serve(model: Path, drafts: int, tp: int, flags: Sequence[str], steps: int) -
     bootstrap.get_default_distributed_backend = lambda device: "fake"
     pretend(tp, pynccl, shm_broadcast)
     label(drafts)
-    arguments = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init"]
+    arguments = ["--model-path", str(model), "--skip-tokenizer-init"]
     arguments += ["--cuda-graph-bs-decode", "1", "4", "--cuda-graph-bs-prefill", "16", "128"]
     arguments += ["--max-running-requests", "8", "--chunked-prefill-size", "128", "--max-total-tokens", "20000"]
     if tp > 1:
@@ -144,12 +145,14 @@ def main() -> None:
     parser.add_argument("--native", action="store_true", help="SGLang's own model")
     parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--tp", type=int, default=1, help="ranks, of which this process is the first")
+    parser.add_argument("--model", type=Path, help="a checkpoint whose weights are loaded; otherwise there are none")
     parser.add_argument("--steps", type=int, default=40, help="of the scheduler's loop")
     parser.add_argument("--all-configs", action="store_true", help="compile every configuration of autotuned kernels")
     parser.add_argument("--mutant", help="a function of sglang_mutants.py that breaks something")
     options, flags = parser.parse_known_args()
     if options.native:
         os.environ["QNEXT_DISABLE"] = "1"
+    os.environ["SGLANG_JIT_DEEPGEMM_PRECOMPILE"] = "0"
     from tests.gpu.dry import install, jit, sglang_ops
 
     mode = install.install(options.capability, sglang_ops.FAKES, all_configs=options.all_configs)
@@ -158,14 +161,21 @@ def main() -> None:
     jit.patch_cute(options.capability)
 
     def serve_model(model: Path) -> dict[str, Any]:
-        return serve(model, options.drafts, options.tp, flags, options.steps)
+        return serve(model, options.drafts, options.tp, [*flags, "--load-format", "dummy"], options.steps)
+
+    def serve_stored() -> dict[str, Any]:
+        served = serve(options.model, options.drafts, options.tp, flags, options.steps)
+        return served | stored("k_scale", "v_scale")
 
     with mode:
         sglang_ops.guard_kernels()
+        sglang_ops.watch_cache()
         if options.mutant:
             from tests.gpu.dry import sglang_mutants
 
             getattr(sglang_mutants, options.mutant)()
+        if options.model:
+            record(options.out, serve_stored)
         record(options.out, partial(serve_without_weights, options.preset, options.overrides, serve_model))
 
 

@@ -4,12 +4,14 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qnext_plugin.checkpoint import make_random
+from tests.gpu.dry import scales
 from tests.gpu.dry.trace import TRACE, compact
 
 
@@ -27,6 +29,13 @@ def serve_without_weights(
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), preset, overrides)
         return serve(Path(directory))
+
+
+def stored(k: str, v: str) -> dict[str, Any]:
+    """Return how many layers each of the engine's classes for weights serves, and what ``scales.used`` returns."""
+    methods = [getattr(layer, "quant_method", None) for model in TRACE.models for layer in model.modules()]
+    classes = Counter(type(method).__name__ for method in methods if method is not None)
+    return {"classes": dict(sorted(classes.items())), "cache": scales.used(k, v)}
 
 
 def record(out: Path, serve: Callable[[], dict[str, Any]]) -> NoReturn:

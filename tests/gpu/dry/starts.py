@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
+from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from tests.gpu.dry.report import summary
+from tests.support.cache_scales import FORM_OF_SCALES, add_cache_scales
+from tests.support.quantized import SIZES
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 1200
@@ -41,7 +45,8 @@ class Engine:
 
     def repeat(self, directory: Path, name: str) -> None:
         """Run the start of this name, which must not fail; where it launches other things, record them and fail."""
-        found = summary(self.run(directory, self.starts[name], environment_of(self.name, name)), self.phases)
+        arguments = [*self.starts[name], *with_weights(directory, name)]
+        found = summary(self.run(directory, arguments, environment_of(self.name, name)), self.phases)
         assert not found["failure"], found["failure"]
         records = self.records()
         if found != records.get(name):
@@ -71,11 +76,38 @@ def environment_of(engine: str, name: str) -> str:
     return "dry" if engine == "vllm" or "packages" in name else engine
 
 
-TP = {
-    f"{side}, TP {n}": [*flags, "--tp", str(n)]
-    for n in (4, 8)
-    for side, flags in (("ours", []), ("native", ["--native"]))
-}
+# The stored formats of starts with weights, with arguments of vLLM: its own choice for W4A16 asks the driver.
+FORMS: dict[str, dict[str, str]] = {"fp8-block": {}, "w4a16": {"linear_backend": "marlin", "moe_backend": "marlin"}}
+
+
+def with_weights(directory: Path, name: str) -> list[str]:
+    """Write the small checkpoint of a start that is named for a stored format, and return the argument that names it.
+
+    Ours has scales for an FP8 cache, which the engine's own model need not read.
+    """
+    side, _, form = name.partition(", ")
+    if form not in FORMS:
+        return []
+    sizes = SIZES | {"max_position_embeddings": 4096, "vocab_size": 4096}
+    write_random_checkpoint(directory / "source", overrides=sizes)
+    quantize_checkpoint(directory / "source", directory / form, format=form)
+    if side == "ours":
+        add_cache_scales(directory / form, FORM_OF_SCALES[form])
+    else:
+        _name_as_sglang_does(directory / form / "config.json")
+    return ["--model", str(directory / form)]
+
+
+def _name_as_sglang_does(config: Path) -> None:
+    """Name the unquantized parts of Gated DeltaNet layers as SGLang's own model does too, which leaves a name out."""
+    raw = json.loads(config.read_text())
+    names = raw["quantization_config"].get("modules_to_not_convert", [])
+    names += [name.replace(".linear_attn.", ".") for name in names if ".linear_attn." in name]
+    config.write_text(json.dumps(raw))
+
+
+SIDES: dict[str, list[str]] = {"ours": [], "native": ["--native"]}
+TP = {f"{side}, TP {n}": [*flags, "--tp", str(n)] for n in (4, 8) for side, flags in SIDES.items()}
 VLLM = Engine(
     "vllm",
     starts={
@@ -89,6 +121,11 @@ VLLM = Engine(
                 *("--capability", "100"),
                 *("--args", json.dumps({"moe_backend": "triton", "attention_backend": "TRITON_ATTN"})),
             ],
+            **{
+                f"{side}, {form}": [*flags, "--args", json.dumps({"kv_cache_dtype": "fp8", **arguments})]
+                for form, arguments in FORMS.items()
+                for side, flags in SIDES.items()
+            },
             "ours, packages": ["--args", json.dumps({"additional_config": {"gdn_prefill_backend": PACKAGES}})],
         }.items()
     },
@@ -111,6 +148,8 @@ SGLANG = Engine(
         **{name: ["--drafts", "3", *flags] for name, flags in TP.items()},
         "ours, sm_80": ["--drafts", "3", "--capability", "80", *ON_TRITON],
         "ours, sm_100": ["--drafts", "3", "--capability", "100", *ON_TRITON, "--moe-runner-backend", "triton"],
+        **{f"ours, {form}": ["--drafts", "3", "--kv-cache-dtype", "fp8_e4m3"] for form in FORMS},
+        "native, fp8-block": ["--drafts", "3", "--native", "--kv-cache-dtype", "fp8_e4m3"],  # it loads no W4A16
         "ours, packages": ["--linear-attn-prefill-backend", PACKAGES, "--disable-radix-cache"],
     },
     # Graphs: a step of four sequences, or 128 tokens of prompts without attention and delta rule.

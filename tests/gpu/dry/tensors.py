@@ -112,9 +112,25 @@ class Hybrid(TorchDispatchMode):
                 return host(args[0]).item()
             return {torch.bool: True}.get(args[0].dtype, 1)
         self.record(func, name, given, out)
-        if own:
+        if func._schema.is_mutable:
+            self.overwrite(func, name, args)
+        elif own:
             self.follow(func, args, kwargs, given, out)
         return out
+
+    @staticmethod
+    def overwrite(func, name: str, args) -> None:
+        """A number on the GPU that is written, whichever view of it is, is what is copied into it, or unknown."""
+        for argument, x in zip(func._schema.arguments, args, strict=False):
+            if (
+                argument.alias_info is not None
+                and argument.alias_info.is_write
+                and isinstance(x, FakeTensor)
+                and x.untyped_storage().nbytes() == x.element_size()
+            ):
+                value = args[1] if name in ("copy_", "fill_") else None
+                value = host(value) if isinstance(value, torch.Tensor) else value
+                x.untyped_storage().number = None if value is None else float(value)
 
     def known(self, value: torch.Tensor) -> torch.Tensor:
         with self.fake_mode:
@@ -125,11 +141,7 @@ class Hybrid(TorchDispatchMode):
     @staticmethod
     def follow(func, args, kwargs, given, out) -> None:
         """Small tensors that come from the host, and what is computed of them alone, keep their values beside them."""
-        if (
-            func._schema.is_mutable
-            or torch.Tag.nondeterministic_seeded in func.tags
-            or not isinstance(out, torch.Tensor)
-        ):
+        if torch.Tag.nondeterministic_seeded in func.tags or not isinstance(out, torch.Tensor):
             return
         name = func.overloadpacket.__name__
         if (
@@ -212,7 +224,7 @@ class Hybrid(TorchDispatchMode):
             TRACE.event(f"copy CPU to GPU {list(outs[0].shape)}")
             TRACE.launch("memcpy", "H2D", shapes(outs))
             return
-        if dst == {"cpu"}:
+        if dst == {"cpu"} or not (given or outs):
             return
         if func.name() in PYTHON and func.name() not in self.fakes:
             return
@@ -235,6 +247,10 @@ def host(x: torch.Tensor) -> torch.Tensor | None:
     """Return what is known of a tensor's values: those of a small one that is on the host or came from there."""
     if not isinstance(x, FakeTensor):
         return x if x.device.type == "cpu" and x.numel() <= SMALL else None
+    written = vars(x.untyped_storage())
+    if "number" in written:
+        number = written["number"]
+        return None if number is None else torch.full(x.shape, number, dtype=x.dtype)
     value, seen = getattr(x, "_host", (None, 0))
     return value if value is not None and version(x) == seen else None
 

@@ -46,12 +46,14 @@ class Trace:
     kernels: dict[int, dict[str, object]] = field(default_factory=dict)
     phase: str = "start"
     modules: list[str] = field(default_factory=lambda: [""])
+    models: list[torch.nn.Module] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
     capturing: bool = False
     stream: int = 0
     quiet: int = 0
 
     def name_modules(self, model: torch.nn.Module, prefix: str = "") -> None:
+        self.models.append(model)
         for name, module in model.named_modules():
             self.names.setdefault(id(module), f"{prefix}{name}")
 

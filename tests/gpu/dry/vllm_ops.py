@@ -2,9 +2,10 @@
 
 import torch
 
+from tests.gpu.dry import deep_gemm, scales
 from tests.gpu.dry.tensors import version
 
-FAKES: dict = {}
+FAKES: dict = dict(deep_gemm.FAKES)
 
 
 def fake(*names: str):
@@ -51,18 +52,33 @@ def attention(q, k, v, out, **integers):
         if x is not None:
             check(x.dtype == torch.int32, f"FlashAttention wants {name} in int32, not {x.dtype}")
             check(x.stride(-1) == 1, f"FlashAttention wants {name} contiguous")
-    result = out if out is not None else q.new_empty(*q.shape[:-1], v.shape[-1])
+    dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+    result = out if out is not None else q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
     return [result, q.new_empty(q.shape[-2], *q.shape[:-2], dtype=torch.float32), q.new_empty(0), q.new_empty(0)]
 
 
 @fake("_vllm_fa3_C::fwd")
 def flash_attention_3(
     q, k, v, k_new, v_new, q_v, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k, max_seqlen_q,
-    max_seqlen_k, page_table, *_,
+    max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale,
+    v_descale, *_,
 ):  # fmt: skip
+    if k.dtype == torch.float8_e4m3fn:
+        scales.use("attention", k.dtype, k_descale, v_descale)
     return attention(
         q, k, v, out, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, page_table=page_table
     )
+
+
+@fake("_C_cache_ops::reshape_and_cache_flash")
+def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale):
+    check(slot_mapping.dtype == torch.int64, f"the cache's slots are int64, not {slot_mapping.dtype}")
+    check(key.dtype == value.dtype, "keys and values have one type")
+    if kv_cache_dtype.startswith("fp8"):
+        check(key_cache.dtype == value_cache.dtype == torch.uint8, f"a cache in FP8 is of bytes, not {key_cache.dtype}")
+        scales.use("write", kv_cache_dtype, k_scale, v_scale)
+    else:
+        check(key_cache.dtype == key.dtype, f"{key.dtype} is not written to a cache of {key_cache.dtype}")
 
 
 @fake("_vllm_fa2_C::varlen_fwd")
@@ -120,6 +136,23 @@ def fused_gdn_decode_post_conv_mtp(
         state.stride(0) * state.element_size() % 16 == 0 and state.data_ptr() % 16 == 0,
         "state slots must be aligned to 16 bytes",
     )
+
+
+@fake("_moe_C::moe_wna16_marlin_gemm")
+def moe_wna16_marlin_gemm(
+    x, out, weight, bias, scales, x_scales, global_scale, zeros, workspace, token_ids, expert_ids, padded, topk_weights,
+    block, top_k, multiplies, kind, tokens, rows, inputs, *_,
+):  # fmt: skip
+    """vLLM 0.33's own fake has fewer parameters than its operator."""
+    check(x.shape == (tokens, inputs) and x.is_contiguous(), f"{tokens} x {inputs} inputs, {tuple(x.shape)}")
+    check(scales.dtype == x.dtype, f"scales of the inputs' type, {scales.dtype}")
+    check(scales.shape[::2] == (len(weight), rows), f"scales of {rows} rows, {tuple(scales.shape)}")
+    check(weight.shape[1:] == (inputs // 16, 2 * rows), f"tiles of {inputs} x {rows} in 4 bits, {tuple(weight.shape)}")
+    for name, ids in (("workspace", workspace), ("token_ids", token_ids), ("expert_ids", expert_ids)):
+        check(ids.dtype == torch.int32, f"{name} in int32, not {ids.dtype}")
+    for name, each in (("weight", weight), ("scales", scales), ("token_ids", token_ids)):
+        check(each.is_contiguous(), f"{name} contiguous, strides {each.stride()}")
+    return x.new_empty(tokens * top_k, rows) if out is None else out
 
 
 @fake("_C::weak_ref_tensor")

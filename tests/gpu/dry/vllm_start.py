@@ -1,6 +1,7 @@
 """vLLM's own engine, worker and graph capture on a GPU that is not there; run in a process of its own.
 
 python -m tests.gpu.dry.vllm_start OUT.json [--native] [--drafts N] [--capability 90] [--tp N] [--v1] [--args JSON]
+    [--model DIR]
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.gpu.dry.start import record, serve_without_weights
+from tests.gpu.dry.start import record, serve_without_weights, stored
 
 # Prompts that arrive at a step, in tokens; each begins with the same tokens. They make batches of prompts, of decodes
 # beside a prompt, of a prompt in pieces, of a prefix from the cache beside one that is not in it, and of one token.
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--tp", type=int, default=1, help="ranks, of which this process is the first")
     parser.add_argument("--v1", action="store_true", help="the older model runner")
+    parser.add_argument("--model", type=Path, help="a checkpoint whose weights are loaded; otherwise there are none")
     parser.add_argument("--args", type=json.loads, default={}, help="arguments of the engine")
     parser.add_argument("--all-configs", action="store_true", help="compile every configuration of autotuned kernels")
     parser.add_argument("--mutant", help="a function of vllm_mutants.py that breaks something")
@@ -96,6 +98,7 @@ def main() -> None:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
         "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+        "VLLM_DEEP_GEMM_WARMUP": "skip",
         "HF_HUB_OFFLINE": "1",
     }
     from tests.gpu.dry import install, jit, vllm_ops, vllm_patches
@@ -114,6 +117,12 @@ def main() -> None:
         def serve_model(model: Path) -> dict[str, Any]:
             return serve(model, options.drafts, options.tp, options.args)
 
+        def serve_stored() -> dict[str, Any]:
+            served = serve(options.model, options.drafts, options.tp, {"load_format": "auto"} | options.args)
+            return served | stored("_k_scale", "_v_scale")
+
+        if options.model:
+            record(options.out, serve_stored)
         record(options.out, partial(serve_without_weights, options.preset, options.overrides, serve_model))
 
 
