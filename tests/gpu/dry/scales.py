@@ -39,7 +39,7 @@ def used(k: str, v: str) -> dict[str, dict[str, list[str]]]:
         if name in USES:
             own = {x: getattr(layer, attribute).data_ptr() for x, attribute in (("k", k), ("v", v))}
             for operator, uses in sorted(USES[name].items()):
-                texts = (f"{cache}, {_text('k', first, own)}, {_text('v', last, own)}" for cache, first, last in uses)
+                texts = {f"{cache}, {_text('k', first, own)}, {_text('v', last, own)}" for cache, first, last in uses}
                 found.setdefault(name, {})[operator] = sorted(texts)
     return found
 
