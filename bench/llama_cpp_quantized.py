@@ -64,13 +64,19 @@ def error(found: Sequence[Any], exact: Sequence[Any]) -> float:
     return torch.cat(errors).abs().mean().item()
 
 
+def rate(name: str, step_ms: float) -> float:
+    """Tokens per second of all sequences."""
+    workload = step.WORKLOADS[name]
+    return workload["batch"] * (1 if "output" in workload else workload["length"]) / step_ms * 1e3
+
+
 def measure_ours(model: Path, prompts: Sequence[Sequence[int]]) -> tuple[dict[str, Any], list[Any]]:
     from qnext_plugin.verify.comparison import Result
     from qnext_plugin.verify.scenarios import Scenario
 
     scenario = Scenario((tuple(map(tuple, prompts)),), max_tokens=(1,), prompt_logprobs=True)
     with step.started("vllm", model) as remote, tempfile.TemporaryDirectory() as scratch:
-        found: dict[str, Any] = {name: step.measured(remote, model, name)["tokens per second"] for name in NAMES}
+        found: dict[str, Any] = {name: rate(name, step.measured(remote, model, name)["step ms"]) for name in NAMES}
         file = Path(scratch) / "answers"
         remote.call(
             "qnext_plugin.verify.worker:run",
