@@ -51,11 +51,11 @@ def product(decoder: Decoder, rows: int, together: int = 1) -> Function:
         out[r, b] += sum_c (sum_i x[c, i, r] codes[b, c, i] - zeros[b, c] sums[c, r]) scales[b, c] factors[c, r]
 
     ``c`` counts ``chunks``, parts of a group, ``i`` their inputs. All arguments are integers: ``weights`` is the
-    address of a block's lines, the next block is ``apart`` bytes away, what is read next ``ahead``, a chunk has
-    ``lines``. ``scales`` is float32
-    [together, chunks, 2, BLOCK] with scales and zero points, ``x`` [inputs, rows], float32 or pairs of int16,
-    ``factors`` float32 [chunks, 2, rows] with factors and sums, ``out`` float32 [rows, TOGETHER, BLOCK]. The decoder
-    ``f32`` has neither scales nor factors, and a single chunk.
+    address of a block's lines, the next block is ``apart`` bytes away, a chunk has ``lines``; ``ahead`` bytes after
+    each line is what is fetched for later. ``scales`` is float32 [together, chunks, 2, BLOCK] with scales and zero
+    points, ``x`` [inputs, rows], float32 or pairs of int16, ``factors`` float32 [chunks, 2, rows] with factors and
+    sums, ``out`` float32 [rows, TOGETHER, BLOCK]. The decoder ``f32`` has neither scales nor factors, and a single
+    chunk; nothing is fetched for it.
     """
     scaled = decoder.name != "f32"
 
