@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qnext_plugin import ops
-from qnext_plugin.ops.cpu import delta_rule, gemm_avx2, quantized
+from qnext_plugin.ops.cpu import delta_rule, gemm_avx2, multiply, quantized
 from qnext_plugin.ops.cpu.experts import routed_experts
 from tests.support.packed import FORMS, IDS, pack, weights
 
@@ -61,7 +61,7 @@ def test_quantized_products(form):
     """As far as codes are decoded in registers; more rows are multiplied in another way, with less rounding."""
     form, *parts = weights(*form, 33)
     packed, x = pack(form, *parts), torch.randn(ROWS, form.k)
-    few = tuple(size for size in SIZES if size <= quantized.FEW)
+    few = tuple(size for size in SIZES if size <= multiply.FEW)
     check(lambda rows: quantized.products(form, x, packed, rows=rows, dtype=torch.float32)[:, :33], few)
 
 
@@ -85,6 +85,16 @@ def test_experts(hidden, intermediate, first):
     ids = (ids - first).clamp_min(-1).int()
     products = gemm_avx2.products
     check(experts(w13, w2, x, topk_weights, ids, products, products, hidden, intermediate))
+
+
+def test_quantized_experts():
+    """As far as codes are decoded in registers."""
+    form13, *parts13 = weights("u4", torch.bfloat16, 256, 128, False, 80, EXPERTS)
+    form2, *parts2 = weights("e4m3", torch.float32, 40, 40, False, 256, EXPERTS)
+    w13, w2 = pack(form13, *parts13), pack(form2, *parts2)
+    topk_weights, ids = ops.route(torch.randn(ROWS, EXPERTS), top_k=TOP_K, renormalize=True)
+    x, few = torch.randn(ROWS, 256).bfloat16(), tuple(size for size in SIZES if size <= multiply.FEW)
+    check(lambda rows: quantized.experts((form13, form2), x[rows], w13, w2, topk_weights[rows], ids[rows]), few)
 
 
 def gated(heads: int, key_heads: int, size: int):

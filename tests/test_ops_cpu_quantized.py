@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from qnext_plugin.ops.cpu import decoded, packing, panels, quantized
-from qnext_plugin.ops.cpu.experts import routed_experts
 from tests.support.packed import BFLOAT, EXPONENT, FORMS, FP8, IDS, dequantize, each_in_a_byte, pack, weights
 from tests.support.tolerances import OPS, assert_close
 
@@ -172,28 +171,63 @@ def test_one_matrix_takes_all_rows_and_a_bias(rows):
     assert_close(found, expected, OPS[torch.bfloat16])
 
 
-@pytest.mark.parametrize("num_tokens", [1, 40])
-def test_routed_experts(num_tokens):
-    experts, hidden, intermediate = 7, 128, 64
-    form13, *parts13 = weights("u4", BFLOAT, hidden, 32, False, 2 * intermediate, experts)
+@pytest.fixture
+def packed_experts():
+    """Two forms, the packed weights of 7 experts, and what computes the result in float64."""
+    hidden, intermediate, experts = 136, 40, 7
+    form13, *parts13 = weights("u4", BFLOAT, hidden, hidden, False, 2 * intermediate, experts)
     form2, *parts2 = weights("e4m3", torch.float32, intermediate, intermediate, False, hidden, experts, seed=1)
-    x = torch.randn(num_tokens, hidden).bfloat16()
-    topk_weights, ids = torch.randn(num_tokens, experts).softmax(-1).topk(3)
-    w13, w2 = (plain(form13, *parts13), plain(form2, *parts2))
-    expected = torch.zeros(num_tokens, hidden, dtype=torch.float64)
-    for token, k in itertools.product(range(num_tokens), range(3)):
-        expert = ids[token, k]
-        gate, up = (w13[expert] @ x[token].double()).chunk(2)
-        expected[token] += topk_weights[token, k] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
-    packed13, packed2 = pack(form13, *parts13), pack(form2, *parts2)
-    found = routed_experts(
-        x,
-        topk_weights,
-        ids,
-        lambda x, rows, used, counts: quantized.products(form13, x, packed13, used, counts, rows, torch.float32),
-        lambda x, used, counts: quantized.products(form2, x, packed2, used, counts),
-    )
-    assert_close(found, expected, OPS[torch.bfloat16])
+    w13, w2 = plain(form13, *parts13), plain(form2, *parts2)
+
+    def exact(x, topk_weights, ids):
+        expected = torch.zeros(x.shape, dtype=torch.float64)
+        for token, k in itertools.product(*map(range, ids.shape)):
+            if (expert := ids[token, k]) >= 0:
+                gate, up = (w13[expert] @ x[token].double()).chunk(2)
+                expected[token] += topk_weights[token, k] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
+        return expected
+
+    return (form13, form2), pack(form13, *parts13), pack(form2, *parts2), exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("first", [0, 3, 7])  # of the experts on this rank
+@pytest.mark.parametrize(
+    ("num_tokens", "num_threads", "amx"), [(0, 2, False), (1, 3, False), (80, 2, False), (80, 2, True)]
+)
+def test_routed_experts(monkeypatch, packed_experts, num_tokens, num_threads, amx, first, dtype):
+    forms, w13, w2, exact = packed_experts
+    monkeypatch.setattr(quantized, "has_amx", lambda: amx)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    x = (3 * torch.randn(num_tokens, 136)).to(dtype)
+    topk_weights, ids = torch.randn(num_tokens, 7).softmax(-1).topk(3)
+    ids = torch.where(ids < first, -1, ids).int()
+    found = quantized.experts(forms, x, w13, w2, topk_weights, ids)
+    assert found.dtype == dtype and found.shape == x.shape
+    assert_close(found, exact(x, topk_weights, ids), OPS[torch.bfloat16])
+
+
+def test_experts_hide_nothing_that_is_not_finite(packed_experts):
+    forms, w13, w2, _ = packed_experts
+    topk_weights, ids = torch.full((3, 2), 0.5), torch.tensor([[0, 1], [1, 2], [2, 0]])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(3, 136)
+        x[1, 60] = value
+        found = quantized.experts(forms, x, w13, w2, topk_weights, ids)
+        assert bool(found[::2].isfinite().all()) and not bool(found[1].isfinite().any())
+
+
+@pytest.mark.parametrize("size", [0.1, 30, 95, 1e30])
+def test_silu_of_numbers_of_any_size(size):
+    one = torch.tensor(1.0).to(FP8).view(torch.uint8)
+    form13, form2 = (packing.form("e4m3", torch.float32, k, k) for k in (32, 16))
+    w13, w2 = (pack(form, torch.eye(32, form.k).byte() * one, torch.ones(32, 1))[None] for form in (form13, form2))
+    gates = torch.linspace(-size, size, 51)[:, None]
+    x = torch.cat([gates.expand(-1, 16), torch.ones(51, 16)], 1)
+    found = quantized.experts((form13, form2), x, w13, w2, torch.ones(51, 1), torch.zeros(51, 1, dtype=torch.int32))
+    expected = torch.nn.functional.silu(gates.double())
+    error = (found[:, :16] - expected).abs()
+    assert bool((error <= 2**-8 * expected.abs() + 1e-36).all()), error.max()
 
 
 def test_nan_in_a_checkpoint_is_refused():

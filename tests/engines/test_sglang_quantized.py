@@ -5,7 +5,6 @@ unquantized checkpoint; there one engine has the other formats loaded over the f
 """
 
 import json
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
 
@@ -60,9 +59,7 @@ def served(checkpoints, warm):
         config, root = STARTS[name], checkpoints / f"{name} {forms[0]}".replace(" ", "-")
         scenarios = (SCENARIO, DRAFT) if config.dtype == "float32" else (SCENARIO,)
         models = [str(checkpoints / form) for form in forms]
-        alone = config.tensor_parallel * config.pipeline_parallel == 1
-        forking = warm.forking() if alone else nullcontext()
-        with forking, started_engine("sglang", models[0], config, root) as engine:
+        with warm.forking(), started_engine("sglang", models[0], config, root) as engine:
             engine.ready(600)
             assert engine.serving(60)["modules"] == ["sglang_ext.model", "sglang_ext.mtp"]
             engine.call(

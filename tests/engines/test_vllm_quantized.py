@@ -4,7 +4,6 @@ The bound is in terms of what `transformers` itself loses in bfloat16: a wrong w
 more.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -44,7 +43,7 @@ def served(checkpoints, warm):
     def start(name):
         config, root = PARALLEL.get(name, ALONE), checkpoints / name.replace(" ", "-")
         root.mkdir()
-        with nullcontext() if name in PARALLEL else warm.forking():
+        with warm.forking():
             return serve(root, {form: case(checkpoints / form, config, (SCENARIO,)) for form in FORMS}, timeout=900)
 
     return start

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
+barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 @cache
@@ -117,3 +118,13 @@ def pointer(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(address), generate
+
+
+@intrinsic
+def as_float(_: Any, bits: Any) -> Any:
+    """Return the float32 that has these bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate

@@ -38,15 +38,7 @@ def _quantized_experts(
     form13: Sequence[int],
     form2: Sequence[int],
 ) -> Tensor:
-    first, second = Form(*form13), Form(*form2)
-
-    def gate_up(x: Tensor, rows: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
-        return quantized.products(first, x, w13, used, counts, rows, torch.float32)[:, : 2 * second.k]
-
-    def down(x: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
-        return quantized.products(second, x, w2, used, counts)[:, : first.k]
-
-    return routed_experts(x, topk_weights, topk_ids, gate_up, down)
+    return quantized.experts((Form(*form13), Form(*form2)), x, w13, w2, topk_weights, topk_ids)
 
 
 __all__ = [

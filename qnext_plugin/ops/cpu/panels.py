@@ -8,13 +8,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
 from qnext_plugin.ops.cpu import kernels
 from qnext_plugin.ops.cpu.decoders import E2M1_OFFSET
-from qnext_plugin.ops.cpu.jit import pointer, thread_num
+from qnext_plugin.ops.cpu.jit import as_float, pointer, thread_num
 from qnext_plugin.ops.cpu.packing import CODES, MIDDLE, Form
 
 CHUNK = 128  # the most inputs that are rounded together, and summed in int32
@@ -27,7 +25,7 @@ FIELDS = (
     *("matrices", "blocks", "k", "padded_k", "groups", "chunk", "num_rows", "most"),
     *("codes", "scales", "has_zeros", "per_line", "factor", "zero", "scales_at", "zeros_at", "codes_at", "block_bytes"),
     *("row_at", "factors_at", "tables_at", "tile_at", "sums_at", "per_thread"),
-    *("packed", "x", "rows", "out", "scratch", "x_bytes", "out_bytes"),
+    *("packed", "x", "rows", "out", "scratch", "x_bytes", "out_bytes", "experts"),
 )
 HEADER = np.dtype([(field, np.int64) for field in FIELDS])
 
@@ -126,7 +124,7 @@ def _round(bits: Any, x: Any, to: Any, size: Any) -> Any:
     if largest_bits >= INFINITY:
         to[:size] = 0
         return np.float32(np.nan), np.float32(0)
-    largest, inverse, total = _float(largest_bits), np.float32(0), np.int32(0)
+    largest, inverse, total = as_float(largest_bits), np.float32(0), np.int32(0)
     if largest_bits > SMALLEST:
         inverse = np.float32(32767) / largest
     for j in range(size):
@@ -142,16 +140,6 @@ def read_scales(h: Any, at: Any, to: Any) -> None:
     zeros = at + h.zeros_at if h.has_zeros else 0
     repeats = h.padded_k // h.chunk // h.groups
     _table(h.scales, at + h.scales_at, zeros, at, to, h.groups, repeats, h.factor, h.zero)
-
-
-@intrinsic
-def _float(_: Any, bits: Any) -> Any:
-    """Return the float32 that has these bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
 
 
 _table = kernels.choice(kernels.TABLES)

@@ -1,34 +1,25 @@
 """Compiled products with weights of 4 and 8 bits on x86-64 CPUs, which are multiplied as they are packed.
 
-For few rows codes are decoded in the registers that they are multiplied in, by inputs as ``panels.py`` rounds them. For
-many rows a block is decoded to float32 once, in tiles that stay in a core's cache; with AMX, ``decoded.py`` takes them.
+``multiply.py`` has the loops; with AMX, ``decoded.py`` takes many rows.
 """
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 from torch import Tensor
 
-from qnext_plugin.ops.cpu import decoded, kernels
+from qnext_plugin.ops.cpu import decoded, routed
 from qnext_plugin.ops.cpu.decoders import FEATURES
-from qnext_plugin.ops.cpu.jit import bounds, in_parallel, pointer, rounded, share, thread_num
-from qnext_plugin.ops.cpu.packing import BLOCK, LINE, Form
-from qnext_plugin.ops.cpu.panels import FIELDS, HEADER, TILE, chunk_of, coding, read_floats, read_inputs, read_scales
+from qnext_plugin.ops.cpu.experts import routed_experts
+from qnext_plugin.ops.cpu.jit import in_parallel
+from qnext_plugin.ops.cpu.multiply import multiply, sections
+from qnext_plugin.ops.cpu.packing import BLOCK, Form
+from qnext_plugin.ops.cpu.panels import FIELDS, HEADER, chunk_of, coding
 from qnext_plugin.ops.instructions import has_amx
-
-FEW = 12  # the most rows for which codes are decoded in registers
-PARTS = 8  # parts of up to ROWS rows that stay in a core's cache while all weights are read
-FEW_ROWS, ROWS, TOGETHER = kernels.FEW_ROWS, kernels.ROWS, kernels.TOGETHER
-ZERO, ONE = np.int64(0), np.int64(1)
-"""Numba would compile functions again for a literal argument."""
-
-ONCE = njit(inline="always")
-"""For functions with the loops in them, which LLVM would otherwise optimize again in each that calls them."""
 
 
 @cache
@@ -54,20 +45,14 @@ def products(
     each row once. Returns [R, blocks * BLOCK] in ``dtype``, bfloat16 or float32. Sums are in float32. An input that is
     not finite makes no output of its row a finite number.
     """
-    assert packed.is_contiguous() and packed.shape[-1] == form.offsets[-1] and x.shape[-1] == form.k
     x, rows = x.contiguous(), None if rows is None else rows.contiguous()
     num_rows = (x if rows is None else rows).shape[0]
     counts = (num_rows,) if counts is None else counts
     out = torch.empty(num_rows, packed.shape[-2] * BLOCK, dtype=dtype)
-    chunk, most = chunk_of(form), decoded.MANY - 1 if has_amx() else num_rows
-    sections = _sections(form, chunk)
-    scratch = torch.empty(torch.get_num_threads(), sections[-1], dtype=torch.int32)
-    sizes = (len(counts), packed.shape[-2], form.k, form.padded_k, form.groups, chunk, num_rows, most)
-    addresses = (packed.data_ptr(), x.data_ptr(), 0 if rows is None else rows.data_ptr(), out.data_ptr())
-    header = (*sizes, *coding(form), *sections, *addresses, scratch.data_ptr(), x.element_size(), out.element_size())
-    run = in_parallel(_region)
-    assert run is not None
-    run(np.array([*header, *used, *counts], np.int64))
+    most = decoded.MANY - 1 if has_amx() else num_rows
+    scratch = _scratch(form)
+    header = _header(form, packed, x, rows, out, scratch, (len(counts), most))
+    _run(np.array([*header, 0, *used, *counts], np.int64))
     if max(counts, default=0) > most:
         decoded.fill(out, form, x, packed, used, counts, rows)
     return out
@@ -80,149 +65,77 @@ def linear(form: Form, x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -
     return (products(form, x, packed, dtype=torch.float32)[:, :n] + bias).to(torch.bfloat16)
 
 
-@cache
-def _sections(form: Form, chunk: int) -> tuple[int, ...]:
-    """Return where a thread's scratch has its parts, in numbers of 4 bytes, and how large it is. They are::
+def experts(
+    forms: tuple[Form, Form], x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor
+) -> Tensor:
+    """Return ``experts.routed_experts`` for packed weights of two ``forms``, whose own ``k`` are H and I."""
+    if has_amx() and len(x) >= decoded.MANY:
+        return _experts_by_parts(forms, x, w13, w2, topk_weights, topk_ids)
+    # One region: for a few tokens, calls of the parts take longer than what is between the products.
+    x, ids, weights = x.contiguous(), topk_ids.long().contiguous(), topk_weights.float().contiguous()
+    pairs, num_experts = ids.numel(), len(w13)
+    gate_up, hidden = torch.empty(pairs, w13.shape[-2] * BLOCK), torch.empty(pairs, forms[1].k)
+    down = torch.empty(pairs, w2.shape[-2] * BLOCK, dtype=torch.bfloat16)
+    out, scratch = torch.empty_like(x), _scratch(*forms)
+    lists = torch.empty(3 * (num_experts + pairs), dtype=torch.int64)
+    tokens = lists[3 * num_experts :]
+    sizes = 0, pairs  # how many matrices are used is found inside
+    second = torch.tensor([*_header(forms[1], w2, hidden, None, down, scratch, sizes), 0])
+    tensors = (ids, weights, gate_up, hidden, down, out, lists, second)
+    task = torch.tensor([*ids.shape, num_experts, *(tensor.data_ptr() for tensor in tensors)])
+    _run(np.array([*_header(forms[0], w13, x, tokens, gate_up, scratch, sizes), task.data_ptr()], np.int64))
+    return out
 
-    inputs [PARTS, k, ROWS], one row of inputs [2, k], factors [chunks, 2, FEW], scales [TOGETHER, chunks, 2, BLOCK],
-    a tile [TILE, BLOCK], sums [PARTS, ROWS, TOGETHER, BLOCK]
-    """
-    k, chunks = form.padded_k, form.padded_k // chunk
-    sizes = (PARTS * ROWS * k, 2 * k, 2 * chunks * FEW, 2 * TOGETHER * chunks * BLOCK, TILE * BLOCK)
-    return (*accumulate(sizes), sum(sizes) + PARTS * ROWS * TOGETHER * BLOCK)
+
+def _experts_by_parts(
+    forms: tuple[Form, Form], x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor
+) -> Tensor:
+    first, second = forms
+
+    def gate_up(x: Tensor, rows: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return products(first, x, w13, used, counts, rows, torch.float32)[:, : 2 * second.k]
+
+    def down(x: Tensor, used: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return products(second, x, w2, used, counts)[:, : first.k]
+
+    return routed_experts(x, topk_weights, topk_ids, gate_up, down)
+
+
+def _header(
+    form: Form, packed: Tensor, x: Tensor, rows: Tensor | None, out: Tensor, scratch: Tensor, sizes: tuple[int, int]
+) -> tuple[int, ...]:
+    """Return the fields of ``HEADER`` but for the last; ``sizes`` are the numbers of matrices and ``most``."""
+    assert packed.is_contiguous() and packed.shape[-1] == form.offsets[-1] and x.shape[-1] == form.k
+    chunk, (matrices, most) = chunk_of(form), sizes
+    shape = (matrices, packed.shape[-2], form.k, form.padded_k, form.groups, chunk, len(out), most)
+    addresses = (packed.data_ptr(), x.data_ptr(), 0 if rows is None else rows.data_ptr(), out.data_ptr())
+    return (
+        *shape,
+        *coding(form),
+        *sections(form, chunk),
+        *addresses,
+        scratch.data_ptr(),
+        x.element_size(),
+        out.element_size(),
+    )
+
+
+def _scratch(*forms: Form) -> Tensor:
+    size = max(sections(form, chunk_of(form))[-1] for form in forms)
+    return torch.empty(torch.get_num_threads(), size, dtype=torch.int32)
+
+
+def _run(data: np.ndarray) -> None:
+    run = in_parallel(_region)
+    assert run is not None
+    run(data)
 
 
 def _region(data: Any) -> None:
-    """Compute one thread's share of all products, each of a block and the rows that are computed at once."""
+    """Compute one thread's share of a call."""
     h = carray(data, 1, HEADER)[0]
-    lists = carray(data, len(FIELDS) + 2 * h.matrices, np.int64)[len(FIELDS) :].reshape(2, h.matrices)
-    used, counts = lists[0], lists[1]
-    total, row = ZERO, ZERO
-    for count in counts:
-        total += h.blocks * _jobs(count, h.most) * _cost(count)
-    first, last = share(total)
-    for i in range(h.matrices):
-        which, count = used[i], counts[i]
-        jobs, cost = h.blocks * _jobs(count, h.most), _cost(count)
-        job, stop = max(-(-first // cost), 0), min(-(-last // cost), jobs)
-        if job < stop:
-            weights = h.packed + h.block_bytes * h.blocks * which
-            if count <= FEW:
-                following = h.packed + h.block_bytes * h.blocks * used[i + 1] if last > jobs * cost else weights
-                _few(h, weights, row, count, job, stop, following)
-            else:
-                _many(h, weights, row, count, job, stop)
-        row, first, last = row + count, first - jobs * cost, last - jobs * cost
-
-
-@njit
-def _parts(count: Any) -> Any:
-    """Return into how many parts rows are divided, each computed at once."""
-    size = FEW_ROWS if count <= FEW else ROWS
-    return (count + size - 1) // size
-
-
-@njit
-def _jobs(count: Any, most: Any) -> Any:
-    """Return how many jobs a block is; none where ``decoded`` takes the rows."""
-    if count > most:
-        return ZERO
-    return min(count, 1) if count <= FEW else _parts(count)
-
-
-@njit
-def _cost(count: Any) -> Any:
-    """Return what a job costs, in rows: decoding counts for two."""
-    return (count if count <= FEW else count // _parts(count)) + 2
-
-
-@ONCE
-def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any, following: Any) -> None:
-    """Multiply ``count`` rows from ``row`` on by one matrix; a job is a block. What is read next is ``following``."""
-    own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
-    inputs, factors = 4 * FEW_ROWS * h.padded_k, own + 4 * h.factors_at
-    per_part = 8 * FEW_ROWS * chunks
-    scales, sums_at = own + 4 * h.tables_at, own + 4 * h.sums_at
-    for part in range(parts):
-        begin, end = bounds(row, count, parts, part)
-        read_inputs(h, begin, end, own + inputs * part, factors + per_part * part)
-    lines, size = h.chunk // h.per_line, count * TOGETHER * BLOCK
-    sums = carray(pointer(sums_at), size, np.float32)
-    while job < stop:
-        together = 4 if count == 1 else kernels.TOGETHER_FOR_ROWS
-        together = together if job + together <= stop else 1
-        at = weights + h.block_bytes * job
-        then = at + h.block_bytes * together if job + together < stop else following
-        ahead = then - at - h.codes_at  # scales are before the codes, and are read first
-        for b in range(together):
-            read_scales(h, at + h.block_bytes * b, scales + 8 * BLOCK * chunks * b)
-        for j in range(size):
-            sums[j] = 0
-        for part in range(parts):
-            begin, end = bounds(row, count, parts, part)
-            kernel = (h.codes * FEW_ROWS + end - begin - 1) * 2 + (together > 1)
-            x, out = own + inputs * part, sums_at + 4 * TOGETHER * BLOCK * (begin - row)
-            codes = at + h.codes_at
-            _product(kernel, codes, h.block_bytes, ahead, scales, x, factors + per_part * part, out, chunks, lines)
-        _write(h, row, row + count, job, together, sums_at)
-        job += together
-
-
-@ONCE
-def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> None:
-    """Do the same with blocks that are decoded for up to PARTS parts of the rows; a job is a block and a part."""
-    own, parts, chunks = h.scratch + 4 * h.per_thread * thread_num(), _parts(count), h.padded_k // h.chunk
-    inputs, per_part = 4 * ROWS * h.padded_k, 4 * ROWS * TOGETHER * BLOCK
-    scales, tile, sums_at = own + 4 * h.tables_at, own + 4 * h.tile_at, own + 4 * h.sums_at
-    at_once, filled = max(TILE // h.chunk, 1), -1
-    while job < stop:
-        group = job // (h.blocks * PARTS)
-        size = min(PARTS, parts - group * PARTS)
-        within = job - group * h.blocks * PARTS
-        block, part = within // size, within % size
-        end_part = min(size, part + stop - job)
-        if group != filled:
-            filled = group
-            for i in range(size):
-                begin, end = bounds(row, count, parts, group * PARTS + i)
-                read_floats(h, begin, end, own + inputs * i)
-        at = weights + h.block_bytes * block
-        read_scales(h, at, scales)
-        sums = carray(pointer(sums_at + per_part * part), (end_part - part) * ROWS * TOGETHER * BLOCK, np.float32)
-        for j in range((end_part - part) * ROWS * TOGETHER * BLOCK):
-            sums[j] = 0
-        c = 0
-        while c < chunks:
-            now = min(at_once, chunks - c)
-            lines, k = h.chunk // h.per_line, c * h.chunk
-            _tile(h.codes, at + h.codes_at + LINE * c * lines, scales + 8 * BLOCK * c, tile, now, lines)
-            for i in range(part, end_part):
-                begin, end = bounds(row, count, parts, group * PARTS + i)
-                x = own + inputs * i + 4 * (end - begin) * k
-                kernel, out = kernels.FLOATS_AT + end - begin, sums_at + per_part * i
-                _product(kernel, tile, 0, 0, 0, x, 0, out, 1, now * h.chunk)
-            c += now
-        for i in range(part, end_part):
-            begin, end = bounds(row, count, parts, group * PARTS + i)
-            _write(h, begin, end, block, ONE, sums_at + per_part * i)
-        job += end_part - part
-
-
-@njit
-def _write(h: Any, begin: Any, end: Any, block: Any, together: Any, sums_at: Any) -> None:
-    n = h.blocks * BLOCK
-    sums = carray(pointer(sums_at), (end - begin, TOGETHER, BLOCK), np.uint32)
-    out16, out32 = (
-        carray(pointer(h.out), (h.num_rows, n), np.uint16),
-        carray(pointer(h.out), (h.num_rows, n), np.uint32),
-    )
-    for r in range(begin, end):
-        for b in range(together):
-            for j in range(BLOCK):
-                if h.out_bytes == 2:
-                    out16[r, (block + b) * BLOCK + j] = rounded(sums[r - begin, b, j])
-                else:
-                    out32[r, (block + b) * BLOCK + j] = sums[r - begin, b, j]
-
-
-_product, _tile = (kernels.choice(functions) for functions in (kernels.PRODUCTS, kernels.TILES))
+    if h.experts:
+        routed.compute(h)
+    else:
+        lists = carray(data, len(FIELDS) + 2 * h.matrices, np.int64)[len(FIELDS) :].reshape(2, h.matrices)
+        multiply(h, lists[0], lists[1])
