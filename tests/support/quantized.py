@@ -3,7 +3,9 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +36,12 @@ SCENARIO = Scenario((tuple(tokens(length, seed=length) for length in (1, 7, 40, 
 
 
 FORMS = (*FORMATS, "auto-round-mixed", "two-groups")
+BY_TWO = ("fp8-channel", "w4a16")
+
+
+def by_two(*values: str) -> Any:
+    """Return parameters of a test of two processes, of which the last is the form; the default tests have BY_TWO."""
+    return pytest.param(*values, marks=() if values[-1] in BY_TWO else pytest.mark.exhaustive)
 
 
 def write(root: Path) -> None:

@@ -68,7 +68,7 @@ def _sort(task: Any, first: Any, second: Any, lists: Any) -> None:
     first.num_rows = second.num_rows = row
 
 
-@njit
+@njit(error_model="numpy")  # a check for 0 would keep the loop from being vectorized
 def _activate(task: Any, first: Any, second: Any) -> None:
     """Store ``silu(gate) * up`` times the routing weight: the rest is linear, and so the product is rounded once."""
     pairs, inner = task.tokens * task.top_k, second.k
