@@ -33,6 +33,13 @@ def layers(worker: Any) -> dict[str, Any]:
     return found
 
 
+def united(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``layers`` found on any rank: a stage of a pipeline has its own layers only."""
+    codes = {name: kinds for rank in ranks for name, kinds in rank["codes"].items()}
+    lists = {how: sorted({name for rank in ranks for name in rank[how]}) for how in ("as stored", "dequantized")}
+    return {"codes": codes, **lists}
+
+
 def rope_rows(worker: Any) -> dict[str, list[float]]:
     """Some rows of the table of the first full attention layer, ``[cos | sin]``, by position."""
     attention = next(m for m in worker.model_runner.model.modules() if type(m).__name__ == "GatedAttention")
@@ -59,7 +66,7 @@ def serve(cases: dict[str, dict[str, Any]], directory: str) -> dict[str, Any]:
             engine = Engine(case["model"], EngineConfig(**case["config"]), **case["args"])
             out[name] = {
                 "modules": engine.serving()["modules"],
-                "layers": engine.llm.collective_rpc(layers)[-1],
+                "layers": united(engine.llm.collective_rpc(layers)),
                 "rope": engine.llm.collective_rpc(rope_rows)[-1],
             }
             out[name]["results"], out[name]["memory"] = [], []
