@@ -198,7 +198,7 @@ def verify(runs: list[dict[str, Any]]) -> str:
 
 def agreement(runs: list[dict[str, Any]]) -> str:
     """Of ``qnext verify``, a row each: the scenarios that agree, and how much of its bound the worst of all takes."""
-    rows = [["Served by", "scenarios that agree", "largest error, of its bound"]]
+    rows = [["Served by", "scenarios that agree", "largest error, as a share of its bound"]]
     for title, run in by_title(runs).items():
         measured = [row for row in run["rows"] if row["difference"]]
         keys = ("max", "usual", "sustained")
