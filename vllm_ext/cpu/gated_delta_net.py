@@ -1,4 +1,4 @@
-"""Selects the CPU kernels of each phase (``phases``): vLLM's in C++ where they serve, else torch."""
+"""Selects the CPU kernels of each phase (``phases``): vLLM's in C++ where they serve, else ours or torch."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from qnext_plugin import ops
 from qnext_plugin.config import GatedDeltaNetDims
 from qnext_plugin.kernel_log import record
+from qnext_plugin.ops.instructions import multiplies_codes
 from vllm_ext.cpu.phases import CppConv, CppDelta, Drafts, Prefills, TorchConv, TorchDelta
-from vllm_ext.state import DeltaNetLayer
+from vllm_ext.state import DeltaNetLayer, state_dtypes
 
 
 def cpp_conv_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
@@ -43,6 +44,16 @@ def cpp_prefill_obstacle(dims: GatedDeltaNetDims, dtype: torch.dtype) -> str:
     return cpp_delta_obstacle(dims, dtype) or ("without AVX512 it takes nine times as long" if slow else "")
 
 
+def select_conv(vllm_config: VllmConfig) -> TorchConv:
+    """Return the convolution where vLLM's does not serve."""
+    dtypes = {vllm_config.model_config.dtype, state_dtypes(vllm_config)[0]}
+    if dtypes != {torch.bfloat16} or is_conv_state_dim_first() or not multiplies_codes():
+        return TorchConv()
+    from vllm_ext.cpu.compiled_conv import CompiledConv  # it imports Numba, which only some CPUs need
+
+    return CompiledConv() if CompiledConv.available() else TorchConv()
+
+
 class CpuKernels:
     """The kernels of Gated DeltaNet layers on CPUs: a convolution and a delta rule for each phase, then one norm."""
 
@@ -51,7 +62,7 @@ class CpuKernels:
     def __init__(self, dims: GatedDeltaNetDims, vllm_config: VllmConfig) -> None:
         dtype = vllm_config.model_config.dtype
         self.conv_obstacle = cpp_conv_obstacle(dims, dtype)
-        self.conv = TorchConv() if self.conv_obstacle else CppConv()
+        self.conv = select_conv(vllm_config) if self.conv_obstacle else CppConv()
         step, prefill = cpp_delta_obstacle(dims, dtype), cpp_prefill_obstacle(dims, dtype)
         self.delta_obstacles = {"prefill": prefill, "decode": step, "verify": step}
         self.delta = {phase: TorchDelta() if why else CppDelta() for phase, why in self.delta_obstacles.items()}

@@ -78,7 +78,7 @@ def _region(data: Any) -> None:
         read_scales(h, at, scales)
         for c in range(0, h.padded_k // h.chunk, at_once):
             now = min(at_once, h.padded_k // h.chunk - c)
-            _tile(h.codes, at + h.codes_at + LINE * c * lines, scales + 8 * BLOCK * c, tile, now, lines)
+            _tile(h.codes, (at + h.codes_at + LINE * c * lines, scales + 8 * BLOCK * c, tile, now, lines))
             k = c * h.chunk
             for i in range(min(now * h.chunk, h.k - k)):
                 for j in range(words):

@@ -22,6 +22,7 @@ from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 logger = logging.getLogger(__name__)
+LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -112,6 +113,12 @@ def rounded(bits: Any) -> Any:
     return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
 
 
+@njit
+def round_to(to: Any, bits: Any) -> None:
+    for j in range(len(to)):
+        to[j] = rounded(bits[j])
+
+
 @intrinsic
 def pointer(_: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -128,3 +135,15 @@ def as_float(_: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.uint32), generate
+
+
+@njit(fastmath={"contract"})
+def exp(x: Any) -> Any:
+    """Return ``e ** x`` within a few units in the last place, infinity for ``x`` above 88, NaN for NaN."""
+    x = min(max(x, np.float32(-87)), np.float32(89))
+    n = np.rint(x * LOG2E)
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    series = np.float32(1 / 5040)
+    for factor in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        series = series * r + np.float32(factor)
+    return series * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qnext_plugin.ops.cpu.decoders import (
@@ -221,7 +222,7 @@ def table(scales: torch.dtype) -> Function:
 
 
 def choice(functions: Sequence[Function]) -> Any:
-    """Return an intrinsic that calls one of ``functions``: its arguments are an index and theirs, all integers.
+    """Return an intrinsic that calls one of ``functions``: its arguments are an index and a tuple of theirs.
 
     They are separate functions because LLVM groups the stores of several loops in one and spills the sums.
     """
@@ -239,28 +240,22 @@ def choice(functions: Sequence[Function]) -> Any:
         return defined
 
     def call(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        index, *arguments = values
+        index, arguments = values
         after = builder.append_basic_block()
         cases = builder.switch(index, after)
         for i, function in enumerate(functions):
             block = builder.append_basic_block()
             cases.add_case(index.type(i), block)
             builder.position_at_end(block)
-            builder.call(define(builder.module, function), arguments)
+            builder.call(define(builder.module, function), cgutils.unpack_tuple(builder, arguments))
             builder.branch(after)
         builder.position_at_end(after)
         return context.get_dummy_value()
 
-    def of_five(_: Any, index: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
-        return types.void(types.int64, *[types.int64] * 5), call
+    def typed(_: Any, index: Any, arguments: Any) -> Any:
+        return types.void(types.int64, types.UniTuple(types.int64, functions[0].arguments)), call
 
-    def of_eight(_: Any, index: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
-        return types.void(types.int64, *[types.int64] * 8), call
-
-    def of_nine(_: Any, index: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
-        return types.void(types.int64, *[types.int64] * 9), call
-
-    return intrinsic({5: of_five, 8: of_eight, 9: of_nine}[functions[0].arguments])
+    return intrinsic(typed)
 
 
 PRODUCTS = [

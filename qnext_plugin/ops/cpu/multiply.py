@@ -110,7 +110,7 @@ def _few(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any, follow
             kernel = (h.codes * FEW_ROWS + end - begin - 1) * 2 + (together > 1)
             x, out = own + inputs * part, sums_at + 4 * TOGETHER * BLOCK * (begin - row)
             codes = at + h.codes_at
-            _product(kernel, codes, h.block_bytes, ahead, scales, x, factors + per_part * part, out, chunks, lines)
+            _product(kernel, (codes, h.block_bytes, ahead, scales, x, factors + per_part * part, out, chunks, lines))
         _write(h, row, row + count, job, together, sums_at)
         job += together
 
@@ -142,12 +142,12 @@ def _many(h: Any, weights: Any, row: Any, count: Any, job: Any, stop: Any) -> No
         while c < chunks:
             now = min(at_once, chunks - c)
             lines, k = h.chunk // h.per_line, c * h.chunk
-            _tile(h.codes, at + h.codes_at + LINE * c * lines, scales + 8 * BLOCK * c, tile, now, lines)
+            _tile(h.codes, (at + h.codes_at + LINE * c * lines, scales + 8 * BLOCK * c, tile, now, lines))
             for i in range(part, end_part):
                 begin, end = bounds(row, count, parts, group * PARTS + i)
                 x = own + inputs * i + 4 * (end - begin) * k
                 kernel, out = kernels.FLOATS_AT + end - begin, sums_at + per_part * i
-                _product(kernel, tile, 0, 0, 0, x, 0, out, 1, now * h.chunk)
+                _product(kernel, (tile, 0, 0, 0, x, 0, out, 1, now * h.chunk))
             c += now
         for i in range(part, end_part):
             begin, end = bounds(row, count, parts, group * PARTS + i)

@@ -139,7 +139,7 @@ def read_scales(h: Any, at: Any, to: Any) -> None:
     """Store a block's scales and zero points as ``kernels.product`` takes them."""
     zeros = at + h.zeros_at if h.has_zeros else 0
     repeats = h.padded_k // h.chunk // h.groups
-    _table(h.scales, at + h.scales_at, zeros, at, to, h.groups, repeats, h.factor, h.zero)
+    _table(h.scales, (at + h.scales_at, zeros, at, to, h.groups, repeats, h.factor, h.zero))
 
 
 _table = kernels.choice(kernels.TABLES)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from qnext_plugin.ops.cpu.jit import as_float, barrier, pointer, rounded, share, thread_num
+from qnext_plugin.ops.cpu.jit import as_float, barrier, exp, pointer, round_to, share, thread_num
 from qnext_plugin.ops.cpu.multiply import multiply
 from qnext_plugin.ops.cpu.packing import BLOCK
 from qnext_plugin.ops.cpu.panels import HEADER
@@ -15,7 +15,6 @@ TASK = np.dtype([(field, np.int64) for field in FIELDS])
 """Sizes, then addresses. ``lists`` are the used experts, their numbers of rows and where each expert's rows begin
 [experts], then of each row its token and its place in ``ids``, and of each place its row [pairs]; ``second`` is the
 ``HEADER`` of the second product."""
-LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
 @njit
@@ -80,39 +79,26 @@ def _activate(task: Any, first: Any, second: Any) -> None:
         weight = weights[places[row]]
         for j in range(inner):
             gate = gate_up[row, j]
-            hidden[row, j] = gate / (np.float32(1) + _exp(-gate)) * gate_up[row, inner + j] * weight
+            hidden[row, j] = gate / (np.float32(1) + exp(-gate)) * gate_up[row, inner + j] * weight
 
 
 @njit
 def _combine(task: Any, first: Any, second: Any) -> None:
     """Add a token's rows and round once."""
-    pairs, width, rows = task.tokens * task.top_k, first.k, _by_row(task)[2]
-    own = first.scratch + 4 * (first.per_thread * thread_num() + first.row_at)
-    sums, bits = carray(pointer(own), width, np.float32), carray(pointer(own), width, np.uint32)
-    down = carray(pointer(task.down), (pairs, second.blocks * BLOCK), np.uint16)
-    out16 = carray(pointer(task.out), (task.tokens, width), np.uint16)
-    out32 = carray(pointer(task.out), (task.tokens, width), np.uint32)
+    width, rows = first.k, _by_row(task)[2]
     begin, end = share(width)
+    own = first.scratch + 4 * (first.per_thread * thread_num() + first.row_at)
+    sums, bits = carray(pointer(own), end - begin, np.float32), carray(pointer(own), end - begin, np.uint32)
     for token in range(task.tokens):
-        sums[begin:end] = 0
+        sums[:] = 0
         for place in range(token * task.top_k, (token + 1) * task.top_k):
             if rows[place] >= 0:
-                for j in range(begin, end):
-                    sums[j] += as_float(np.uint32(down[rows[place], j]) << np.uint32(16))
-        for j in range(begin, end):
-            if first.x_bytes == 2:
-                out16[token, j] = rounded(bits[j])
-            else:
-                out32[token, j] = bits[j]
-
-
-@njit(fastmath={"contract"})
-def _exp(x: Any) -> Any:
-    """Return ``e ** x`` within a few units in the last place, infinity for ``x`` above 88, NaN for NaN."""
-    x = min(max(x, np.float32(-87)), np.float32(89))
-    n = np.rint(x * LOG2E)
-    r = x - n * LN2_HIGH - n * LN2_LOW
-    series = np.float32(1 / 5040)
-    for factor in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        series = series * r + np.float32(factor)
-    return series * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+                at = task.down + 2 * (rows[place] * second.blocks * BLOCK + begin)
+                row = carray(pointer(at), end - begin, np.uint16)
+                for j in range(end - begin):
+                    sums[j] += as_float(np.uint32(row[j]) << np.uint32(16))
+        at = task.out + first.x_bytes * (token * width + begin)
+        if first.x_bytes == 2:
+            round_to(carray(pointer(at), end - begin, np.uint16), bits)
+        else:
+            carray(pointer(at), end - begin, np.uint32)[:] = bits
