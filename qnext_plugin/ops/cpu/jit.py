@@ -127,19 +127,20 @@ def pointer(_: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-@intrinsic
-def as_float(_: Any, bits: Any) -> Any:
-    """Return the float32 that has these bits."""
-
+def _as_float(_: Any, bits: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.uint32), generate
 
 
+as_float: Any = intrinsic(_as_float)
+"""This function returns the float32 that has the bits of a uint32."""
+
+
 @njit(fastmath={"contract"})
 def exp(x: Any) -> Any:
-    """Return ``e ** x`` within a few units in the last place, infinity for ``x`` above 88, NaN for NaN."""
+    """Return ``e ** x`` within a few units in the last place, infinity for ``x`` above 88, any number for NaN."""
     x = min(max(x, np.float32(-87)), np.float32(89))
     n = np.rint(x * LOG2E)
     r = x - n * LN2_HIGH - n * LN2_LOW
