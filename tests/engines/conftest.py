@@ -10,7 +10,7 @@ What is marked ``exhaustive``, which only ``scripts/test --all`` runs, and what 
 - ``prefix-no-buffer``: ``mtp1-no-buffer``; ``eagle3-prefix``: ``ngram`` and ``standalone``
 - ``tp2``, ``pp2``: ``tp2-mtp2``, ``pp2-mtp2``
 - ``ep2-mtp2``, ``bfloat16-ep2-mtp2``: experts in parallel in ``test_vllm_executors``
-- ``test_*_quantized``, two processes: each format in one process there; ``tp2-mtp2``, ``pp2-mtp2``
+- ``test_*_quantized``, two processes: two formats there, and each format in one process
 - ``test_*_loading``, five formats: two formats there; each format in one process in ``test_*_quantized``
 - ``test_vllm_server``, compiled on two ranks: on one there, and ``tp2-mtp2``
 - ``test_vllm_server``, YaRN in config.json: ``odd-a`` to ``odd-c``, and the case that overrides it
