@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.dry.report import ATTENTION, DELTA_NET, EXPERTS, PARTS
-from tests.gpu.dry.starts import FORMS, SGLANG, VLLM
+from tests.gpu.dry.starts import NATIVE_FORMS, SGLANG, SGLANG_FORMS, VLLM, VLLM_FORMS
 from tests.gpu.dry.trace import GPUS
 from tests.support.cache_scales import scale
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
 ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
 RECORDS = {name: engine.records() for name, engine in ENGINES.items()}
-STARTS = [(engine, start) for engine in ENGINES for start in RECORDS[engine] if start in ENGINES[engine].starts]
+STARTS = [(name, start) for name, engine in ENGINES.items() for start in engine.starts]
 PAIRS = [
-    (engine, start, phase)
+    (engine, start)
     for engine, start in STARTS
-    if start.startswith("ours") and start.replace("ours", "native") in RECORDS[engine]
-    for phase in RECORDS[engine][start]["phases"]
+    if start.startswith("ours") and start.replace("ours", "native") in ENGINES[engine].starts
 ]
-QUANTIZED = [(engine, form) for engine in ENGINES for form in FORMS]
+QUANTIZED = [(engine, form) for engine, forms in (("vllm", VLLM_FORMS), ("sglang", SGLANG_FORMS)) for form in forms]
 MODELS = {
     ("vllm", "ours"): "vllm_ext.model",
     ("vllm", "native"): "vllm.model_executor.models.qwen3_next",
@@ -36,10 +35,9 @@ BUDGETS = {
 }
 
 
-def served_as_stored(record):
-    """The engine's classes for quantized weights, by the layers that they serve."""
-    classes = record["served"]["classes"]
-    return {name: n for name, n in classes.items() if not name.startswith("Unquantized") and "KVCache" not in name}
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_start_has_a_record(engine):
+    assert RECORDS[engine].keys() == ENGINES[engine].starts.keys()
 
 
 @pytest.mark.parametrize(("engine", "start"), STARTS)
@@ -52,23 +50,32 @@ def test_every_start_serves_and_compiles_every_kernel(engine, start):
     assert found["served"]["model"] == MODELS[engine, start.split(",")[0]]
 
 
-@pytest.mark.parametrize(("engine", "start", "phase"), PAIRS)
-def test_ours_launches_and_copies_at_most_as_much(engine, start, phase):
-    ours, native = (RECORDS[engine][name]["phases"][phase] for name in (start, start.replace("ours", "native")))
-    assert ours["between ranks"] <= native["between ranks"]
-    if engine == "sglang":  # vLLM's own leaves its norms to torch.compile, which is off
-        assert ours["launches"] <= native["launches"] and ours["copies"] <= native["copies"]
-    for part in ours["parts"].keys() & native["parts"].keys():
-        for what in ("launches", "copies"):
-            assert ours["parts"][part][what] <= native["parts"][part][what], (part, what)
+@pytest.mark.parametrize(("engine", "start"), PAIRS)
+def test_ours_launches_and_copies_at_most_as_much(engine, start):
+    every, of_native = (RECORDS[engine][name]["phases"] for name in (start, start.replace("ours", "native")))
+    assert every and every.keys() == of_native.keys()
+    for phase, ours in every.items():
+        native = of_native[phase]
+        assert ours["between ranks"] <= native["between ranks"], phase
+        if engine == "sglang":  # vLLM's own leaves its norms to torch.compile, which is off
+            assert ours["launches"] <= native["launches"] and ours["copies"] <= native["copies"], phase
+        for part in ours["parts"].keys() & native["parts"].keys():
+            for what in ("launches", "copies"):
+                assert ours["parts"][part][what] <= native["parts"][part][what], (phase, part, what)
 
 
-@pytest.mark.parametrize(
-    ("engine", "form"), [(engine, form) for engine, form in QUANTIZED if f"native, {form}" in RECORDS[engine]]
-)
-def test_no_layer_is_served_unquantized_that_the_engines_own_model_serves_as_stored(engine, form):
-    ours, native = (served_as_stored(RECORDS[engine][f"{side}, {form}"]) for side in ("ours", "native"))
-    assert ours == native and len(ours) == 2, (ours, native)  # linear layers and experts
+@pytest.mark.parametrize("form", NATIVE_FORMS)
+def test_no_layer_is_served_unquantized_that_vllms_own_model_serves_as_stored(form):
+    ours, native = (RECORDS["vllm"][f"{side}, {form}"]["served"]["classes"] for side in ("ours", "native"))
+    assert ours == native
+
+
+@pytest.mark.parametrize(("engine", "form"), QUANTIZED)
+def test_every_layer_that_is_stored_quantized_is_served_so(engine, form):
+    """Four layers and a draft have 20 linear layers that are stored quantized, and five times experts."""
+    classes = RECORDS[engine][f"ours, {form}"]["served"]["classes"]
+    experts = [n for name, n in classes.items() if "MoE" in name]
+    assert (experts, sum(classes.values())) == ([5], 25), classes
 
 
 @pytest.mark.parametrize(("engine", "form"), QUANTIZED)
@@ -151,7 +158,7 @@ def formats_table():
         phase = "verify, captured" if engine == "vllm" else "verify 3 drafts"
         ours, native = (RECORDS[engine].get(f"{side}, {form}") for side in ("ours", "native"))
         launches = " | ".join(str(each["phases"][phase]["launches"]) if each else "-" for each in (ours, native))
-        classes = ", ".join(f"`{name}` {n}" for name, n in served_as_stored(ours).items())
+        classes = ", ".join(f"`{name}` {n}" for name, n in ours["served"]["classes"].items())
         rows.append(f"| {'vLLM' if engine == 'vllm' else 'SGLang'} | `{form}` | {launches} | {classes} |")
     return rows
 

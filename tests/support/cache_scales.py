@@ -34,6 +34,8 @@ FORM_OF_SCALES = {
     "nvfp4-llm-compressor": "compressed-tensors",
     "mxfp4-quark": "quark",
     "nvfp4": "modelopt",
+    "auto-round-mixed": "engine",
+    "two-groups": "compressed-tensors",
 }
 
 

@@ -47,11 +47,20 @@ def by_two(*values: str) -> Any:
 def write(root: Path) -> None:
     """A checkpoint in each of ``FORMS``, by its name below ``root``, with scales for an FP8 cache that is not used."""
     write_random_checkpoint(root / "source", overrides=SIZES)
-    for name in FORMATS:
+    for name in FORMS:
+        write_form(root, name)
+        if name in FORMATS:
+            add_cache_scales(root / name, FORM_OF_SCALES[name], asks=False)
+
+
+def write_form(root: Path, name: str) -> None:
+    """Write what is in ``root / "source"`` in one of ``FORMS``, by its name below ``root``."""
+    if name == "auto-round-mixed":
+        _write_auto_round_mixed(root)
+    elif name == "two-groups":
+        _write_two_groups(root)
+    else:
         quantize_checkpoint(root / "source", root / name, format=name)
-        add_cache_scales(root / name, FORM_OF_SCALES[name], asks=False)
-    _write_auto_round_mixed(root)
-    _write_two_groups(root)
 
 
 def _write_auto_round_mixed(root: Path) -> None:

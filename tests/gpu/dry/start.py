@@ -32,9 +32,10 @@ def serve_without_weights(
 
 
 def stored(k: str, v: str) -> dict[str, Any]:
-    """Return how many layers each of the engine's classes for weights serves, and what ``scales.used`` returns."""
+    """Return how many layers each of the engine's classes for quantized weights serves, and ``scales.used``."""
     methods = [getattr(layer, "quant_method", None) for model in TRACE.models for layer in model.modules()]
-    classes = Counter(type(method).__name__ for method in methods if method is not None)
+    names = [type(method).__name__ for method in methods if method is not None]
+    classes = Counter(name for name in names if not name.startswith("Unquantized") and "KVCache" not in name)
     return {"classes": dict(sorted(classes.items())), "cache": scales.used(k, v)}
 
 

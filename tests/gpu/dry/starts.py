@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qnext_plugin.checkpoint.make_quantized import quantize_checkpoint
 from qnext_plugin.checkpoint.make_random import write_random_checkpoint
 from tests.gpu.dry.report import summary
 from tests.support.cache_scales import FORM_OF_SCALES, add_cache_scales
-from tests.support.quantized import SIZES
+from tests.support.quantized import FORMS, SIZES, write_form
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 1200
@@ -76,8 +75,14 @@ def environment_of(engine: str, name: str) -> str:
     return "dry" if engine == "vllm" or "packages" in name else engine
 
 
-# The stored formats of starts with weights, with arguments of vLLM: its own choice for W4A16 asks the driver.
-FORMS: dict[str, dict[str, str]] = {"fp8-block": {}, "w4a16": {"linear_backend": "marlin", "moe_backend": "marlin"}}
+# The stored formats of starts with weights: arguments of vLLM, whose own choice for some asks the driver, and flags of
+# SGLang.
+MARLIN = {"linear_backend": "marlin", "moe_backend": "marlin"}
+VLLM_FORMS: dict[str, dict[str, str]] = {"fp8-block": {}, "w4a16": MARLIN, "gptq": MARLIN, "awq": MARLIN}
+SGLANG_FORMS: dict[str, list[str]] = {"fp8-block": [], "w4a16": []}
+# Those that vLLM's own model is started with too. SGLang's loads neither: it wants blocks in in_proj_ba, and a plain
+# in_proj_qkvz.
+NATIVE_FORMS = ("fp8-block", "w4a16")
 
 
 def with_weights(directory: Path, name: str) -> list[str]:
@@ -90,7 +95,7 @@ def with_weights(directory: Path, name: str) -> list[str]:
         return []
     sizes = SIZES | {"max_position_embeddings": 4096, "vocab_size": 4096}
     write_random_checkpoint(directory / "source", overrides=sizes)
-    quantize_checkpoint(directory / "source", directory / form, format=form)
+    write_form(directory, form)
     if side == "ours":
         add_cache_scales(directory / form, FORM_OF_SCALES[form])
     return ["--model", str(directory / form)]
@@ -113,8 +118,9 @@ VLLM = Engine(
             ],
             **{
                 f"{side}, {form}": [*flags, "--args", json.dumps({"kv_cache_dtype": "fp8", **arguments})]
-                for form, arguments in FORMS.items()
+                for form, arguments in VLLM_FORMS.items()
                 for side, flags in SIDES.items()
+                if side == "ours" or form in NATIVE_FORMS
             },
             "ours, packages": ["--args", json.dumps({"additional_config": {"gdn_prefill_backend": PACKAGES}})],
         }.items()
@@ -138,8 +144,10 @@ SGLANG = Engine(
         **{name: ["--drafts", "3", *flags] for name, flags in TP.items()},
         "ours, sm_80": ["--drafts", "3", "--capability", "80", *ON_TRITON],
         "ours, sm_100": ["--drafts", "3", "--capability", "100", *ON_TRITON, "--moe-runner-backend", "triton"],
-        # Its own model loads neither: it wants blocks in in_proj_ba, and a plain in_proj_qkvz.
-        **{f"ours, {form}": ["--drafts", "3", "--kv-cache-dtype", "fp8_e4m3"] for form in FORMS},
+        **{
+            f"ours, {form}": ["--drafts", "3", "--kv-cache-dtype", "fp8_e4m3", *flags]
+            for form, flags in SGLANG_FORMS.items()
+        },
         "ours, packages": ["--linear-attn-prefill-backend", PACKAGES, "--disable-radix-cache"],
     },
     # Graphs: a step of four sequences, or 128 tokens of prompts without attention and delta rule.
