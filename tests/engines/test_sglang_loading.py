@@ -30,8 +30,8 @@ REFUSED_ON_GPU = {
     "w8a8": ("W8A8Int8 Fused MoE scheme is implemented only for NPU", "int8 experts"),
     "mxfp8": ("SGLang has no method for the MX formats of compressed-tensors", "this format"),
     "mxfp4": ("SGLang has no method for the MX formats of compressed-tensors", "this format"),
+    "mxfp4-quark": ("SGLang has a method for the MXFP4 of Quark on AMD's GPUs only", "this format"),
 }
-EXPERTS_ONLY = ("mxfp4-quark",)  # of which SGLang refuses linear layers where it has no AITER
 ON_GPU = [name for name in FORMATS if name not in REFUSED_ON_GPU]
 
 
@@ -77,14 +77,10 @@ def test_each_rank_holds_its_shard_as_stored(loaded, record_property, name):
     ranks = loaded(name)[f"{name}, as on a GPU"]
     assert len(ranks) == len(RANKS)
     for rank, as_stored in ranks.items():
-        if name in EXPERTS_ONLY:
-            assert all(".experts." in layer for layer in as_stored) and len(as_stored) == 4, rank
-            continue
         assert set(as_stored) >= LAYERS, rank
         dequantized = DEQUANTIZED_AT_8.get(name, set()) if rank.endswith(" of 8") else set()
         assert SHARED - set(as_stored) == dequantized, rank
-    which = ", as stored: the experts" if name in EXPERTS_ONLY else ""
-    record_property("matrix", f"{name} | SGLang | TP 1, 2, 4, 8 | parameters match{which}")
+    record_property("matrix", f"{name} | SGLang | TP 1, 2, 4, 8 | parameters match")
 
 
 @pytest.mark.parametrize("name", in_groups(REFUSED_ON_GPU))
@@ -103,6 +99,5 @@ def test_what_is_quantized_is_what_the_headers_say(loaded, name):
     for rank, as_stored in ranks.items():
         assert f"{TARGET}layers.1.self_attn.qkv_proj.weight" not in as_stored, rank
         assert not any(DRAFT in layer and "experts" in layer for layer in as_stored), rank
-    if name not in EXPERTS_ONLY:
-        assert f"{DRAFT}fc.weight" in ranks["0 of 1"]
-        assert f"{TARGET}layers.0.linear_attn.out_proj.weight" in ranks["0 of 1"]
+    assert f"{DRAFT}fc.weight" in ranks["0 of 1"]
+    assert f"{TARGET}layers.0.linear_attn.out_proj.weight" in ranks["0 of 1"]
