@@ -41,16 +41,20 @@ def _region(data: Any) -> None:
     begin, end = share(channels)
     size = end - begin
     sums: Any = np.empty(size, np.float32)
+    bits = sums.view(np.uint32)
     for t in range(num_tokens):
-        sums[:] = 0
+        for c in range(size):
+            sums[c] = 0
         for w in range(width):
             row = carray(pointer(windows[t, w] + 2 * begin), size, np.uint16)
             _add(sums, row, carray(pointer(a[7] + 4 * (w * channels + begin)), size, np.float32))
         _activate(sums)
-        round_to(carray(pointer(a[8] + 2 * (t * channels + begin)), size, np.uint16), sums.view(np.uint32))
+        round_to(carray(pointer(a[8] + 2 * (t * channels + begin)), size, np.uint16), bits)
     for i in range(moves):
         source = carray(pointer(sources[i] + 2 * begin), size, np.uint16)
-        carray(pointer(targets[i] + 2 * begin), size, np.uint16)[:] = source
+        target = carray(pointer(targets[i] + 2 * begin), size, np.uint16)
+        for c in range(size):
+            target[c] = source[c]
 
 
 @njit(fastmath={"contract"})

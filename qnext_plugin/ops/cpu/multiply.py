@@ -38,7 +38,7 @@ def sections(form: Form, chunk: int) -> tuple[int, ...]:
     return (*accumulate(sizes), sum(sizes) + PARTS * ROWS * TOGETHER * BLOCK)
 
 
-@njit
+@ONCE
 def multiply(h: Any, used: Any, counts: Any) -> None:
     """Multiply the next ``counts[i]`` rows by matrix ``used[i]``; a job is a block and rows that are computed at once.
 

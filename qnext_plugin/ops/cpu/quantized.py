@@ -15,7 +15,7 @@ from torch import Tensor
 from qnext_plugin.ops.cpu import decoded, routed
 from qnext_plugin.ops.cpu.decoders import FEATURES
 from qnext_plugin.ops.cpu.experts import routed_experts
-from qnext_plugin.ops.cpu.jit import in_parallel
+from qnext_plugin.ops.cpu.jit import barrier, in_parallel
 from qnext_plugin.ops.cpu.multiply import multiply, sections
 from qnext_plugin.ops.cpu.packing import BLOCK, Form
 from qnext_plugin.ops.cpu.panels import FIELDS, HEADER, chunk_of, coding
@@ -132,10 +132,20 @@ def _run(data: np.ndarray) -> None:
 
 
 def _region(data: Any) -> None:
-    """Compute one thread's share of a call."""
-    h = carray(data, 1, HEADER)[0]
-    if h.experts:
-        routed.compute(h)
-    else:
-        lists = carray(data, len(FIELDS) + 2 * h.matrices, np.int64)[len(FIELDS) :].reshape(2, h.matrices)
-        multiply(h, lists[0], lists[1])
+    """Compute one thread's share of a call: of a product, or of two with what ``routed`` has around them."""
+    first = carray(data, 1, HEADER)[0]
+    at, lists, apart = data, carray(data, len(FIELDS) + 2 * first.matrices, np.int64)[len(FIELDS) :], first.matrices
+    if first.experts:
+        lists, apart = routed.sort(first)
+    for step in range(2 if first.experts else 1):
+        if step:
+            at = routed.second(first)
+        h = carray(at, 1, HEADER)[0]
+        multiply(h, lists, lists[apart:])  # in one place, as each would be compiled
+        if first.experts:
+            barrier()
+            if step:
+                routed.combine(first)
+            else:
+                routed.activate(first)
+                barrier()
