@@ -76,7 +76,7 @@ def expected_kernels(engine, config):
         compiled = avx2 or avx512
         return sorted([*phases, *(["products" if compiled else "packed"] if packed else [])])
     fast = config.dtype == "bfloat16"
-    conv = "cpp" if fast and torch.cpu._is_avx512_bf16_supported() else "torch"
+    conv = ("cpp" if torch.cpu._is_avx512_bf16_supported() else "compiled") if fast else "torch"
     step = "verify" if config.draft_tokens else "decode"
     deltas = {
         step: "cpp" if fast else "torch",
